@@ -1,0 +1,116 @@
+"""EngineOptions: everything a user may choose about engines, in one place."""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fastgen.errors import OptionError
+
+ENVIRONMENT_VARIABLE = "FASTGEN_ENGINE_OPTIONS"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of a model's engines; pass as ``from_pretrained(..., engine_options=...)``.
+
+    The environment variable ``FASTGEN_ENGINE_OPTIONS`` ("key=value,key=value") gives defaults
+    that an explicit option overrides.
+    """
+
+    backend: Literal["auto", "onnxruntime", "torch"] = "auto"
+    """Which engine runs the graphs; ``torch`` switches engines off (the slow reference)."""
+    fast_loop: bool = True
+    """Decode with fastgen's own loop where it is proven equal; False always takes the HF loop."""
+    check_fast_loop: bool = False
+    """Debug: run each ``generate`` through both loops and raise if a token differs."""
+    cuda_graphs: bool = True
+    """Capture one CUDA graph per bucket; False launches every kernel of every step."""
+    max_cached_graphs: int = 8
+    """How many idle KV cache buckets (buffers and captured CUDA graph) a model keeps for reuse."""
+    min_bucket: int = 64
+    """Smallest number of KV cache slots (tokens) per sequence; buckets double from here."""
+    intra_op_threads: int | None = None
+    """CPU threads of an engine; None takes ``torch.get_num_threads()``."""
+    disk_cache: bool = True
+    """Keep compiled engines in the engine cache on disk."""
+    cache_dir: Path | None = None
+    """Folder of the engine cache; None takes ``FASTGEN_CACHE`` or the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            _check(name, getattr(self, name), kind)
+        for name in ("max_cached_graphs", "min_bucket"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"EngineOptions.{name}={getattr(self, name)}: must be at least 1.")
+
+    @classmethod
+    def resolve(cls, value: "EngineOptions | Mapping[str, Any] | None" = None) -> "EngineOptions":
+        """Merge the environment variable with explicit options (which win).
+
+        Raises:
+            OptionError: an unknown name (the nearest right one is given) or a wrong value.
+        """
+        if isinstance(value, EngineOptions):
+            return value
+        if value is not None and not isinstance(value, Mapping):
+            raise OptionError(
+                f"engine_options={value!r}: expected EngineOptions, a dict or None."
+            )
+        merged = _from_environment(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+        merged.update(value or {})
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in merged:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise OptionError(
+                    f"Unknown engine option {name!r}.{hint} Known options: {', '.join(names)}."
+                )
+        return cls(**merged)
+
+
+def _from_environment(text: str) -> dict[str, Any]:
+    """Parse "key=value,key=value", converting values to the types of the dataclass fields."""
+    hints = get_type_hints(EngineOptions)
+    options: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise OptionError(f"{ENVIRONMENT_VARIABLE}: {item!r} is not of the form key=value.")
+        options[name] = _convert(name, value, hints.get(name, str))
+    return options
+
+
+def _convert(name: str, text: str, kind: Any) -> Any:
+    if kind is bool:
+        truth = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if text.lower() not in truth:
+            raise OptionError(f"{ENVIRONMENT_VARIABLE}: {name}={text!r}: expected true or false.")
+        return truth[text.lower()]
+    if int in (kind, *get_args(kind)):
+        try:
+            return int(text)
+        except ValueError:
+            raise OptionError(
+                f"{ENVIRONMENT_VARIABLE}: {name}={text!r}: expected a whole number."
+            ) from None
+    return Path(text) if Path in get_args(kind) else text
+
+
+def _check(name: str, value: Any, kind: Any) -> None:
+    """Raise OptionError unless ``value`` is of ``kind`` (a type, a union of types or a Literal)."""
+    if get_origin(kind) is Literal:
+        allowed = get_args(kind)
+        if value not in allowed:
+            raise OptionError(
+                f"EngineOptions.{name}={value!r}: allowed are {', '.join(map(repr, allowed))}."
+            )
+        return
+    kinds = get_args(kind) or (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+        raise OptionError(f"EngineOptions.{name}={value!r}: expected {expected}.")
