@@ -1,0 +1,165 @@
+"""``fastgen doctor``: what is installed, which engine is picked on this machine, and why."""
+
+import os
+import platform
+import tempfile
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from fastgen import __version__, runtime
+from fastgen.engine_cache import EngineCache
+from fastgen.errors import FastgenError
+from fastgen.options import EngineOptions
+
+ENGINES = ("onnxruntime", "torch")
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """An engine on a device ("cuda" or "cpu"): whether it can run here, and why (not)."""
+
+    name: str
+    device: str
+    available: bool
+    reason: str
+
+
+def choices(options: EngineOptions | None = None) -> list[EngineChoice]:
+    """Every engine on every device, best first; for a model on a device, the first available.
+
+    Args:
+        options: what they rule out is not available; None takes the environment's.
+
+    Raises:
+        OptionError: the environment holds an option that does not exist.
+    """
+    options = EngineOptions.resolve() if options is None else options
+    found = []
+    for device in ("cuda", "cpu"):
+        problem = _torch_problem() or (_cuda_problem() if device == "cuda" else None)
+        if problem:
+            found += [EngineChoice(name, device, False, problem) for name in ENGINES]
+            continue
+        found.append(_onnxruntime_choice(options, device))
+        version = runtime.versions()["torch"]
+        found.append(EngineChoice("torch", device, True, f"torch {version}, in every dtype"))
+    return found
+
+
+def picked(device: str, candidates: list[EngineChoice]) -> EngineChoice | None:
+    """The engine that a model on ``device`` ("cuda" or "cpu") gets; None if none can run."""
+    fitting = (choice for choice in candidates if choice.device == device and choice.available)
+    return next(fitting, None)
+
+
+def report() -> bool:
+    """Print the whole diagnosis to stdout; True if models run on an engine here."""
+    # No markup: it would swallow the brackets of "fastgen[cpu]".
+    console = Console(markup=False, highlight=False)
+    options = EngineOptions.resolve()
+    console.print(_machine_table())
+    candidates = choices(options)
+    for choice in candidates:
+        # Not in a table: its cells would break the commands that a user wants to copy.
+        console.print(_line(choice, picked(choice.device, candidates)), soft_wrap=True)
+    console.print(f"engine cache: {_engine_cache_state(options)}", soft_wrap=True)
+    best = picked("cuda", candidates) or picked("cpu", candidates)
+    if best is not None and best.name != "torch":
+        console.print(f"Picked on this machine: {best.name} on {best.device}.", style="green")
+        return True
+    console.print("No engine is picked: models run no faster than stock torch.", style="red")
+    return False
+
+
+def _torch_problem() -> str | None:
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:  # OSError: one of its shared libraries is missing
+        return f"torch does not import ({error})"
+    return None
+
+
+def _cuda_problem() -> str | None:
+    """Why torch has no CUDA device; None if it has one."""
+    if _torch_problem():
+        return "torch does not import"
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no NVIDIA GPU or driver"
+
+
+def _onnxruntime_choice(options: EngineOptions, device: str) -> EngineChoice:
+    """ONNX Runtime on a device that torch has: the dtypes it serves there, or what is missing."""
+    import torch
+
+    from fastgen.engines import choose_target
+
+    served, refusal = [], ""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        try:
+            choose_target(options, torch.device(device), dtype)
+            served.append(str(dtype).removeprefix("torch."))
+        except FastgenError as error:
+            refusal = str(error)
+    problem = None if served else refusal
+    try:
+        module = runtime.onnxruntime()
+        if device == "cuda":
+            problem = problem or runtime.cuda_provider_problem()
+    except FastgenError as error:
+        problem = problem or str(error)
+    if problem:
+        return EngineChoice("onnxruntime", device, False, problem)
+    reason = f"ONNX Runtime {module.__version__}, for models in {', '.join(served)}"
+    return EngineChoice("onnxruntime", device, True, reason)
+
+
+def _machine_table() -> Table:
+    table = Table("machine", "", title=f"fastgen {__version__}", title_justify="left")
+    table.add_row("python", f"{platform.python_version()} ({platform.system()})")
+    table.add_row("cpu", f"{platform.machine()}, {os.cpu_count()} cores")
+    table.add_row("gpu", _gpus())
+    for package, version in runtime.versions().items():
+        table.add_row(package, version or "-")
+    return table
+
+
+def _gpus() -> str:
+    """One line per GPU that torch sees: name, memory, compute capability."""
+    if problem := _cuda_problem():
+        return f"none: {problem}"
+    import torch
+
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = gpu.total_memory / 2**30
+        lines.append(f"{gpu.name}, {memory:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
+    return "\n".join(lines)
+
+
+def _line(choice: EngineChoice, first: EngineChoice | None) -> str:
+    """One engine of the report; ``first`` is the one picked on its device."""
+    state = "picked" if choice == first else "in reserve" if choice.available else "no"
+    return f"{choice.name} on {choice.device}: {state}: {choice.reason}"
+
+
+def _engine_cache_state(options: EngineOptions) -> str:
+    if not options.disk_cache:
+        return "switched off by EngineOptions(disk_cache=False)"
+    cache = EngineCache(options.cache_dir)
+    try:
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache.folder):
+            pass
+    except OSError as error:
+        return f"{cache.folder} cannot be written ({error}); engines are built in every process"
+    entries = cache.entries()
+    size = sum(entry.size for entry in entries) / 1e6
+    return f"{cache.folder}, {len(entries)} compiled, {size:.1f} MB"

@@ -1,0 +1,185 @@
+"""``fastgen doctor``: the choice of an engine in every situation of a machine, and the report."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastgen import EngineOptions, doctor, runtime
+from fastgen.doctor import EngineChoice, choices, picked
+from fastgen.engine_cache import Artifact, EngineCache
+from fastgen.errors import MissingRuntimeError, OptionError
+
+NO_GPU = "torch 2.13.0 (CUDA 13.0) finds no NVIDIA GPU or driver"
+NOT_INSTALLED = 'ONNX Runtime is not installed. Run: pip install "fastgen[cpu]"'
+CPU_BUILD = "the installed ONNX Runtime 1.31.1 is a CPU build."
+
+
+def machine(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    gpu: str | None = None,
+    onnxruntime: str | None = None,
+    cuda_provider: str | None = None,
+) -> None:
+    """Imitate a machine by its problems; None where all is well."""
+
+    def module() -> SimpleNamespace:
+        if onnxruntime:
+            raise MissingRuntimeError(onnxruntime)
+        return SimpleNamespace(__version__="1.31.1")
+
+    monkeypatch.setattr(doctor, "_cuda_problem", lambda: gpu)
+    monkeypatch.setattr(runtime, "onnxruntime", module)
+    monkeypatch.setattr(runtime, "cuda_provider_problem", lambda: cuda_provider)
+
+
+def names(found: list[EngineChoice]) -> list[tuple[str, str, bool]]:
+    return [(choice.name, choice.device, choice.available) for choice in found]
+
+
+@pytest.mark.parametrize(
+    ("problems", "on_cuda", "on_cpu"),
+    [
+        ({}, "onnxruntime", "onnxruntime"),
+        ({"gpu": NO_GPU}, None, "onnxruntime"),
+        ({"cuda_provider": CPU_BUILD}, "torch", "onnxruntime"),
+        ({"onnxruntime": NOT_INSTALLED}, "torch", "torch"),
+        ({"gpu": NO_GPU, "onnxruntime": NOT_INSTALLED}, None, "torch"),
+    ],
+)
+def test_choice_by_machine(
+    monkeypatch: pytest.MonkeyPatch,
+    problems: dict[str, str],
+    on_cuda: str | None,
+    on_cpu: str | None,
+) -> None:
+    machine(monkeypatch, **problems)
+    found = choices(EngineOptions())
+    assert [(choice.name, choice.device) for choice in found] == [
+        ("onnxruntime", "cuda"),
+        ("torch", "cuda"),
+        ("onnxruntime", "cpu"),
+        ("torch", "cpu"),
+    ]
+    for device, expected in (("cuda", on_cuda), ("cpu", on_cpu)):
+        choice = picked(device, found)
+        assert (choice and choice.name) == expected
+    # Whatever is not available says which of the machine's problems is to blame.
+    reasons = {choice.reason for choice in found if not choice.available}
+    assert reasons == set(problems.values()) - ({CPU_BUILD} if "gpu" in problems else set())
+
+
+def test_reason_of_an_available_engine_names_version_and_dtypes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch)
+    cuda, _, cpu, reserve = choices(EngineOptions())
+    assert cuda.reason == "ONNX Runtime 1.31.1, for models in float32, float16, bfloat16"
+    assert cpu.reason == "ONNX Runtime 1.31.1, for models in float32"
+    assert reserve.reason == f"torch {runtime.versions()['torch']}, in every dtype"
+
+
+def test_options_can_rule_the_engine_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch)
+    for found in (choices(EngineOptions(backend="torch")), _choices_by_environment(monkeypatch)):
+        assert [choice.available for choice in found] == [False, True, False, True]
+        assert "backend='torch'" in found[0].reason
+        best = picked("cpu", found)
+        assert best is not None and best.name == "torch"
+
+
+def _choices_by_environment(monkeypatch: pytest.MonkeyPatch) -> list[EngineChoice]:
+    monkeypatch.setenv("FASTGEN_ENGINE_OPTIONS", "backend=torch")
+    return choices()
+
+
+def test_unknown_option_in_the_environment_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTGEN_ENGINE_OPTIONS", "bakend=torch")
+    with pytest.raises(OptionError, match="'backend'"):
+        choices()
+
+
+def test_torch_that_does_not_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = choices(EngineOptions())
+    assert names(found) == [
+        ("onnxruntime", "cuda", False),
+        ("torch", "cuda", False),
+        ("onnxruntime", "cpu", False),
+        ("torch", "cpu", False),
+    ]
+    assert all("torch does not import" in choice.reason for choice in found)
+
+
+@pytest.mark.parametrize(
+    ("cuda_version", "words"), [(None, "build without CUDA"), ("13.0", "finds no NVIDIA GPU")]
+)
+def test_missing_gpu_is_told_from_a_cpu_build_of_torch(
+    monkeypatch: pytest.MonkeyPatch, cuda_version: str | None, words: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda_version)
+    assert words in choices(EngineOptions())[0].reason
+
+
+def test_this_machine_serves_a_model_on_the_cpu() -> None:
+    choice = picked("cpu", choices(EngineOptions()))
+    assert choice is not None and choice.name == "onnxruntime"
+    assert importlib.import_module("onnxruntime").__version__ in choice.reason
+
+
+def test_report_of_a_cpu_machine(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine_cache_folder: Path,
+) -> None:
+    machine(monkeypatch, gpu=NO_GPU)
+    EngineCache().load_or_build({}, lambda: Artifact(b"x" * 2_000_000, {}), title="step")
+    assert doctor.report() is True
+    output = capsys.readouterr().out
+    for package, version in runtime.versions().items():
+        assert package in output and (version or "-") in output
+    assert f"onnxruntime on cuda: no: {NO_GPU}\n" in output
+    assert "onnxruntime on cpu: picked: ONNX Runtime 1.31.1, for models in float32\n" in output
+    assert "torch on cpu: in reserve: " in output
+    assert f"engine cache: {engine_cache_folder}, 1 compiled, 2.0 MB\n" in output
+    assert "Picked on this machine: onnxruntime on cpu." in output
+
+
+def test_report_without_an_engine_keeps_the_command_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine(monkeypatch, gpu=NO_GPU, onnxruntime=NOT_INSTALLED)
+    assert doctor.report() is False
+    output = capsys.readouterr().out
+    assert f"onnxruntime on cpu: no: {NOT_INSTALLED}\n" in output
+    assert "torch on cpu: picked" in output and "No engine is picked" in output
+
+
+def test_report_lists_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine(monkeypatch)
+    gpu = SimpleNamespace(name="NVIDIA H200", total_memory=140 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    assert doctor.report() is True
+    output = capsys.readouterr().out
+    assert output.count("NVIDIA H200, 140 GiB, compute capability 9.0") == 2
+    assert "Picked on this machine: onnxruntime on cuda." in output
+
+
+def test_report_says_when_the_engine_cache_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "file"))
+    doctor.report()
+    assert f"engine cache: {tmp_path / 'file'} cannot be written" in capsys.readouterr().out
+    monkeypatch.setenv("FASTGEN_ENGINE_OPTIONS", "disk_cache=false")
+    doctor.report()
+    assert "engine cache: switched off" in capsys.readouterr().out
