@@ -1,0 +1,143 @@
+"""Tiny models of every supported family: one line here gives a family all the parity tests.
+
+A variant is the name of a stock transformers class plus the config fields that differ from
+`TINY`. The Fast class of the same name with "Fast" in front is compared with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import fastgen
+
+#: Small enough for a `generate` call of some 10 ms; head size and heads do not multiply to d_model.
+TINY: dict[str, Any] = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_heads": 4,
+    "num_layers": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A tiny model: the stock class's name, the config fields that differ, tied embeddings or not.
+
+    The seed of the random weights is one whose greedy decoding is eventful (see `build_stock`).
+    """
+
+    stock: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    tied: bool = True
+    seed: int = 0
+
+
+T5, MT5, UMT5 = (f"{name}ForConditionalGeneration" for name in ("T5", "MT5", "UMT5"))
+#: What T5 1.1 and FLAN-T5 checkpoints say: gated GELU, a head of its own, logits not scaled.
+V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+VARIANTS: dict[str, Variant] = {
+    "t5-1.0": Variant(T5, seed=6),
+    "t5-1.1": Variant(T5, V1_1, tied=False, seed=16),
+    "flan": Variant(T5, V1_1 | {"d_kv": 16, "num_layers": 3, "num_heads": 2}, tied=False, seed=23),
+    "byt5": Variant(
+        T5, V1_1 | {"vocab_size": 384, "num_layers": 3, "num_decoder_layers": 1}, seed=7
+    ),
+    "mt5": Variant(MT5, tied=False, seed=36),
+    "umt5": Variant(UMT5, seed=9),
+    "t5-wide-heads": Variant(T5, {"d_kv": 20, "num_heads": 3}, seed=48),
+    "t5-shallow-decoder": Variant(T5, {"num_layers": 3, "num_decoder_layers": 1}, seed=29),
+    "t5-deep-decoder": Variant(T5, {"num_layers": 1, "num_decoder_layers": 3}, seed=17),
+    "t5-buckets": Variant(
+        T5, {"relative_attention_num_buckets": 6, "relative_attention_max_distance": 9}, seed=6
+    ),
+    "t5-epsilon": Variant(
+        T5, {"layer_norm_epsilon": 0.05, "feed_forward_proj": "gated-silu"}, seed=5
+    ),
+    "t5-tied-unscaled": Variant(
+        T5, {"tie_word_embeddings": False, "feed_forward_proj": "gelu"}, seed=4
+    ),
+    "t5-untied-scaled": Variant(T5, {"feed_forward_proj": "gated-relu"}, tied=False, seed=6),
+}
+
+
+def stock_class(name: str) -> type[PreTrainedModel]:
+    """The stock transformers class of a variant."""
+    return getattr(transformers, VARIANTS[name].stock)
+
+
+def fast_class(name: str) -> type[PreTrainedModel]:
+    """The Fast class of a variant."""
+    return getattr(fastgen, f"Fast{VARIANTS[name].stock}")
+
+
+def build_stock(name: str) -> PreTrainedModel:
+    """A stock model in fp32 on the CPU with random weights that make decoding eventful.
+
+    The library's own initialisation makes greedy decoding repeat one token. Here the embeddings
+    are small and the layers and position biases strong, so that the next token depends on the
+    position and the whole past; the logits spread by 2.5; and the row of eos is longer than the
+    others, so that sequences end at different steps.
+    """
+    variant, stock = VARIANTS[name], stock_class(name)
+    model = stock(stock.config_class(**TINY | variant.changes)).eval()
+    if not variant.tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
+    generator = torch.Generator().manual_seed(variant.seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "layer_norm" in key:
+                noise = 1 + 0.2 * noise
+            elif "relative_attention_bias" in key:
+                noise = 4 * noise
+            elif key in ("shared.weight", "lm_head.weight"):
+                noise = 0.1 * noise
+            else:
+                noise = 2 * parameter.shape[1] ** -0.5 * noise
+            parameter.copy_(noise)
+        model.lm_head.weight[model.config.eos_token_id] *= 1.5
+        ids = torch.randint(3, model.config.vocab_size, (4, 9), generator=generator)
+        logits = model(input_ids=ids, decoder_input_ids=ids).logits
+        model.decoder.final_layer_norm.weight *= 2.5 / logits.std()
+    return model
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same checkpoint as the stock class and as the Fast class, fp32 on the CPU."""
+
+    stock: PreTrainedModel
+    fast: PreTrainedModel
+
+
+@functools.cache
+def build_pair(name: str) -> Pair:
+    """Both models of a variant, loaded from one saved checkpoint; built once per process."""
+    with tempfile.TemporaryDirectory() as folder:
+        build_stock(name).save_pretrained(Path(folder))
+        stock = stock_class(name).from_pretrained(folder).eval()
+        fast = fast_class(name).from_pretrained(folder).eval()
+    return Pair(stock, fast)
+
+
+def prompts(name: str, rows: int = 4, length: int = 9, seed: int = 1) -> torch.Tensor:
+    """Random prompts without pad or eos: int64 [rows, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = (TINY | VARIANTS[name].changes)["vocab_size"]
+    return torch.randint(3, vocabulary, (rows, length), generator=generator)
