@@ -141,21 +141,21 @@ def test_threads_compile_once(tmp_path: Path) -> None:
 def test_prune_while_an_entry_is_being_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, build, pruned = EngineCache(tmp_path), Builder(), []
+    cache, build = EngineCache(tmp_path), Builder()
     cache.load_or_build(KEY, build, title="step")
-    read_bytes = Path.read_bytes
+    read_bytes, removed = Path.read_bytes, []
 
     def prune_before_data(path: Path) -> bytes:
-        if path.suffix == ".bin" and not pruned:
-            pruned.append(None)  # prune itself reads
-            pruned[0] = EngineCache(tmp_path).prune(max_bytes=0)
+        if path.suffix == ".bin":
+            monkeypatch.setattr(Path, "read_bytes", read_bytes)  # once; prune itself reads
+            removed.extend(EngineCache(tmp_path).prune(max_bytes=0).removed)
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", prune_before_data)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert cache.load_or_build(KEY, build, title="step") == ARTIFACT
-    assert pruned[0].removed == [fingerprint(KEY)] and build.calls == 2
+    assert removed == [fingerprint(KEY)] and build.calls == 2
     assert cache.verify() == [] and len(cache.entries()) == 1
 
 

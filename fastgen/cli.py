@@ -1,0 +1,154 @@
+"""The command line: ``fastgen compile | bench | cache | doctor``.
+
+Whatever needs torch is imported inside its command, so that ``fastgen cache list`` starts fast.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from datetime import timedelta
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastgen.bench.cli import bench
+from fastgen.engine_cache import EngineCache
+from fastgen.errors import FastgenError
+from fastgen.options import EngineOptions
+
+app = typer.Typer(no_args_is_help=True, help="Hugging Face text generation, many times faster.")
+cache_app = typer.Typer(no_args_is_help=True, help="The engine cache: compiled engines on disk.")
+app.add_typer(cache_app, name="cache")
+app.command("bench")(bench)
+
+
+class Device(StrEnum):
+    """Where a model runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class DType(StrEnum):
+    """The dtype of a model's weights; ``auto`` takes the checkpoint's."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+@contextlib.contextmanager
+def _errors_as_text(*expected: type[Exception]) -> Iterator[None]:
+    """End the command with the message of an expected error instead of its traceback."""
+    kinds: tuple[type[Exception], ...] = (FastgenError, *expected)
+    try:
+        yield
+    except kinds as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _engine_cache() -> EngineCache:
+    with _errors_as_text():
+        return EngineCache(EngineOptions.resolve().cache_dir)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which engine is picked on this machine, and why not the others."""
+    from fastgen.doctor import report
+
+    with _errors_as_text():
+        if not report():
+            raise typer.Exit(1)
+
+
+@app.command("compile")
+def compile_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder.")],
+    device: Annotated[Device, typer.Option(help="auto: the GPU, if torch sees one.")] = Device.AUTO,
+    dtype: Annotated[DType, typer.Option(help="auto: the checkpoint's.")] = DType.AUTO,
+) -> None:
+    """Build the engines of MODEL and store them in the engine cache."""
+    import torch
+
+    from fastgen import FastAutoModelForSeq2SeqLM
+
+    if device is Device.AUTO:
+        device = Device.CUDA if torch.cuda.is_available() else Device.CPU
+    with _errors_as_text():
+        if device is Device.CUDA and not torch.cuda.is_available():
+            raise FastgenError(
+                "--device cuda: torch sees no CUDA device here (see `fastgen doctor`); "
+                "use --device cpu."
+            )
+    with _errors_as_text(OSError, ValueError):  # transformers' errors for what it cannot load
+        fast = FastAutoModelForSeq2SeqLM.from_pretrained(model, dtype=dtype.value)
+    with _errors_as_text():
+        cache = EngineCache(fast.engine_options.cache_dir)
+        before = {entry.fingerprint for entry in cache.entries()}
+        fast.to(device.value).compile_engine()
+        new = [entry for entry in cache.entries() if entry.fingerprint not in before]
+    where = cache.folder if fast.engine_options.disk_cache else "memory only (disk_cache=False)"
+    typer.echo(f"{model} is compiled for {device} in {fast.dtype}: {where}")
+    for entry in new:
+        typer.echo(f"  new: {entry.title} ({entry.size / 1e6:.2f} MB)")
+
+
+@cache_app.command("list")
+def list_entries() -> None:
+    """List the compiled engines, the last used first."""
+    cache = _engine_cache()
+    entries = cache.entries()
+    table = Table("fingerprint", "engine", "MB", "built (UTC)", "last used (UTC)")
+    for entry in entries:
+        times = (f"{time:%Y-%m-%d %H:%M}" for time in (entry.created, entry.last_used))
+        table.add_row(entry.fingerprint[:12], entry.title, f"{entry.size / 1e6:.2f}", *times)
+    if entries:
+        Console(markup=False, highlight=False).print(table)
+    total = sum(entry.size for entry in entries) / 1e6
+    typer.echo(f"{len(entries)} compiled, {total:.2f} MB in {cache.folder}")
+
+
+@cache_app.command()
+def verify() -> None:
+    """Check every compiled engine; exit with 1 if one is damaged."""
+    cache = _engine_cache()
+    problems = cache.verify()
+    for problem in problems:
+        typer.echo(f"{problem.fingerprint[:12]}: {problem.reason}")
+    if problems:
+        typer.echo(
+            f"{len(problems)} damaged in {cache.folder}. They are built again when needed; "
+            "`fastgen cache prune` removes them now."
+        )
+        raise typer.Exit(1)
+    typer.echo(f"{len(cache.entries())} compiled in {cache.folder}, all good")
+
+
+@cache_app.command()
+def prune(
+    older_than: Annotated[
+        float | None,
+        typer.Option(min=0, max=36_500, metavar="DAYS", help="Not used for so many days."),
+    ] = None,
+    max_mb: Annotated[
+        float | None, typer.Option(min=0, metavar="MB", help="Keep at most so much, by last use.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove every engine.")] = False,
+) -> None:
+    """Remove damaged engines, and those the options name."""
+    cache = _engine_cache()
+    age = None if older_than is None else timedelta(days=older_than)
+    max_bytes = 0 if everything else None if max_mb is None else int(max_mb * 1e6)
+    pruned = cache.prune(older_than=age, max_bytes=max_bytes)
+    freed = pruned.freed_bytes / 1e6
+    typer.echo(f"{len(pruned.removed)} removed from {cache.folder}, {freed:.2f} MB freed")
+    if pruned.skipped:
+        names = ", ".join(name[:12] for name in pruned.skipped)
+        typer.echo(f"{len(pruned.skipped)} in use or not removable: {names}", err=True)
+        raise typer.Exit(1)
