@@ -212,6 +212,8 @@ def test_compile_of_a_real_checkpoint(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"{folder} is compiled for cpu in torch.float32" in result.output
     assert "new: " in result.output and titles()
+    again = call("compile", folder, "--device", "cpu", "--dtype", "float32")
+    assert again.exit_code == 0 and "new: " not in again.output
 
 
 def test_compile_of_a_folder_that_holds_no_model(tmp_path: Path) -> None:
