@@ -1,0 +1,114 @@
+"""The command ``fastgen bench``."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Device(StrEnum):
+    """Where to run."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class DType(StrEnum):
+    """Type of weights and computation."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+_Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL...",
+        help="A hub id, a folder, or a shape with random weights such as t5-small@random.",
+    ),
+]
+_Device = Annotated[Device, typer.Option(help="Where to run.")]
+_DType = Annotated[DType, typer.Option(help="Type of weights and computation.")]
+_Batch = Annotated[int, typer.Option(min=1, help="Prompts in a call.")]
+_PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens in a prompt.")]
+_NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate.")]
+_Beams = Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")]
+_Sample = Annotated[bool, typer.Option("--sample", help="Sample with top-k 50, top-p 0.9.")]
+_Grid = Annotated[
+    bool,
+    typer.Option(
+        "--grid",
+        help="The five workloads of the performance table, in place of --batch, --prompt-tokens, "
+        "--beams and --sample.",
+    ),
+]
+_Against = Annotated[str, typer.Option(metavar="PEERS", help="Peers, separated by commas.")]
+_Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the figures there after each workload."),
+]
+_Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of every contender.")]
+_Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds, at least.")]
+_MinSeconds = Annotated[float, typer.Option(min=0, help="Seconds of timed rounds, at least.")]
+_Fresh = Annotated[
+    bool,
+    typer.Option(
+        "--fresh/--no-fresh",
+        help="Measure load time and peak memory, each contender in a process of its own.",
+    ),
+]
+
+
+def bench(
+    models: _Models,
+    device: _Device = Device.CPU,
+    dtype: _DType = DType.FLOAT32,
+    batch: _Batch = 1,
+    prompt_tokens: _PromptTokens = 32,
+    new_tokens: _NewTokens = 64,
+    beams: _Beams = 1,
+    sample: _Sample = False,
+    grid: _Grid = False,
+    against: _Against = "hf,hf-static,ctranslate2",
+    json_file: _Json = None,
+    threads: _Threads = None,
+    repeats: _Repeats = 5,
+    min_seconds: _MinSeconds = 1.0,
+    fresh: _Fresh = True,
+) -> None:
+    """Measure generate against stock transformers and other libraries, side by side."""
+    # Here, so that the other commands do not wait for torch.
+    import rich.console
+    import transformers
+
+    from fastgen.bench import Workload, run, standard_grid
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    console = rich.console.Console()
+    try:
+        single = Workload(batch, prompt_tokens, new_tokens, beams, sample)
+        with console.status("starting") as status:
+            report = run(
+                models,
+                standard_grid(new_tokens) if grid else [single],
+                device=device.value,
+                dtype=dtype.value,
+                peers=[peer for peer in against.split(",") if peer],
+                threads=threads,
+                json_file=json_file,
+                progress=status.update,
+                repeats=repeats,
+                min_seconds=min_seconds,
+                fresh=fresh,
+            )
+    except (ValueError, OSError) as error:  # OSError: transformers finds no such model
+        raise typer.BadParameter(str(error)) from error
+    report.print(console)
+    failures = report.failures()
+    for failure in failures:
+        console.print(f"FAILED: {failure}", style="red", markup=False)
+    if failures:
+        raise typer.Exit(1)

@@ -1,0 +1,129 @@
+"""What was measured, as a table for people and a list for programs."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from fastgen.bench.environment import describe
+from fastgen.bench.measure import Agreement
+from fastgen.bench.workload import Workload
+
+DASH = "-"
+
+NOTES = (
+    "Whole generate calls, contenders taking turns in one process, medians. ms/token: call over "
+    "new tokens; tokens/s: over all rows; ttft: time to first token, the same call with one new "
+    "token; ratio: ms/token over fastgen's; tokens: against hf's. Every contender's "
+    "end-of-sequence id lies outside the vocabulary, so all generate all tokens. Load (imports, "
+    "weights from a warm disk, the first whole call) and peak memory: each contender alone in a "
+    "fresh process, compiled artefacts of earlier runs at hand. Converting a checkpoint for "
+    "CTranslate2 is not counted."
+)
+
+
+@dataclass
+class Entry:
+    """One contender on one workload; a figure is None where ``reason`` says why."""
+
+    name: str
+    model: str
+    device: str
+    dtype: str
+    workload: Workload
+    version: str | None = None
+    new_tokens: int | None = None
+    ms_per_token: float | None = None
+    tokens_per_s: float | None = None
+    ttft_ms: float | None = None
+    load_s: float | None = None
+    peak_bytes: int | None = None
+    first_call_s: float | None = None
+    """The workload's first call in the timing process: warm-up, capture or compilation."""
+    ratio: float | None = None
+    """For peers: their ms per token over fastgen's."""
+    agreement: Agreement | None = None
+    """Tokens against the stock class's; None for the stock class itself or where it did not run."""
+    calls_s: list[float] = field(default_factory=list)
+    reason: str | None = None
+
+    def as_dict(self, environment: dict[str, Any]) -> dict[str, Any]:
+        """JSON-able; ``ratio`` only for peers."""
+        record = dict(self.__dict__)
+        if self.name == "fastgen":
+            del record["ratio"]
+        record["workload"] = self.workload.as_dict()
+        record["agreement"] = self.agreement.first_difference if self.agreement else None
+        return record | {"environment": environment}
+
+
+@dataclass
+class Report:
+    """All entries of one or more workloads, in the order they were measured."""
+
+    environment: dict[str, Any]
+    entries: list[Entry] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """A list of contenders, one for each workload; their fields are Entry's."""
+        return json.dumps([entry.as_dict(self.environment) for entry in self.entries], indent=1)
+
+    def failures(self) -> list[str]:
+        """What makes the run a failure: fastgen did not run, or not exactly where it must.
+
+        In fp32 on the CPU fastgen's tokens must equal the stock class's. In other dtypes, on a
+        GPU, and for peers, near ties may fall either way; the table says where they did.
+        """
+        found = []
+        for entry in self.entries:
+            if entry.name != "fastgen":
+                continue
+            where = f"{entry.model}, {entry.workload.title}"
+            if entry.reason:
+                found.append(f"{where}: fastgen did not run: {entry.reason}")
+            exact = entry.device == "cpu" and entry.dtype == "float32"
+            if exact and entry.agreement and not entry.agreement.equal:
+                found.append(f"{where}: fastgen's tokens differ: {entry.agreement}")
+        return found
+
+    def print(self, console: Console) -> None:
+        """One table for each workload, then what the figures mean and where they were taken."""
+        groups: dict[tuple[str, str, Workload], list[Entry]] = {}
+        for entry in self.entries:
+            groups.setdefault((entry.model, entry.dtype, entry.workload), []).append(entry)
+        for entries in groups.values():
+            console.print(_table(entries))
+            for entry in entries:
+                if entry.reason:
+                    console.print(f"{entry.name}: {entry.reason}", markup=False)
+                elif entry.agreement and not entry.agreement.equal:
+                    console.print(f"{entry.name}: {entry.agreement}", markup=False)
+        console.print(NOTES, describe(self.environment), sep="\n", markup=False, highlight=False)
+
+
+def _table(entries: list[Entry]) -> Table:
+    first = entries[0]
+    title = f"{first.model}, {first.device}, {first.dtype}: {first.workload.title}"
+    table = Table(title=title, box=SIMPLE, title_justify="left")
+    table.add_column("contender", no_wrap=True)
+    for heading in ("ms/token", "tokens/s", "ttft ms", "load s", "peak MiB", "ratio", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in entries:
+        table.add_row(
+            entry.name,
+            _number(entry.ms_per_token, 3),
+            _number(entry.tokens_per_s, 0),
+            _number(entry.ttft_ms, 2),
+            _number(entry.load_s, 2),
+            _number(entry.peak_bytes and entry.peak_bytes / 2**20, 0),
+            f"{entry.ratio:.2f}x" if entry.ratio else DASH,
+            entry.agreement.summary if entry.agreement else DASH,
+        )
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return DASH if value is None else f"{value:,.{digits}f}"

@@ -1,0 +1,58 @@
+"""CUDA streams and graphs: the engine's stream, and one captured graph per bucket."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+
+@cache
+def engine_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which a device's engines run (ONNX Runtime refuses the default stream)."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def on_engine_stream(device: torch.device) -> Iterator[None]:
+    """Make the engine stream current, ordered after and before the caller's current stream."""
+    stream, caller = engine_stream(device), torch.cuda.current_stream(device)
+    if stream == caller:
+        yield
+        return
+    stream.wait_stream(caller)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        caller.wait_stream(stream)
+
+
+class CapturedGraph:
+    """A function's kernels as one CUDA graph; its memory is given back with this object."""
+
+    def __init__(self, function: Callable[[], None], device: torch.device) -> None:
+        """Run ``function`` twice to allocate and tune, then capture it on the engine stream.
+
+        The function must be safe to repeat: it runs several times on the same inputs.
+        """
+        self._device = device
+        with on_engine_stream(device):
+            for _ in range(2):
+                function()
+            torch.cuda.current_stream(device).synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            # "thread_local": an allocation on another thread must not break this capture
+            self._graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                self._graph.capture_end()
+
+    def replay(self) -> None:
+        """Queue all kernels, in the order of torch's current stream.
+
+        They run on the engine stream: the graph's scratch memory is the engine's own.
+        """
+        with on_engine_stream(self._device):
+            self._graph.replay()

@@ -1,0 +1,137 @@
+"""The decoder side of an encoder-decoder model: prefill and step over leased buckets."""
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from fastgen import cuda
+from fastgen.engines import Binding, Engine
+from fastgen.kv_cache import Bucket, BucketPool, BucketSize, StaticKVCache
+from fastgen.options import EngineOptions
+from fastgen.seq2seq import DecoderShape
+from fastgen.target import Target
+
+
+class Decoder:
+    """The cross and decoder engines of one model, and the buckets they run over."""
+
+    def __init__(
+        self,
+        shape: DecoderShape,
+        target: Target,
+        device: torch.device,
+        cross: Engine,
+        decoder: Callable[[bool], Engine],
+        options: EngineOptions,
+    ) -> None:
+        """``decoder(slot_mask)`` gives the decoder engine with or without a mask over slots."""
+        self.shape, self.target, self.device, self.options = shape, target, device, options
+        self.cross, self.decoder = cross, decoder
+        self.pool = BucketPool(
+            lambda size: Bucket(shape, target, device, size), options.max_cached_graphs
+        )
+        self.lock = threading.RLock()
+        self._key = object()  # marks this decoder's bindings in buckets that outlive it
+
+    # Buckets
+
+    def slots_for(self, length: int) -> int:
+        """The smallest bucket of KV cache slots that holds ``length`` tokens: doubling sizes."""
+        slots = self.options.min_bucket
+        while slots < length:
+            slots *= 2
+        return slots
+
+    def sources_for(self, sources: int) -> int:
+        """Source tokens of a bucket: exact on the CPU; four sizes per doubling on a GPU, so that
+        one captured graph serves many lengths and at most a fifth of what is read is padding."""
+        if self.target.device == "cpu":
+            return sources
+        step = 32
+        while sources > 8 * step:
+            step *= 2
+        return -(-sources // step) * step
+
+    def enter(
+        self, cache: StaticKVCache, hidden: torch.Tensor, mask: torch.Tensor | None, length: int
+    ) -> Bucket:
+        """Give the cache a bucket with room for ``length`` tokens and everything the decoder reads.
+
+        Args:
+            hidden: encoder hidden states [B, S, E].
+            mask: [B, S] of 1 (source token) and 0 (padding), or None.
+        """
+        batch, sources = hidden.shape[:2]
+        size = BucketSize(batch, 1, self.slots_for(length), self.sources_for(sources))
+        bucket = cache.bucket
+        if bucket is None:
+            bucket = cache.lease(self.pool, size, fresh=True)
+            self.fill_cross(bucket, hidden, mask)
+            cache.move_in(sources)
+        elif length > bucket.size.slots:
+            bucket = cache.lease(self.pool, size)
+        return bucket
+
+    def fill_cross(
+        self, bucket: Bucket, hidden: torch.Tensor, mask: torch.Tensor | None
+    ) -> None:
+        """Compute what all tokens share: cross-attention keys and values, mask, tables."""
+        batch, sources = hidden.shape[:2]
+        padding = bucket.size.sources - sources
+        if mask is None:
+            mask = torch.ones(batch, sources, dtype=torch.int64, device=self.device)
+        mask = torch.nn.functional.pad(mask.to(torch.int64), (0, padding)).contiguous()
+        hidden = torch.nn.functional.pad(hidden.to(bucket.dtype), (0, 0, 0, padding)).contiguous()
+        cross_mask = torch.empty_like(bucket.tensors["cross_mask"][:, :, :1])
+        tensors = bucket.tensors | {
+            "encoder_hidden_states": hidden,
+            "attention_mask": mask,
+            "cross_mask": cross_mask,
+        }
+        self.cross.bind(tensors).run()
+        bucket.tensors["cross_mask"].copy_(cross_mask.expand_as(bucket.tensors["cross_mask"]))
+
+    # Runs
+
+    def run(self, bucket: Bucket, input_ids: torch.Tensor, length: int) -> torch.Tensor:
+        """Decode query tokens [B, Q] behind ``length`` filled slots -> logits [B, Q, V].
+
+        A step (Q as in the bucket) gives the bucket's own logits, overwritten by the next step.
+        """
+        tensors = bucket.tensors
+        if input_ids.shape[1] == bucket.size.queries:
+            tensors["input_ids"].copy_(input_ids)
+            tensors["query_positions"].fill_(length)
+            tensors["first_slot"].fill_(length * bucket.size.queries)
+            self.step(bucket)()
+            return tensors["logits"]
+        return self._prefill(bucket, input_ids, length)
+
+    def _prefill(self, bucket: Bucket, input_ids: torch.Tensor, length: int) -> torch.Tensor:
+        batch, queries = input_ids.shape
+        positions = torch.arange(length, length + queries, device=self.device)
+        cross_mask = bucket.tensors["cross_mask"][:, :, :1].expand(-1, -1, queries, -1)
+        logits = torch.empty(
+            batch, queries, self.shape.vocab_size, dtype=bucket.dtype, device=self.device
+        )
+        bucket.tensors["first_slot"].fill_(length)
+        tensors = bucket.tensors | {
+            "input_ids": input_ids.contiguous(),
+            "query_positions": positions[:, None],
+            "cross_mask": cross_mask.contiguous(),
+            "logits": logits,
+        }
+        self.decoder(False).bind(tensors).run()
+        return logits
+
+    def step(self, bucket: Bucket) -> Callable[[], None]:
+        """The function that runs one step over the bucket's tensors: a graph replay on a GPU."""
+        if self._key not in bucket.steps:
+            binding: Binding = self.decoder(False).bind(bucket.tensors)
+            run = binding.run
+            if self.target.device == "cuda" and self.options.cuda_graphs:
+                run = cuda.CapturedGraph(binding.run, self.device).replay
+            bucket.steps[self._key] = run
+        step: Callable[[], None] = bucket.steps[self._key]
+        return step

@@ -1,0 +1,153 @@
+"""The ONNX Runtime engine: CPU and CUDA execution providers, IO binding, weights by pointer."""
+
+import re
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen import cuda, runtime
+from fastgen.errors import EngineError
+from fastgen.graph import WEIGHTS_FILE, Graph
+from fastgen.options import EngineOptions
+from fastgen.target import Target
+
+
+class OnnxRuntimeEngine:
+    """One InferenceSession whose initializers are torch parameters."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        target: Target,
+        parameters: Mapping[str, torch.Tensor],
+        options: EngineOptions,
+    ) -> None:
+        """Create the session.
+
+        Args:
+            parameters: the model's parameters by name; those the graph names must be contiguous
+                and must stay alive and in place as long as the engine.
+        """
+        ort = runtime.onnxruntime()
+        self.graph = graph
+        self.target = target
+        self._device = next(iter(parameters.values())).device
+        self._weights = {
+            name: ort.OrtValue.from_dlpack(parameters[name].detach()) for name in graph.parameters
+        }
+        settings = _session_options(target, options)
+        for name, value in self._weights.items():
+            settings.add_initializer(name, value)
+        providers = [_provider(target, self._device)]
+        try:
+            self._session = ort.InferenceSession(graph.onnx, settings, providers=providers)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime refused the graph on {target.device}: {error}") from error
+        self._run_options = ort.RunOptions()
+        if target.device == "cuda":
+            # torch's stream order is enough: nothing waits for the GPU after a run
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> "OnnxRuntimeBinding":
+        """Bind contiguous tensors of the graph's device by pointer (see ``Engine.bind``)."""
+        ort = runtime.onnxruntime()
+        binding = self._session.io_binding()
+        for spec in self.graph.inputs:
+            binding.bind_ortvalue_input(spec.name, ort.OrtValue.from_dlpack(tensors[spec.name]))
+        for spec in self.graph.outputs:
+            binding.bind_ortvalue_output(spec.name, ort.OrtValue.from_dlpack(tensors[spec.name]))
+        return OnnxRuntimeBinding(self, binding, dict(tensors))
+
+    def weight_pointers(self) -> dict[str, int]:
+        return {name: value.data_ptr() for name, value in self._weights.items()}
+
+    def run(self, io_binding: Any) -> None:
+        """Run a bound session; a failed allocation becomes torch's out-of-memory error."""
+        try:
+            if self.target.device == "cuda":
+                with cuda.on_engine_stream(self._device):
+                    self._session.run_with_iobinding(io_binding, self._run_options)
+            else:
+                self._session.run_with_iobinding(io_binding, self._run_options)
+        except Exception as error:
+            raise _translated(error, self._device) from error
+
+
+class OnnxRuntimeBinding:
+    """A session with every tensor bound."""
+
+    def __init__(
+        self, engine: OnnxRuntimeEngine, io_binding: Any, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        self._engine = engine
+        self._io_binding = io_binding
+        self._tensors = tensors  # ONNX Runtime holds only pointers to them
+
+    def run(self) -> None:
+        self._engine.run(self._io_binding)
+
+
+@cache
+def _weights_folder() -> str:
+    """A folder with the empty file that initializers name; their data comes by pointer."""
+    folder = tempfile.TemporaryDirectory(prefix="fastgen-")
+    _KEEP.append(folder)
+    Path(folder.name, WEIGHTS_FILE).touch()
+    return folder.name
+
+
+_KEEP: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def _session_options(target: Target, options: EngineOptions) -> Any:
+    ort = runtime.onnxruntime()
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    # Graphs are authored with fused operators: there is nothing left to optimize at load
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    settings.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", _weights_folder()
+    )
+    if target.device == "cpu":
+        settings.intra_op_num_threads = options.intra_op_threads or torch.get_num_threads()
+        # Prepacking would copy every weight matrix once per session
+        settings.add_session_config_entry("session.disable_prepacking", "1")
+    else:
+        settings.add_session_config_entry("ep.cuda.enable_gemm_auto_tune", "1")
+    return settings
+
+
+def _provider(target: Target, device: torch.device) -> str | tuple[str, dict[str, str]]:
+    if target.device == "cpu":
+        return "CPUExecutionProvider"
+    return (
+        "CUDAExecutionProvider",
+        {
+            "device_id": str(device.index or 0),
+            "user_compute_stream": str(cuda.engine_stream(device).cuda_stream),
+            "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32)),
+        },
+    )
+
+
+def _translated(error: Exception, device: torch.device) -> Exception:
+    """What a failed run means to a torch program."""
+    text = str(error)
+    requested = re.search(r"(?:requested buffer of size|bytes requested:?)\s*(\d+)", text)
+    if requested is None and "out of memory" not in text.lower():
+        return EngineError(f"ONNX Runtime failed: {text}")
+    size = f"{int(requested[1]) / 2**20:.2f} MiB" if requested else "memory"
+    if device.type != "cuda":
+        return MemoryError(f"ONNX Runtime could not allocate {size}.")
+    free, total = torch.cuda.mem_get_info(device)
+    return torch.OutOfMemoryError(
+        f"CUDA out of memory. Tried to allocate {size}. GPU {device.index or 0} has a total "
+        f"capacity of {total / 2**30:.2f} GiB of which {free / 2**30:.2f} GiB is free. torch has "
+        f"{torch.cuda.memory_allocated(device) / 2**30:.2f} GiB allocated. The model is still "
+        "usable: call it with a smaller batch, fewer beams or a shorter input."
+    )

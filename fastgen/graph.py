@@ -1,0 +1,114 @@
+"""From a family's onnxscript module to a Graph: ONNX bytes, tensor specs, parameter names."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder, nn
+
+from fastgen.ops import Ops
+from fastgen.target import Target
+
+WEIGHTS_FILE = "weights"  # initializers name this (empty) file; their data comes by pointer
+
+IR_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64,
+    "int32": ir.DataType.INT32,
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype (torch's name) and shape of a Graph's input or output; a str is a free axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A computation ready for an engine to compile; no weight is inside."""
+
+    onnx: bytes
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parameters: tuple[str, ...]
+    """Names of the torch parameters (in the HF module) that are this graph's initializers."""
+
+    def meta(self) -> dict[str, Any]:
+        """Everything but the bytes, as JSON-able data."""
+        return {
+            "inputs": [asdict(spec) for spec in self.inputs],
+            "outputs": [asdict(spec) for spec in self.outputs],
+            "parameters": list(self.parameters),
+        }
+
+    @classmethod
+    def from_meta(cls, onnx: bytes, meta: Mapping[str, Any]) -> "Graph":
+        """The inverse of ``meta``."""
+
+        def specs(rows: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(r["name"], r["dtype"], tuple(r["shape"])) for r in rows)
+
+        return cls(onnx, specs(meta["inputs"]), specs(meta["outputs"]), tuple(meta["parameters"]))
+
+
+def build(
+    module: nn.Module,
+    target: Target,
+    parameters: Mapping[str, tuple[str, tuple[int, ...]]],
+    call: Callable[..., Mapping[str, ir.Value]],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+) -> Graph:
+    """Trace ``call(ops, **inputs)``, which uses ``module``'s children, into a Graph.
+
+    Args:
+        module: tree whose parameter names are those of the HF module.
+        parameters: dtype and shape of the HF module's parameters, by name.
+        call: builds the computation; returns the graph's outputs by name.
+    """
+    opsets = {"": target.opset, "com.microsoft": 1}
+    graph = ir.Graph([], [], nodes=[], name="fastgen", opset_imports=opsets)
+    _name_parameters(module, parameters)
+    builder = GraphBuilder(graph)
+    values = {s.name: builder.input(s.name, IR_DTYPES[s.dtype], list(s.shape)) for s in inputs}
+    results = call(Ops(builder, target), **values)
+    for spec in outputs:
+        value = results[spec.name]
+        value.type, value.shape = ir.TensorType(IR_DTYPES[spec.dtype]), ir.Shape(spec.shape)
+        builder.add_output(value, spec.name)
+    used = _by_pointer(graph, module)
+    model = ir.Model(graph, ir_version=11, producer_name="fastgen")
+    onnx = ir.to_proto(model).SerializeToString()
+    return Graph(onnx, tuple(inputs), tuple(outputs), used)
+
+
+def _name_parameters(
+    module: nn.Module, parameters: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    """Give each parameter its full name and type, whichever method of its module uses it."""
+    for name, parameter in module.named_parameters():
+        dtype, shape = parameters[name]
+        parameter.name = name
+        parameter.type, parameter.shape = ir.TensorType(IR_DTYPES[dtype]), ir.Shape(shape)
+        parameter._realized = True  # onnxscript would name it after the calls that lead to it
+
+
+def _by_pointer(graph: ir.Graph, module: nn.Module) -> tuple[str, ...]:
+    """Declare used parameters as external data, whose place an engine fills with a pointer."""
+    names = []
+    for name, parameter in module.named_parameters():
+        if not parameter.uses():
+            continue
+        parameter.const_value = ir.ExternalTensor(
+            WEIGHTS_FILE, 0, None, parameter.dtype, shape=parameter.shape, name=name, base_dir=""
+        )
+        graph.register_initializer(parameter)
+        names.append(name)
+    return tuple(names)

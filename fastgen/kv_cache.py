@@ -1,0 +1,291 @@
+"""The KV cache: device buffers in buckets, leased to caches that Hugging Face code understands."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+
+from fastgen.engines import Binding
+from fastgen.seq2seq import DecoderShape
+from fastgen.target import Target
+
+
+class BucketSize(NamedTuple):
+    """What one set of buffers, bindings and captured CUDA graph serves."""
+
+    batch: int
+    queries: int
+    """Query tokens of one step: 1, or the number of beams that share one KV buffer."""
+    slots: int
+    """KV cache slots per row (a multiple of ``queries``)."""
+    sources: int
+    """Source tokens per row, padding included."""
+
+
+class Bucket:
+    """Every tensor of the decoder graph at one size, allocated once.
+
+    ``tensors`` maps graph names to tensors. ``self_kv`` and ``cross_kv`` hold all layers' buffers
+    in one allocation each: [2 * layers, *Target.kv_shape], keys and values alternating.
+    """
+
+    def __init__(
+        self, shape: DecoderShape, target: Target, device: torch.device, size: BucketSize
+    ) -> None:
+        self.shape, self.target, self.device, self.size = shape, target, device, size
+        self.dtype = getattr(torch, target.dtype)
+        batch, queries, slots, sources = size
+        kv = 2 * shape.layers
+        self.self_kv = self._empty(kv, *target.kv_shape(batch, *self._heads(slots)))
+        self.cross_kv = self._empty(kv, *target.kv_shape(batch, *self._heads(sources)))
+        first_slot = torch.zeros(1, dtype=torch.int32, device=device)
+        if not target.appends_in_attention:
+            first_slot = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.tensors = {
+            "input_ids": torch.zeros(batch, queries, dtype=torch.int64, device=device),
+            "query_positions": torch.zeros(queries, 1, dtype=torch.int64, device=device),
+            "slot_positions": (torch.arange(slots, device=device) // queries).view(1, slots),
+            "first_slot": first_slot,
+            "cross_mask": self._empty(batch, 1, queries, sources),
+            "logits": self._empty(batch, queries, shape.vocab_size),
+        }
+        self.tensors |= {name: self._empty(*axes) for name, axes in shape.tables.items()}
+        self.tensors |= self._kv_tensors("self", self.self_kv)
+        self.tensors |= self._kv_tensors("present", self.self_kv)  # updated in place
+        self.tensors |= self._kv_tensors("cross", self.cross_kv)
+        self.steps: dict[Any, Any] = {}
+        """Bindings and captured graphs of these buffers, by whatever made them."""
+
+    def _heads(self, slots: int) -> tuple[int, int, int]:
+        return self.shape.heads, slots, self.shape.head_size
+
+    def _empty(self, *axes: int) -> torch.Tensor:
+        return torch.empty(axes, dtype=self.dtype, device=self.device)
+
+    def _kv_tensors(self, prefix: str, buffers: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.target.kv_layout == "BLHD":
+            buffers = buffers.flatten(-2)
+        return dict(zip(self.shape.kv_names(prefix), buffers.unbind(0), strict=True))
+
+    def layer(self, buffers: torch.Tensor, index: int, length: int) -> torch.Tensor:
+        """One buffer's first ``length`` slots as Hugging Face sees them: view [B, H, length, D]."""
+        buffer = buffers[index]
+        if self.target.kv_layout == "BLHD":
+            buffer = buffer.transpose(1, 2)
+        return buffer[:, :, :length]
+
+    def filled(self, buffers: torch.Tensor, length: int) -> torch.Tensor:
+        """The first ``length`` slots of all layers' buffers, a view."""
+        axis = -3 if self.target.kv_layout == "BLHD" else -2
+        return buffers.narrow(axis, 0, length)
+
+    def clear(self) -> None:
+        """Forget the last user's tokens: attention reads unfilled slots, and NaN survives a mask."""
+        if not self.target.appends_in_attention:
+            self.self_kv.zero_()
+
+    def reorder(self, rows: torch.Tensor, length: int) -> None:
+        """Row i takes the keys and values of row ``rows[i]``."""
+        for buffers, slots in ((self.self_kv, length), (self.cross_kv, self.size.sources)):
+            filled = self.filled(buffers, slots)
+            filled.copy_(filled.index_select(1, rows.to(self.device)))
+
+
+class BucketPool:
+    """Buckets not in use now, kept for the next call of their size; the oldest go first."""
+
+    def __init__(self, make: Callable[[BucketSize], Bucket], limit: int) -> None:
+        self._make, self._limit = make, limit
+        self._idle: list[Bucket] = []
+
+    def lease(self, size: BucketSize) -> "Lease":
+        """A bucket of this size, for as long as the lease lives."""
+        for bucket in reversed(self._idle):
+            if bucket.size == size:
+                self._idle.remove(bucket)
+                break
+        else:
+            bucket = self._allocate(size)
+        bucket.clear()
+        return Lease(self, bucket)
+
+    def _allocate(self, size: BucketSize) -> Bucket:
+        try:
+            return self._make(size)
+        except torch.OutOfMemoryError:
+            self.release_idle()
+            return self._make(size)
+
+    def give_back(self, bucket: Bucket) -> None:
+        self._idle.append(bucket)
+        del self._idle[: -self._limit]
+
+    def release_idle(self) -> None:
+        """Free every bucket that no cache holds, with its captured graphs."""
+        self._idle.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class Lease:
+    """A bucket in use; goes back to its pool when nothing refers to it any more."""
+
+    def __init__(self, pool: BucketPool, bucket: Bucket) -> None:
+        self._pool, self.bucket = pool, bucket
+
+    def __del__(self) -> None:
+        self._pool.give_back(self.bucket)
+
+
+class _Slots:
+    """What all layers of one cache share; copies start without a lease."""
+
+    lease: Lease | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Slots":
+        return _Slots()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class SlotLayer(DynamicLayer):
+    """One layer's keys and values: in a leased bucket, or (``own``) in tensors of its own.
+
+    It starts with tensors of its own and then is the stock DynamicLayer; the engine moves it into
+    a bucket. Whatever the engine does not do to a cache moves it back out, and is therefore right.
+    """
+
+    def __init__(self, slots: _Slots, index: int, cross: bool) -> None:
+        self._slots, self._index, self.cross = slots, index, cross
+        self.own = True
+        self.length = 0
+        self._tensors: dict[str, torch.Tensor | None] = {}
+        super().__init__()
+
+    def _view(self, value: int) -> torch.Tensor:
+        lease = self._slots.lease
+        assert lease is not None
+        buffers = lease.bucket.cross_kv if self.cross else lease.bucket.self_kv
+        view = lease.bucket.layer(buffers, 2 * self._index + value, self.length)
+        view._lease = lease  # type: ignore[attr-defined]  # the buffer lives as long as the view
+        return view
+
+    @property  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
+        return self._tensors.get("keys") if self.own else self._view(0)
+
+    @keys.setter
+    def keys(self, tensor: torch.Tensor | None) -> None:
+        self._move_out()
+        self._tensors["keys"] = tensor
+
+    @property  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
+        return self._tensors.get("values") if self.own else self._view(1)
+
+    @values.setter
+    def values(self, tensor: torch.Tensor | None) -> None:
+        self._move_out()
+        self._tensors["values"] = tensor
+
+    def _move_out(self) -> None:
+        if not self.own:
+            self._tensors = {"keys": self._view(0).clone(), "values": self._view(1).clone()}
+            self.own = True
+
+    def move_in(self, length: int) -> None:
+        """Say that the first ``length`` slots of the bucket are this layer's content."""
+        if self.own:
+            self._tensors = {}
+            self.own, self.is_initialized = False, True
+            keys = self._view(0)
+            self.dtype, self.device = keys.dtype, keys.device
+        self.length = length
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self.own else self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.own:
+            super().crop(tokens_to_remove)
+        elif tokens_to_remove > 0:  # the meaning before transformers 5.18: tokens to keep
+            self.length = min(self.length, tokens_to_remove)
+        else:
+            self.length = max(0, self.length + tokens_to_remove)
+
+    def reset(self) -> None:
+        self._move_out()
+        super().reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self_copy = copy.copy(self.__dict__)
+        if not self.own:
+            tensors = {"keys": self._view(0).clone(), "values": self._view(1).clone()}
+            self_copy |= {"_tensors": tensors, "own": True}
+        return self_copy
+
+
+class StaticKVCache(EncoderDecoderCache):
+    """A KV cache in engine-owned device buffers that is a Hugging Face cache too."""
+
+    def __init__(self, layers: int) -> None:
+        self._slots = _Slots()
+        caches = DynamicCache(), DynamicCache()
+        for cross, cache in enumerate(caches):
+            cache.layers = [SlotLayer(self._slots, i, bool(cross)) for i in range(layers)]
+        super().__init__(*caches)
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """The leased bucket, if every layer's content is in it."""
+        lease = self._slots.lease
+        layers = self.self_attention_cache.layers + self.cross_attention_cache.layers
+        if lease is None or any(layer.own for layer in layers):
+            return None
+        return lease.bucket
+
+    def lease(self, pool: BucketPool, size: BucketSize, fresh: bool = False) -> Bucket:
+        """Lease a bucket of ``size``, with this cache's content; ``fresh`` leaves what the cross
+        graph computes to be filled."""
+        old, lease = self._slots.lease, pool.lease(size)
+        if old is not None and not fresh:
+            for name in ("cross_mask", *old.bucket.shape.tables):
+                lease.bucket.tensors[name].copy_(old.bucket.tensors[name])
+            self._copy_into(lease.bucket, self.cross_attention_cache.layers)
+        self._copy_into(lease.bucket, self.self_attention_cache.layers)
+        self._slots.lease = lease
+        return lease.bucket
+
+    def _copy_into(self, bucket: Bucket, layers: list[SlotLayer]) -> None:
+        for i, layer in enumerate(layers):
+            length = layer.get_seq_length()
+            buffers = bucket.cross_kv if layer.cross else bucket.self_kv
+            if length:
+                bucket.layer(buffers, 2 * i, length).copy_(layer.keys)
+                bucket.layer(buffers, 2 * i + 1, length).copy_(layer.values)
+
+    def move_in(self, sources: int) -> None:
+        """Say that the leased bucket holds all content; a cross-attention content of one's own
+        stays what later tokens attend to."""
+        bucket = self._slots.lease.bucket
+        self._copy_into(bucket, self.cross_attention_cache.layers)
+        self.fill(self.get_seq_length(), sources)
+
+    def fill(self, length: int, sources: int | None = None) -> None:
+        """Say that the bucket holds ``length`` tokens (and ``sources`` source tokens)."""
+        for layer in self.self_attention_cache.layers:
+            layer.move_in(length)
+        if sources is not None:
+            for i, layer in enumerate(self.cross_attention_cache.layers):
+                layer.move_in(sources)
+                self.is_updated[i] = True
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        bucket = self.bucket
+        if bucket is None:
+            super().reorder_cache(beam_idx)
+        else:
+            bucket.reorder(beam_idx, self.get_seq_length())

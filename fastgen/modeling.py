@@ -1,0 +1,220 @@
+"""The life of an engine inside a Hugging Face module: built lazily, dropped when weights move."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from onnxscript import nn as graph_nn
+
+from fastgen import graph as graphs
+from fastgen import runtime
+from fastgen.engine_cache import Artifact, EngineCache
+from fastgen.engines import Engine, NoEngine, choose_target
+from fastgen.engines.onnxruntime import OnnxRuntimeEngine
+from fastgen.errors import UnsupportedConfigError
+from fastgen.graph import Graph, TensorSpec
+from fastgen.options import EngineOptions
+from fastgen.target import Target
+
+# Config fields that name where a model came from, not what it computes
+_NOT_COMPUTATION = ("_name_or_path", "architectures", "transformers_version", "dtype")
+
+
+class EngineModule(torch.nn.Module):
+    """Mixin of a Hugging Face module: keeps its compiled engines and knows when they are stale.
+
+    Subclasses say in ``_build_engine`` what an engine of theirs is.
+    """
+
+    config: Any
+    _engine: Any = None
+    _engine_weights: tuple[int, ...] | None = None
+    _engine_options: EngineOptions | None = None
+    _refusal: str | None = None
+
+    @property
+    def engine_options(self) -> EngineOptions:
+        """Options of this model's engines; assigning drops the engines built so far."""
+        if self._engine_options is None:
+            self._engine_options = EngineOptions.resolve(None)
+        return self._engine_options
+
+    @engine_options.setter
+    def engine_options(self, options: EngineOptions | Mapping[str, Any] | None) -> None:
+        resolved = EngineOptions.resolve(options)
+        for module in self.modules():
+            if isinstance(module, EngineModule):
+                module._engine_options = resolved
+        self.invalidate_engine()
+
+    def invalidate_engine(self) -> None:
+        """Drop compiled engines, KV buckets and captured graphs; the next call builds anew.
+
+        Needed only after weights were replaced behind torch's back; moving, casting, loading and
+        resizing are noticed, and an in-place edit is seen at once since engines hold pointers.
+        """
+        for module in self.modules():
+            if isinstance(module, EngineModule):
+                module._engine = module._engine_weights = module._refusal = None
+
+    def compile_engine(self) -> None:
+        """Build every engine now (and store it in the engine cache), not at the first call.
+
+        Raises:
+            NoEngine: no engine serves this model; the message says why.
+        """
+        for module in self.modules():
+            if isinstance(module, EngineModule):
+                module._current_engine()
+
+    def _build_engine(self, target: Target) -> Any:
+        raise NotImplementedError
+
+    def _current_engine(self) -> Any:
+        """The engine for the weights as they are now.
+
+        Raises:
+            NoEngine: torch must serve this model; the message says why.
+        """
+        weights = _weights_state(self)
+        if weights is None:
+            raise NoEngine("a module has forward hooks, which only torch runs")
+        if weights != self._engine_weights:
+            self._engine = self._refusal = None
+            self._engine_weights = weights
+        if self._refusal is not None:
+            raise NoEngine(self._refusal)
+        if self._engine is None:
+            try:
+                self._engine = self._build_engine(self._choose_target())
+            except (NoEngine, UnsupportedConfigError) as error:
+                self._refusal = str(error)
+                raise NoEngine(self._refusal) from error
+            self._engine_weights = _weights_state(self)  # making them contiguous may move weights
+        return self._engine
+
+    def _choose_target(self) -> Target:
+        parameters = dict(self.named_parameters())
+        first = next(iter(parameters.values()))
+        target = choose_target(self.engine_options, first.device, first.dtype)
+        kept = tuple(getattr(self, "_keep_in_fp32_modules", None) or ())
+        for name, parameter in parameters.items():
+            if parameter.device != first.device:
+                raise NoEngine(f"{name} is on {parameter.device}, other weights on {first.device}")
+            wide = parameter.dtype == torch.float32 and any(k in name.split(".") for k in kept)
+            if parameter.dtype != first.dtype and not wide:
+                raise NoEngine(f"{name} is {parameter.dtype}, other weights {first.dtype}")
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        return target
+
+    def _engine_for(
+        self,
+        name: str,
+        root: graph_nn.Module,
+        target: Target,
+        method: str,
+        specs: tuple[Sequence[TensorSpec], Sequence[TensorSpec]],
+    ) -> Engine:
+        """Load graph ``name`` from the engine cache, or build and store it, and compile it.
+
+        Args:
+            root: graph modules with this module's parameter names, used for one graph only.
+            method: name of the method of ``root`` that builds the computation.
+            specs: the graph's inputs and outputs.
+        """
+        own = dict(self.named_parameters(remove_duplicate=False))
+        wanted = {n for n, _ in root.named_parameters()}
+        if missing := sorted(wanted - own.keys()):
+            raise NoEngine(f"parameters were replaced: {missing[0]} is gone")
+        types = {n: (str(own[n].dtype).removeprefix("torch."), tuple(own[n].shape)) for n in wanted}
+
+        def build() -> Artifact:
+            graph = graphs.build(root, target, types, getattr(root, method), *specs)
+            return Artifact(graph.onnx, graph.meta())
+
+        options = self.engine_options
+        title = f"{type(self).__name__} {name} ({target.backend}, {target.device}, {target.dtype})"
+        if options.disk_cache:
+            key = {"graph": name, "parameters": types, **_engine_key(self, target)}
+            artifact = EngineCache(options.cache_dir).load_or_build(key, build, title=title)
+        else:
+            artifact = build()
+        graph = Graph.from_meta(artifact.data, artifact.meta)
+        return OnnxRuntimeEngine(graph, target, own, options)
+
+    def _refuse_extra_parameters(self, roots: Sequence[graph_nn.Module], ignore: str) -> None:
+        """Adapters and the like add parameters that no graph knows: torch must serve them."""
+        known = {name for root in roots for name, _ in root.named_parameters()}
+        for name, _ in self.named_parameters(remove_duplicate=False):
+            if name not in known and not name.startswith(tuple(ignore.split())):
+                raise NoEngine(f"parameter {name} is not part of the {type(self).__name__} graph")
+
+    # What torch does to a module
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply(*args, **kwargs)
+        self.invalidate_engine()
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.invalidate_engine()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)  # a copy or a pickle starts without an engine
+        for name in ("_engine", "_engine_weights", "_refusal"):
+            state.pop(name, None)
+        return state
+
+
+def _modules(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Like ``root.modules()``, several times faster: this runs at every ``generate``."""
+    stack = [root]
+    while stack:
+        module = stack.pop()
+        yield module
+        stack.extend(child for child in module._modules.values() if child is not None)
+
+
+def _weights_state(root: torch.nn.Module) -> tuple[int, ...] | None:
+    """Addresses of all parameters in a fixed order; None if any module has forward hooks."""
+    pointers = []
+    for module in _modules(root):
+        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+            return None
+        pointers += [p.data_ptr() for p in module._parameters.values() if p is not None]
+    return tuple(pointers)
+
+
+@cache
+def _sources_digest() -> str:
+    """Digest of the code that writes graphs: when it changes, so do they."""
+    folder = Path(__file__).parent
+    files = [folder / f"{name}.py" for name in ("graph", "ops", "seq2seq", "target")]
+    digest = hashlib.sha256()
+    for file in [*files, *sorted((folder / "models").glob("*.py"))]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _engine_key(module: EngineModule, target: Target) -> dict[str, Any]:
+    """Everything besides parameters that changes a compiled graph: no path, no time."""
+    config = module.config.to_dict()
+    generation = ""
+    if target.device == "cuda":
+        generation = "sm%d%d" % torch.cuda.get_device_capability(next(module.parameters()).device)
+    return {
+        "class": type(module).__name__,
+        "config": {k: v for k, v in config.items() if k not in _NOT_COMPUTATION},
+        "target": asdict(target),
+        "sources": _sources_digest(),
+        "backend_version": runtime.onnxruntime().__version__,
+        "transformers": transformers.__version__,
+        "gpu": generation,
+    }

@@ -1,0 +1,50 @@
+"""Graph modules shared by families; parameter names are those of torch.nn and Hugging Face."""
+
+from onnx_ir import Value
+from onnxscript import nn
+
+from fastgen.ops import Ops
+
+
+class Linear(nn.Module):
+    """torch.nn.Linear without bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([out_features, in_features])
+
+    def forward(self, op: Ops, x: Value, scale: float = 1.0) -> Value:
+        return op.linear(x, self.weight, scale)
+
+
+class WideLinear(Linear):
+    """A Linear whose result may exceed float16's range."""
+
+    def forward(self, op: Ops, x: Value, scale: float = 1.0) -> Value:
+        return op.wide_linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """torch.nn.Embedding of token ids."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([num_embeddings, embedding_dim])
+
+    def forward(self, op: Ops, ids: Value) -> Value:
+        return op.embedding(ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Adds what a sublayer computed to the residual stream, then norms the sum."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([width])
+        self.eps = eps
+
+    def forward(self, op: Ops, residual: Value, delta: Value | None) -> tuple[Value, Value]:
+        """Give the new residual and its norm; ``delta`` None means nothing to add yet."""
+        if delta is None:
+            return residual, op.rms_norm(residual, self.weight, self.eps)
+        return op.add_rms_norm(residual, delta, self.weight, self.eps)

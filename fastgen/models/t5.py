@@ -1,0 +1,307 @@
+"""T5: the graph modules of the whole T5 family, and its Fast classes.
+
+T5 has no biases, RMS norms before each sublayer, unscaled attention, and a bias by bucketed
+relative position that the first layer owns and all share (in UMT5 every layer owns one).
+"""
+
+import torch
+from onnx_ir import Value
+from onnxscript import nn
+from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Attention as StockT5Attention
+from transformers.models.t5.modeling_t5 import T5Stack
+
+from fastgen.errors import UnsupportedConfigError
+from fastgen.modeling_seq2seq import FastEncoder, FastEncoderModel, FastSeq2SeqLM
+from fastgen.models.layers import Embedding, Linear, RMSNorm, WideLinear
+from fastgen.ops import KVSlots, Ops
+from fastgen.seq2seq import DecoderShape
+
+
+class Attention(nn.Module):
+    """q, k, v and o; the relative position bias of layers that own one."""
+
+    def __init__(self, config: T5Config, owns_bias: bool = False) -> None:
+        super().__init__()
+        inner = config.num_heads * config.d_kv  # d_kv is free: inner need not equal d_model
+        self.heads, self.head_size = config.num_heads, config.d_kv
+        self.q = Linear(config.d_model, inner)
+        self.k = Linear(config.d_model, inner)
+        self.v = Linear(config.d_model, inner)
+        self.o = Linear(inner, config.d_model)
+        if owns_bias:
+            self.relative_attention_bias = PositionTable(config)
+
+    def forward(self, op: Ops, x: Value, bias: Value) -> Value:
+        """Encoder self-attention: [B, S, E], [B, H, S, S] -> [B, S, E]."""
+        q, k, v = self.q(op, x), self.k(op, x), self.v(op, x)
+        return self.o(op, op.attention(q, k, v, bias, self.heads))
+
+
+class CachedAttention(Attention):
+    """Decoder self-attention over KV cache slots."""
+
+    def forward(  # type: ignore[override]
+        self, op: Ops, x: Value, slots: KVSlots, bias: Value
+    ) -> tuple[Value, Value, Value]:
+        q, k, v = self.q(op, x), self.k(op, x), self.v(op, x)
+        y, key, value = op.cached_attention(q, k, v, slots, bias, self.heads)
+        return self.o(op, y), key, value
+
+
+class CrossAttention(Attention):
+    """Attention over the encoder's hidden states, whose keys and values are computed once."""
+
+    def forward(  # type: ignore[override]
+        self, op: Ops, x: Value, key: Value, value: Value, bias: Value
+    ) -> Value:
+        return self.o(op, op.attention(self.q(op, x), key, value, bias, self.heads))
+
+    def keys_and_values(self, op: Ops, encoded: Value) -> tuple[Value, Value]:
+        k, v = self.k(op, encoded), self.v(op, encoded)
+        return op.as_kv(k, self.heads, self.head_size), op.as_kv(v, self.heads, self.head_size)
+
+
+class PositionTable(nn.Module):
+    """The embedding of relative position buckets, laid out by distance."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([config.relative_attention_num_buckets, config.num_heads])
+
+    def forward(self, op: Ops, buckets: list[int], future: int | None) -> Value:
+        return op.position_table(self.weight, buckets, future)
+
+
+class FeedForward(nn.Module):
+    """DenseReluDense: wo(act(wi(x))), or gated: wo(act(wi_0(x)) * wi_1(x))."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.act, self.gated = config.dense_act_fn, config.is_gated_act
+        if self.gated:
+            self.wi_0 = Linear(config.d_model, config.d_ff)
+            self.wi_1 = Linear(config.d_model, config.d_ff)
+        else:
+            self.wi = Linear(config.d_model, config.d_ff)
+        self.wo = WideLinear(config.d_ff, config.d_model)
+
+    def forward(self, op: Ops, x: Value) -> Value:
+        if self.gated:
+            hidden = op.activation(self.wi_0(op, x), self.act)
+            hidden = op.multiply(hidden, self.wi_1(op, x))
+        else:
+            hidden = op.activation(self.wi(op, x), self.act)
+        return self.wo(op, hidden)
+
+
+class SelfAttentionLayer(nn.Module):
+    def __init__(self, config: T5Config, attention: Attention) -> None:
+        super().__init__()
+        self.SelfAttention = attention
+        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+
+class CrossAttentionLayer(nn.Module):
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.EncDecAttention = CrossAttention(config)
+        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+
+class FeedForwardLayer(nn.Module):
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.DenseReluDense = FeedForward(config)
+        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+
+class Block(nn.Module):
+    """``layer`` holds self-attention, cross-attention (decoder only) and feed-forward."""
+
+    def __init__(self, config: T5Config, sublayers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(sublayers)
+
+
+def distance_buckets(config: T5Config, bidirectional: bool) -> tuple[list[int], int]:
+    """Bucket of each distance key - query, in the index order of ``Ops.position_table``:
+    0, 1, ... highest, then lowest ... -1. Also gives the distance at which buckets end.
+
+    Raises:
+        UnsupportedConfigError: distances beyond relative_attention_max_distance differ.
+    """
+    reach = max(config.relative_attention_max_distance, config.relative_attention_num_buckets)
+    highest = reach if bidirectional else 1
+    distances = [*range(highest + 1), *range(-reach, 0)]
+    far = [-reach, -2 * reach, -(10**6)] + [reach, 2 * reach, 10**6] * bidirectional
+    buckets = StockT5Attention._relative_position_bucket(
+        torch.tensor(distances + far),
+        bidirectional=bidirectional,
+        num_buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+    ).tolist()
+    ends = buckets[len(distances) :]
+    if len(set(ends[:3])) > 1 or len(set(ends[3:])) > 1:
+        raise UnsupportedConfigError(
+            f"relative_attention_max_distance={config.relative_attention_max_distance} with "
+            f"relative_attention_num_buckets={config.relative_attention_num_buckets}: distances "
+            "beyond the maximum fall into different buckets, which no table can hold."
+        )
+    return buckets[: len(distances)], reach
+
+
+class Encoder(nn.Module):
+    """T5Stack as encoder: root module of the encoder graph."""
+
+    def __init__(self, config: T5Config, bias_in_every_layer: bool = False) -> None:
+        super().__init__()
+        self.buckets, self.reach = distance_buckets(config, bidirectional=True)
+        self.embed_tokens = Embedding(config.vocab_size, config.d_model)
+        self.block = nn.ModuleList()
+        for i in range(config.num_layers):
+            attention = Attention(config, owns_bias=bias_in_every_layer or i == 0)
+            self.block.append(
+                Block(config, [SelfAttentionLayer(config, attention), FeedForwardLayer(config)])
+            )
+        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def encode(
+        self,
+        op: Ops,
+        input_ids: Value,
+        attention_mask: Value,
+        query_positions: Value,
+        key_positions: Value,
+    ) -> dict[str, Value]:
+        mask = op.mask_bias(attention_mask)
+        residual, delta = self.embed_tokens(op, input_ids), None
+        for block in self.block:
+            attention, feed_forward = block.layer
+            if hasattr(attention.SelfAttention, "relative_attention_bias"):
+                table = attention.SelfAttention.relative_attention_bias(op, self.buckets, None)
+                positions = query_positions, key_positions
+                bias = op.position_bias(table, *positions, -self.reach, self.reach)
+                bias = op.add(bias, mask)
+            residual, x = attention.layer_norm(op, residual, delta)
+            delta = attention.SelfAttention(op, x, bias)
+            residual, x = feed_forward.layer_norm(op, residual, delta)
+            delta = feed_forward.DenseReluDense(op, x)
+        _, hidden = self.final_layer_norm(op, residual, delta)
+        return {"last_hidden_state": hidden}
+
+
+class DecoderStack(nn.Module):
+    """T5Stack as decoder."""
+
+    def __init__(self, config: T5Config, bias_in_every_layer: bool) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.d_model)
+        self.block = nn.ModuleList()
+        for i in range(config.num_decoder_layers):
+            attention = CachedAttention(config, owns_bias=bias_in_every_layer or i == 0)
+            sublayers = [
+                SelfAttentionLayer(config, attention),
+                CrossAttentionLayer(config),
+                FeedForwardLayer(config),
+            ]
+            self.block.append(Block(config, sublayers))
+        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+
+class Decoder(nn.Module):
+    """The decoder and its head: root module of the cross graph and the decoder graph."""
+
+    def __init__(self, config: T5Config, bias_in_every_layer: bool = False) -> None:
+        super().__init__()
+        self.buckets, self.reach = distance_buckets(config, bidirectional=False)
+        self.decoder = DecoderStack(config, bias_in_every_layer)
+        self.lm_head = Linear(config.d_model, config.vocab_size)
+        self.logits_scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+        tables = config.num_decoder_layers if bias_in_every_layer else 1
+        self.shape = DecoderShape(
+            layers=config.num_decoder_layers,
+            heads=config.num_heads,
+            head_size=config.d_kv,
+            width=config.d_model,
+            vocab_size=config.vocab_size,
+            tables={
+                f"position_table.{i}": (1, config.num_heads, len(self.buckets))
+                for i in range(tables)
+            },
+        )
+
+    def cross(
+        self, op: Ops, encoder_hidden_states: Value, attention_mask: Value
+    ) -> dict[str, Value]:
+        """What stays the same for all tokens of one ``generate``."""
+        results = {"cross_mask": op.mask_bias(attention_mask)}
+        for i, block in enumerate(self.decoder.block):
+            attention = block.layer[0].SelfAttention
+            if hasattr(attention, "relative_attention_bias"):
+                table = attention.relative_attention_bias(op, self.buckets, future=1)
+                results[f"position_table.{i}"] = table
+            key, value = block.layer[1].EncDecAttention.keys_and_values(op, encoder_hidden_states)
+            results |= {f"cross_key.{i}": key, f"cross_value.{i}": value}
+        return results
+
+    def decode(
+        self,
+        op: Ops,
+        input_ids: Value,
+        query_positions: Value,
+        slot_positions: Value,
+        first_slot: Value,
+        cross_mask: Value,
+        slot_mask: Value | None = None,
+        **buffers: Value,
+    ) -> dict[str, Value]:
+        """Query tokens [B, Q] over KV cache slots -> logits [B, Q, V] and the KV buffers."""
+        positions = op.visible_slots(slot_positions, input_ids, first_slot, axis=1)
+        if slot_mask is not None:
+            slot_mask = op.visible_slots(slot_mask, input_ids, first_slot, axis=3)
+        results: dict[str, Value] = {}
+        residual, delta = self.decoder.embed_tokens(op, input_ids), None
+        for i, block in enumerate(self.decoder.block):
+            attention, cross, feed_forward = block.layer
+            if f"position_table.{i}" in buffers:
+                table = buffers[f"position_table.{i}"]
+                bias = op.position_bias(table, query_positions, positions, -self.reach, 1)
+                bias = bias if slot_mask is None else op.add(bias, slot_mask)
+            slots = KVSlots(buffers[f"self_key.{i}"], buffers[f"self_value.{i}"], first_slot)
+            residual, x = attention.layer_norm(op, residual, delta)
+            delta, key, value = attention.SelfAttention(op, x, slots, bias)
+            results |= {f"present_key.{i}": key, f"present_value.{i}": value}
+            residual, x = cross.layer_norm(op, residual, delta)
+            kv = buffers[f"cross_key.{i}"], buffers[f"cross_value.{i}"]
+            delta = cross.EncDecAttention(op, x, *kv, cross_mask)
+            residual, x = feed_forward.layer_norm(op, residual, delta)
+            delta = feed_forward.DenseReluDense(op, x)
+        _, hidden = self.decoder.final_layer_norm(op, residual, delta)
+        results["logits"] = self.lm_head(op, hidden, scale=self.logits_scale)
+        return results
+
+
+class FastT5Stack(FastEncoder, T5Stack):
+    """The encoder stack, on the engine."""
+
+    def _encoder_root(self) -> Encoder:
+        return Encoder(self.config)
+
+
+class FastT5EncoderModel(FastEncoderModel, T5EncoderModel):
+    """T5EncoderModel on a compiled engine."""
+
+    _stack_class = FastT5Stack
+
+
+class FastT5ForConditionalGeneration(FastSeq2SeqLM, T5ForConditionalGeneration):
+    """T5ForConditionalGeneration on a compiled engine: T5 1.0, 1.1, FLAN-T5, ByT5."""
+
+    _stack_class = FastT5Stack
+
+    def _decoder_root(self) -> Decoder:
+        return Decoder(self.config)
+
+
+FastT5 = FastT5ForConditionalGeneration

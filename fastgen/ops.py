@@ -1,0 +1,216 @@
+"""The vocabulary families are written in; the only file that knows contrib operators.
+
+Shapes: B batch rows, Q query tokens, L KV cache slots, K keys read, H heads, D head size, E model
+width. Every value carries its dtype, so that casts appear only where dtypes really differ.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import GraphBuilder
+
+from fastgen.errors import UnsupportedConfigError
+from fastgen.target import Target
+
+Value = ir.Value
+
+# FusedMatMul scales inside its float32 accumulator: what would overflow float16 fits afterwards.
+_WIDE_SCALE = 2.0**-10
+
+
+@dataclass(frozen=True)
+class KVSlots:
+    """One layer's KV buffers and where the query tokens' keys and values go."""
+
+    key: Value  # Target.kv_shape, or its BLHD axes H and D merged
+    value: Value
+    first_slot: Value  # int32 [1] on the CPU (also the filled length), int64 [B] on a GPU
+
+
+class Ops:
+    """Operations lowered for one Target; passed as ``op`` to every module's ``forward``."""
+
+    def __init__(self, builder: GraphBuilder, target: Target) -> None:
+        self.builder = builder
+        self.target = target
+        self.onnx = builder.op
+        self.contrib = builder.opset("com.microsoft")
+        self._compute = ir.DataType[_ir_name(target.dtype)]
+        self._residual = ir.DataType[_ir_name(target.residual_dtype)]
+
+    # Values and dtypes
+
+    def constant(self, values: Any, dtype: torch.dtype) -> Value:
+        """A small constant tensor."""
+        tensor = torch.as_tensor(values, dtype=dtype)
+        name = f"constant_{len(self.builder.graph.initializers)}"
+        return self.builder.initializer(ir.tensor(tensor, name=name), qualify=False)
+
+    def scalar(self, value: float) -> Value:
+        """A scalar of the compute dtype."""
+        return self.constant(value, getattr(torch, self.target.dtype))
+
+    def cast(self, x: Value, dtype: ir.DataType) -> Value:
+        if x.dtype == dtype:
+            return x
+        return self._typed(self.onnx.Cast(x, to=dtype), dtype)
+
+    def _typed(self, value: Value, dtype: ir.DataType | None) -> Value:
+        value.type = ir.TensorType(dtype or self._compute)
+        return value
+
+    # Layers
+
+    def embedding(self, ids: Value, weight: Value) -> Value:
+        """[B, Q] token ids -> [B, Q, E] in the residual stream's dtype."""
+        rows = self._typed(self.onnx.Gather(weight, ids, axis=0), weight.dtype)
+        return self.cast(rows, self._residual)
+
+    def linear(self, x: Value, weight: Value, scale: float = 1.0) -> Value:
+        """``scale * x @ weight.T`` with torch's [out, in] weight, in the weight's dtype."""
+        x = self.cast(x, weight.dtype or self._compute)
+        y = self.contrib.FusedMatMul(x, weight, transB=1, alpha=scale)
+        return self._typed(y, weight.dtype)
+
+    def wide_linear(self, x: Value, weight: Value) -> Value:
+        """A linear whose result may exceed float16's range; given in the residual dtype."""
+        if weight.dtype != ir.DataType.FLOAT16:
+            return self.cast(self.linear(x, weight), self._residual)
+        scaled = self.cast(self.linear(x, weight, scale=_WIDE_SCALE), self._residual)
+        unscale = self.constant(1 / _WIDE_SCALE, torch.float32)
+        return self._typed(self.onnx.Mul(scaled, unscale), self._residual)
+
+    def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
+        """Root-mean-square norm, computed in float32; from residual to compute dtype."""
+        normed = self.onnx.SimplifiedLayerNormalization(x, weight, epsilon=eps, axis=-1)
+        return self._typed(normed, weight.dtype)
+
+    def add_rms_norm(
+        self, residual: Value, x: Value, weight: Value, eps: float
+    ) -> tuple[Value, Value]:
+        """``residual + x`` and its norm; one kernel where both share a dtype."""
+        if x.dtype == residual.dtype == weight.dtype:
+            normed, _, _, total = self.contrib.SkipSimplifiedLayerNormalization(
+                x, residual, weight, epsilon=eps, _outputs=4
+            )
+            return self._typed(total, residual.dtype), self._typed(normed, weight.dtype)
+        total = self.onnx.Add(residual, self.cast(x, self._residual))
+        total = self._typed(total, self._residual)
+        return total, self.rms_norm(total, weight, eps)
+
+    def activation(self, x: Value, name: str) -> Value:
+        """An activation by its name in transformers' ACT2FN; float16 results stay finite."""
+        y = self._activation(x, name)
+        return self._finite(self._typed(y, x.dtype))
+
+    def _activation(self, x: Value, name: str) -> Value:
+        if name == "relu":
+            return self.onnx.Relu(x)
+        if name in ("gelu_new", "gelu_pytorch_tanh"):
+            if self.target.device == "cuda":
+                return self.contrib.FastGelu(x)
+            return self.onnx.Gelu(x, approximate="tanh")
+        if name == "gelu":
+            return self.onnx.Gelu(x)
+        if name in ("silu", "swish"):
+            return self.onnx.Mul(x, self.onnx.Sigmoid(x))
+        raise UnsupportedConfigError(
+            f"dense_act_fn={name!r}: the engine knows relu, gelu, gelu_new, gelu_pytorch_tanh, "
+            "silu and swish."
+        )
+
+    def multiply(self, x: Value, y: Value) -> Value:
+        return self._finite(self._typed(self.onnx.Mul(x, y), x.dtype))
+
+    def _finite(self, x: Value) -> Value:
+        """Clamp float16 to its finite range, as stock T5 does: inf - inf would become NaN."""
+        if x.dtype != ir.DataType.FLOAT16:
+            return x
+        largest = torch.finfo(torch.float16).max
+        return self._typed(
+            self.onnx.Clip(x, self.scalar(-largest), self.scalar(largest)), x.dtype
+        )
+
+    # Attention
+
+    def position_table(self, weight: Value, buckets: Sequence[int], future: int | None) -> Value:
+        """Bias by relative position, [1, H, len(buckets)], indexed as Python lists are: key minus
+        query position, negative from the end; ``future`` is the index that no query may see."""
+        ids = self.constant(list(buckets), torch.int64)
+        rows = self._typed(self.onnx.Gather(weight, ids, axis=0), weight.dtype)
+        table = self.onnx.Transpose(rows, perm=[1, 0])
+        if future is not None:
+            hidden = [0.0] * len(buckets)
+            hidden[future] = float("-inf")
+            table = self.onnx.Add(table, self.constant(hidden, getattr(torch, self.target.dtype)))
+        axis = self.constant([0], torch.int64)
+        return self._typed(self.onnx.Unsqueeze(table, axis), self._compute)
+
+    def position_bias(
+        self, table: Value, query_positions: Value, key_positions: Value, low: int, high: int
+    ) -> Value:
+        """[1, H, table], [Q, 1], [1, K] -> additive bias [1, H, Q, K]."""
+        distance = self.onnx.Sub(key_positions, query_positions)
+        clipped = self.onnx.Clip(
+            distance, self.constant(low, torch.int64), self.constant(high, torch.int64)
+        )
+        return self._typed(self.onnx.Gather(table, clipped, axis=2), self._compute)
+
+    def mask_bias(self, attention_mask: Value) -> Value:
+        """[B, K] of 1 (see) and 0 (hide) -> additive [B, 1, 1, K], finite in every dtype."""
+        visible = self.onnx.Cast(attention_mask, to=ir.DataType.BOOL)
+        hidden = torch.finfo(getattr(torch, self.target.dtype)).min / 2
+        bias = self.onnx.Where(visible, self.scalar(0.0), self.scalar(hidden))
+        axes = self.constant([1, 2], torch.int64)
+        return self._typed(self.onnx.Unsqueeze(bias, axes), self._compute)
+
+    def add(self, x: Value, y: Value) -> Value:
+        return self._typed(self.onnx.Add(x, y), x.dtype)
+
+    def visible_slots(self, x: Value, ids: Value, first_slot: Value, axis: int) -> Value:
+        """The part of [.., L] that attention reads: all slots, or where attention appends, those
+        up to the last query token's."""
+        if not self.target.appends_in_attention:
+            return x
+        length = self.onnx.Shape(ids, start=1, end=2)
+        end = self.onnx.Add(self.onnx.Cast(first_slot, to=ir.DataType.INT64), length)
+        zero, axes = self.constant([0], torch.int64), self.constant([axis], torch.int64)
+        return self._typed(self.onnx.Slice(x, zero, end, axes), x.dtype)
+
+    def attention(self, q: Value, k: Value, v: Value, bias: Value, heads: int) -> Value:
+        """Unscaled attention of [B, Q, H*D] queries over keys and values held as [B, K, H*D], or
+        as [B, H, K, D] KV buffers; bias [B or 1, 1 or H, Q, K]."""
+        y = self.contrib.MultiHeadAttention(
+            q, k, v, None, None, bias, num_heads=heads, scale=1.0
+        )
+        return self._typed(y, self._compute)
+
+    def cached_attention(
+        self, q: Value, k: Value, v: Value, slots: KVSlots, bias: Value, heads: int
+    ) -> tuple[Value, Value, Value]:
+        """Write k and v [B, Q, H*D] into their slots, then attend; also gives the KV buffers."""
+        if self.target.appends_in_attention:
+            y, key, value = self.contrib.MultiHeadAttention(
+                *(q, k, v, None, None, bias, slots.key, slots.value, slots.first_slot),
+                num_heads=heads,
+                scale=1.0,
+                _outputs=3,
+            )
+            return self._typed(y, self._compute), key, value
+        key = self.onnx.TensorScatter(slots.key, k, slots.first_slot, axis=1)
+        value = self.onnx.TensorScatter(slots.value, v, slots.first_slot, axis=1)
+        return self.attention(q, key, value, bias, heads), key, value
+
+    def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
+        """[B, K, H*D] -> the layout of a KV buffer."""
+        if self.target.kv_layout == "BLHD":
+            return x
+        split = self.onnx.Reshape(x, self.constant([0, 0, heads, head_size], torch.int64))
+        return self._typed(self.onnx.Transpose(split, perm=[0, 2, 1, 3]), self._compute)
+
+
+def _ir_name(dtype: str) -> str:
+    return {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[dtype]

@@ -1,0 +1,86 @@
+"""The three graphs of every encoder-decoder family, and the names of their tensors.
+
+``encoder``: token ids to hidden states. ``cross``: hidden states to cross-attention keys and
+values, computed once per ``generate``. ``decoder``: query tokens over KV cache slots to logits.
+Axes: B rows, S source tokens, Q query tokens, L slots, H heads, D head size, E width, V vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from fastgen.graph import TensorSpec
+from fastgen.target import Target
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes that KV buffers and graph specs are made of."""
+
+    layers: int
+    heads: int
+    head_size: int
+    width: int
+    vocab_size: int
+    tables: Mapping[str, tuple[int, ...]]
+    """Tensors in the compute dtype that the cross graph computes once and the decoder reads."""
+
+    def kv_names(self, prefix: str) -> Iterator[str]:
+        """``{prefix}_key.0, {prefix}_value.0, {prefix}_key.1, ...``: the order of KV buffers."""
+        for layer in range(self.layers):
+            yield f"{prefix}_key.{layer}"
+            yield f"{prefix}_value.{layer}"
+
+    def kv_axes(self, target: Target, slots: str) -> tuple[int | str, ...]:
+        """A KV buffer as graphs see it: attention in BLHD layout wants H and D merged."""
+        if target.kv_layout == "BLHD":
+            return "B", slots, self.heads * self.head_size
+        return "B", self.heads, slots, self.head_size
+
+
+def encoder_specs(
+    target: Target, shape_width: int
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of the encoder graph."""
+    inputs = [
+        TensorSpec("input_ids", "int64", ("B", "S")),
+        TensorSpec("attention_mask", "int64", ("B", "S")),
+        TensorSpec("query_positions", "int64", ("S", 1)),
+        TensorSpec("key_positions", "int64", (1, "S")),
+    ]
+    return inputs, [TensorSpec("last_hidden_state", target.dtype, ("B", "S", shape_width))]
+
+
+def cross_specs(target: Target, shape: DecoderShape) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of the cross graph."""
+    inputs = [
+        TensorSpec("encoder_hidden_states", target.dtype, ("B", "S", shape.width)),
+        TensorSpec("attention_mask", "int64", ("B", "S")),
+    ]
+    outputs = [TensorSpec("cross_mask", target.dtype, ("B", 1, 1, "S"))]
+    outputs += [TensorSpec(name, target.dtype, axes) for name, axes in shape.tables.items()]
+    kv_axes = shape.kv_axes(target, "S")
+    outputs += [TensorSpec(name, target.dtype, kv_axes) for name in shape.kv_names("cross")]
+    return inputs, outputs
+
+
+def decoder_specs(
+    target: Target, shape: DecoderShape, slot_mask: bool
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of the decoder graph; ``slot_mask`` adds a mask over KV cache slots."""
+    first_slot = ("int32", (1,)) if target.appends_in_attention else ("int64", ("B",))
+    inputs = [
+        TensorSpec("input_ids", "int64", ("B", "Q")),
+        TensorSpec("query_positions", "int64", ("Q", 1)),
+        TensorSpec("slot_positions", "int64", (1, "L")),
+        TensorSpec("first_slot", *first_slot),
+        TensorSpec("cross_mask", target.dtype, ("B", 1, "Q", "S")),
+    ]
+    if slot_mask:
+        inputs.append(TensorSpec("slot_mask", target.dtype, ("B", 1, "Q", "L")))
+    inputs += [TensorSpec(name, target.dtype, axes) for name, axes in shape.tables.items()]
+    self_axes, cross_axes = shape.kv_axes(target, "L"), shape.kv_axes(target, "S")
+    inputs += [TensorSpec(name, target.dtype, self_axes) for name in shape.kv_names("self")]
+    inputs += [TensorSpec(name, target.dtype, cross_axes) for name in shape.kv_names("cross")]
+    outputs = [TensorSpec("logits", target.dtype, ("B", "Q", shape.vocab_size))]
+    outputs += [TensorSpec(name, target.dtype, self_axes) for name in shape.kv_names("present")]
+    return inputs, outputs
