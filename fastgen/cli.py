@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastgen.bench.cli import bench
 from fastgen.engine_cache import EngineCache
@@ -104,10 +104,10 @@ def list_entries() -> None:
     """List the compiled engines, the last used first."""
     cache = _engine_cache()
     entries = cache.entries()
-    table = Table("fingerprint", "engine", "MB", "built (UTC)", "last used (UTC)")
+    table = Table("fingerprint", Column("engine", overflow="fold"), "MB", "last used (UTC)")
     for entry in entries:
-        times = (f"{time:%Y-%m-%d %H:%M}" for time in (entry.created, entry.last_used))
-        table.add_row(entry.fingerprint[:12], entry.title, f"{entry.size / 1e6:.2f}", *times)
+        used = f"{entry.last_used:%Y-%m-%d %H:%M}"
+        table.add_row(entry.fingerprint[:12], entry.title, f"{entry.size / 1e6:.2f}", used)
     if entries:
         Console(markup=False, highlight=False).print(table)
     total = sum(entry.size for entry in entries) / 1e6
