@@ -73,11 +73,12 @@ class StopAtPair(StoppingCriteria):
 def generate(model: PreTrainedModel, name: str, arguments: Arguments) -> Any:
     """`model.generate` after seeding, as a dictionary-like output.
 
-    Stock transformers sizes the KV cache by the encoder's layers, so a deeper decoder fails
-    ("list index out of range"); there the stock model is handed a cache that grows.
+    Stock transformers sizes the KV cache by the encoder's layers: a deeper decoder fails ("list
+    index out of range"), a shallower one does when candidates are rejected (in 5.17). There the
+    stock model is handed a KV cache that grows.
     """
-    depth = model.config.num_decoder_layers - model.config.num_layers
-    if depth > 0 and not isinstance(model, fast_class(name)) and arguments.get("use_cache", True):
+    uneven = model.config.num_decoder_layers != model.config.num_layers
+    if uneven and not isinstance(model, fast_class(name)) and arguments.get("use_cache", True):
         grows = EncoderDecoderCache(DynamicCache(), DynamicCache())
         arguments = {"past_key_values": grows} | arguments
     torch.manual_seed(0)
@@ -121,7 +122,8 @@ def encoded(model: PreTrainedModel, name: str) -> Arguments:
     """The encoder run by hand and its output passed in."""
     call = ragged("right")(model, name)
     ids, mask = call.pop("input_ids"), call["attention_mask"]
-    return call | {"encoder_outputs": model.get_encoder()(input_ids=ids, attention_mask=mask)}
+    with torch.no_grad():
+        return call | {"encoder_outputs": model.get_encoder()(input_ids=ids, attention_mask=mask)}
 
 
 def embedded(model: PreTrainedModel, name: str) -> Arguments:
@@ -167,7 +169,7 @@ def assisted(
     """Assisted decoding; the assistant is of the model's kind (stock or Fast), or always stock."""
 
     def make(model: PreTrainedModel, name: str) -> Arguments:
-        pair = build_pair("t5-shallow-decoder")
+        pair = build_pair("t5-buckets")
         fast = same_kind and isinstance(model, fast_class(name))
         assistant = pair.fast if fast else pair.stock
         return plain(rows=1, assistant_model=assistant, **arguments)(model, name)
