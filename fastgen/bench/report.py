@@ -107,7 +107,7 @@ class Report:
 def _table(entries: list[Entry]) -> Table:
     first = entries[0]
     title = f"{first.model}, {first.device}, {first.dtype}: {first.workload.title}"
-    table = Table(title=title, box=SIMPLE, title_justify="left")
+    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("contender", no_wrap=True)
     for heading in ("ms/token", "tokens/s", "ttft ms", "load s", "peak MiB", "ratio", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
