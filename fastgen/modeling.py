@@ -24,6 +24,9 @@ from fastgen.target import Target
 # Config fields that name where a model came from, not what it computes
 _NOT_COMPUTATION = ("_name_or_path", "architectures", "transformers_version", "dtype")
 
+# transformers leaves these on a model once output_attentions was asked for; they only listen
+_RECORDING_HOOKS = "transformers.utils.output_capturing"
+
 
 class EngineModule(torch.nn.Module):
     """Mixin of a Hugging Face module: keeps its compiled engines and knows when they are stale.
@@ -187,7 +190,10 @@ def _weights_state(root: torch.nn.Module) -> tuple[int, ...] | None:
     pointers = []
     for module in _modules(root):
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-            return None
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            foreign = [h for h in hooks if getattr(h, "__module__", "") != _RECORDING_HOOKS]
+            if foreign or hasattr(module, "_hf_hook"):
+                return None
         pointers += [p.data_ptr() for p in module._parameters.values() if p is not None]
     return tuple(pointers)
 

@@ -36,7 +36,8 @@ def onnxruntime() -> ModuleType:
             message holds the one command that mends it.
     """
     installed = versions()
-    if installed["onnxruntime"] and installed["onnxruntime-gpu"]:
+    folders = [_folder(package) for package in ("onnxruntime", "onnxruntime-gpu")]
+    if folders[0] is not None and folders[0] == folders[1]:
         raise MissingRuntimeError(
             f"Both onnxruntime {installed['onnxruntime']} and onnxruntime-gpu "
             f"{installed['onnxruntime-gpu']} are installed; they are one module in two packages "
@@ -87,6 +88,14 @@ def cuda_provider_problem() -> str | None:
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _folder(package: str) -> str | None:
+    """Where a package is installed; two of one module shadow each other only in one folder."""
+    try:
+        return str(importlib.metadata.distribution(package).locate_file(""))
     except importlib.metadata.PackageNotFoundError:
         return None
 

@@ -81,11 +81,16 @@ def test_onnxruntime_is_the_module() -> None:
 def test_both_packages_installed_is_an_error_with_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.31.1")
+    monkeypatch.setattr(runtime, "_folder", lambda package: "/site-packages")
     with pytest.raises(MissingRuntimeError) as caught:
         runtime.onnxruntime()
     command = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "fastgen[cuda]"'
     assert str(caught.value).endswith(f"Run: {command}")
+
+
+def test_a_package_further_down_the_path_is_no_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_folder", lambda package: f"/{package}")
+    assert runtime.onnxruntime() is onnxruntime
 
 
 @pytest.mark.parametrize(("cuda", "extra"), [(False, "cpu"), (True, "cuda")])
