@@ -34,9 +34,10 @@ def outcome(model: Any, name: str, mode: str) -> dict[str, Any]:
 def test_same_tokens(name: str, mode: str) -> None:
     pair = build_pair(name)
     expected, found = outcome(pair.stock, name, mode), outcome(pair.fast, name, mode)
-    # Token ids first and exactly: a difference of values is then known to be only that.
+    # Token ids first and exactly: a difference of values is then known to be only that. The stock
+    # logits, of a spread of 10, are up to 1e-4 away from their values in float64.
     assert found["sequences"].tolist() == expected["sequences"].tolist()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
