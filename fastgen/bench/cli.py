@@ -107,8 +107,5 @@ def bench(
     except (ValueError, OSError) as error:  # OSError: transformers finds no such model
         raise typer.BadParameter(str(error)) from error
     report.print(console)
-    failures = report.failures()
-    for failure in failures:
-        console.print(f"FAILED: {failure}", style="red", markup=False)
-    if failures:
+    if report.failures():
         raise typer.Exit(1)

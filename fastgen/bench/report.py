@@ -90,7 +90,7 @@ class Report:
         return found
 
     def print(self, console: Console) -> None:
-        """One table for each workload, then what the figures mean and where they were taken."""
+        """One table for each workload, then what the figures mean, their place and failures."""
         groups: dict[tuple[str, str, Workload], list[Entry]] = {}
         for entry in self.entries:
             groups.setdefault((entry.model, entry.dtype, entry.workload), []).append(entry)
@@ -102,6 +102,8 @@ class Report:
                 elif entry.agreement and not entry.agreement.equal:
                     console.print(f"{entry.name}: {entry.agreement}", markup=False)
         console.print(NOTES, describe(self.environment), sep="\n", markup=False, highlight=False)
+        for failure in self.failures():
+            console.print(f"FAILED: {failure}", style="red", markup=False)
 
 
 def _table(entries: list[Entry]) -> Table:
