@@ -80,7 +80,7 @@ def footnotes(records: list[Record]) -> str:
 
 
 def plot(grouped: dict[Row, dict[str, Record]], file: Path) -> None:
-    """Horizontal bars of ms per token, one panel for each workload, on a logarithmic axis."""
+    """Horizontal bars of ms per token, one panel for each workload."""
     from matplotlib import pyplot
 
     workloads = list(dict.fromkeys(row[3] for row in grouped))
@@ -103,7 +103,6 @@ def plot(grouped: dict[Row, dict[str, Record]], file: Path) -> None:
         labels = [f"{model}\n{dtype}, {device}" for model, device, dtype, _ in panel]
         axis.set_yticks([at + middle for at in range(len(panel))], labels)
         axis.invert_yaxis()
-        axis.set_xscale("log")
         axis.margins(x=0.1)
         axis.set_title(workload.title, loc="left", fontsize="medium")
     handles, labels = axes[0, 0].get_legend_handles_labels()
