@@ -1,7 +1,7 @@
 """The decoder side of an encoder-decoder model: prefill and step over leased buckets."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 
@@ -54,28 +54,33 @@ class Decoder:
         return -(-sources // step) * step
 
     def enter(
-        self, cache: StaticKVCache, hidden: torch.Tensor, mask: torch.Tensor | None, length: int
+        self,
+        cache: StaticKVCache,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        length: int,
+        beams: int = 1,
     ) -> Bucket:
         """Give the cache a bucket with room for ``length`` tokens and everything the decoder reads.
 
         Args:
             hidden: encoder hidden states [B, S, E].
             mask: [B, S] of 1 (source token) and 0 (padding), or None.
+            beams: sequences that share each row's KV buffer and source.
         """
         batch, sources = hidden.shape[:2]
-        size = BucketSize(batch, 1, self.slots_for(length), self.sources_for(sources))
+        slots = beams * self.slots_for(length)
+        size = BucketSize(batch, beams, slots, self.sources_for(sources))
         bucket = cache.bucket
         if bucket is None:
             bucket = cache.lease(self.pool, size, fresh=True)
             self.fill_cross(bucket, hidden, mask)
             cache.move_in(sources)
-        elif length > bucket.size.slots:
+        elif slots > bucket.size.slots:
             bucket = cache.lease(self.pool, size)
         return bucket
 
-    def fill_cross(
-        self, bucket: Bucket, hidden: torch.Tensor, mask: torch.Tensor | None
-    ) -> None:
+    def fill_cross(self, bucket: Bucket, hidden: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Compute what all tokens share: cross-attention keys and values, mask, tables."""
         batch, sources = hidden.shape[:2]
         padding = bucket.size.sources - sources
@@ -102,8 +107,7 @@ class Decoder:
         tensors = bucket.tensors
         if input_ids.shape[1] == bucket.size.queries:
             tensors["input_ids"].copy_(input_ids)
-            tensors["query_positions"].fill_(length)
-            tensors["first_slot"].fill_(length * bucket.size.queries)
+            bucket.seek(length)
             self.step(bucket)()
             return tensors["logits"]
         return self._prefill(bucket, input_ids, length)
@@ -127,11 +131,43 @@ class Decoder:
 
     def step(self, bucket: Bucket) -> Callable[[], None]:
         """The function that runs one step over the bucket's tensors: a graph replay on a GPU."""
-        if self._key not in bucket.steps:
-            binding: Binding = self.decoder(False).bind(bucket.tensors)
-            run = binding.run
-            if self.target.device == "cuda" and self.options.cuda_graphs:
-                run = cuda.CapturedGraph(binding.run, self.device).replay
-            bucket.steps[self._key] = run
-        step: Callable[[], None] = bucket.steps[self._key]
+        return self._once(bucket, "step", lambda: self._captured(self.launch(bucket)))
+
+    def launch(self, bucket: Bucket) -> Callable[[], None]:
+        """The function that launches one step's kernels, which may be captured with others."""
+
+        def bind() -> Callable[[], None]:
+            binding: Binding = self.decoder(bucket.size.queries > 1).bind(bucket.tensors)
+            return binding.run
+
+        return self._once(bucket, "launch", bind)
+
+    def step_with(
+        self, bucket: Bucket, key: Hashable, after: Callable[[], None]
+    ) -> Callable[[], None]:
+        """One step followed by ``after``, as one graph; ``key`` names ``after`` from call to call."""
+
+        def both() -> None:
+            launch()
+            after()
+
+        launch = self.launch(bucket)
+        return self._once(bucket, key, lambda: self._captured(both))
+
+    def _once(
+        self, bucket: Bucket, key: Hashable, make: Callable[[], Callable[[], None]]
+    ) -> Callable[[], None]:
+        if (self._key, key) not in bucket.steps:
+            bucket.steps[self._key, key] = make()
+        step: Callable[[], None] = bucket.steps[self._key, key]
         return step
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are replayed as CUDA graphs."""
+        return self.target.device == "cuda" and self.options.cuda_graphs
+
+    def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
+        if not self.captures:
+            return function
+        return cuda.CapturedGraph(function, self.device).replay

@@ -40,23 +40,46 @@ class Bucket:
         kv = 2 * shape.layers
         self.self_kv = self._empty(kv, *target.kv_shape(batch, *self._heads(slots)))
         self.cross_kv = self._empty(kv, *target.kv_shape(batch, *self._heads(sources)))
-        first_slot = torch.zeros(1, dtype=torch.int32, device=device)
-        if not target.appends_in_attention:
-            first_slot = torch.zeros(batch, dtype=torch.int64, device=device)
         self.tensors = {
             "input_ids": torch.zeros(batch, queries, dtype=torch.int64, device=device),
-            "query_positions": torch.zeros(queries, 1, dtype=torch.int64, device=device),
             "slot_positions": (torch.arange(slots, device=device) // queries).view(1, slots),
-            "first_slot": first_slot,
+            **self._counters(batch, queries),
             "cross_mask": self._empty(batch, 1, queries, sources),
             "logits": self._empty(batch, queries, shape.vocab_size),
         }
+        if queries > 1:
+            self.tensors["slot_mask"] = self._empty(batch, 1, queries, slots)
         self.tensors |= {name: self._empty(*axes) for name, axes in shape.tables.items()}
         self.tensors |= self._kv_tensors("self", self.self_kv)
         self.tensors |= self._kv_tensors("present", self.self_kv)  # updated in place
         self.tensors |= self._kv_tensors("cross", self.cross_kv)
         self.steps: dict[Any, Any] = {}
         """Bindings and captured graphs of these buffers, by whatever made them."""
+
+    def _counters(self, batch: int, queries: int) -> dict[str, torch.Tensor]:
+        """Where the next query tokens stand. On a GPU one tensor, so that one kernel moves on."""
+        if self.target.appends_in_attention:
+            first_slot = torch.zeros(1, dtype=torch.int32, device=self.device)
+            positions = torch.zeros(queries, 1, dtype=torch.int64, device=self.device)
+            return {"query_positions": positions, "first_slot": first_slot}
+        self._counts = torch.zeros(queries + batch, dtype=torch.int64, device=self.device)
+        steps = [1] * queries + [queries] * batch
+        self._steps = torch.tensor(steps, dtype=torch.int64, device=self.device)
+        positions, first_slot = self._counts[:queries], self._counts[queries:]
+        return {"query_positions": positions[:, None], "first_slot": first_slot}
+
+    def seek(self, length: int) -> None:
+        """Let the next query tokens follow ``length`` tokens."""
+        self.tensors["query_positions"].fill_(length)
+        self.tensors["first_slot"].fill_(length * self.size.queries)
+
+    def advance(self) -> None:
+        """Let the next query tokens follow one token more; queued on the device."""
+        if self.target.appends_in_attention:
+            self.tensors["query_positions"].add_(1)
+            self.tensors["first_slot"].add_(self.size.queries)
+        else:
+            self._counts.add_(self._steps)
 
     def _heads(self, slots: int) -> tuple[int, int, int]:
         return self.shape.heads, slots, self.shape.head_size

@@ -16,6 +16,7 @@ from fastgen.options import EngineOptions
 from fastgen.seq2seq import cross_specs, decoder_specs, encoder_specs
 from fastgen.target import Target
 
+
 class FastEncoder(EngineModule):
     """Mixin of an encoder stack: token ids in, hidden states out, on the engine."""
 
@@ -50,6 +51,7 @@ class FastEncoder(EngineModule):
         """As the stock stack: token ids [B, S] to hidden states [B, S, E]."""
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         if self.refusal(**arguments) is not None:
+            _introduce(type(self), self.config)
             return super().forward(**arguments)
         output = BaseModelOutput(last_hidden_state=self._encode(input_ids, attention_mask))
         return output if _return_dict(self, kwargs) else output.to_tuple()
@@ -224,6 +226,18 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
                 logits = logits.clone()  # the next step overwrites the bucket's own
         past.fill(total)
         return logits
+
+
+_introduced: set[type] = set()
+
+
+def _introduce(stack_class: type, config: Any) -> None:
+    """Let transformers learn which outputs a stack can record: it does when one is constructed,
+    and ours took the place of a stock one (or came out of a pickle)."""
+    if stack_class not in _introduced:
+        with torch.device("meta"):
+            stack_class(config)
+        _introduced.add(stack_class)
 
 
 def stock_class(fast: type) -> type:

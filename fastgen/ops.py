@@ -130,9 +130,7 @@ class Ops:
         if x.dtype != ir.DataType.FLOAT16:
             return x
         largest = torch.finfo(torch.float16).max
-        return self._typed(
-            self.onnx.Clip(x, self.scalar(-largest), self.scalar(largest)), x.dtype
-        )
+        return self._typed(self.onnx.Clip(x, self.scalar(-largest), self.scalar(largest)), x.dtype)
 
     # Attention
 
@@ -183,9 +181,7 @@ class Ops:
     def attention(self, q: Value, k: Value, v: Value, bias: Value, heads: int) -> Value:
         """Unscaled attention of [B, Q, H*D] queries over keys and values held as [B, K, H*D], or
         as [B, H, K, D] KV buffers; bias [B or 1, 1 or H, Q, K]."""
-        y = self.contrib.MultiHeadAttention(
-            q, k, v, None, None, bias, num_heads=heads, scale=1.0
-        )
+        y = self.contrib.MultiHeadAttention(q, k, v, None, None, bias, num_heads=heads, scale=1.0)
         return self._typed(y, self._compute)
 
     def cached_attention(

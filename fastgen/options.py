@@ -45,7 +45,9 @@ class EngineOptions:
             _check(name, getattr(self, name), kind)
         for name in ("max_cached_graphs", "min_bucket"):
             if getattr(self, name) < 1:
-                raise OptionError(f"EngineOptions.{name}={getattr(self, name)}: must be at least 1.")
+                raise OptionError(
+                    f"EngineOptions.{name}={getattr(self, name)}: must be at least 1."
+                )
 
     @classmethod
     def resolve(cls, value: "EngineOptions | Mapping[str, Any] | None" = None) -> "EngineOptions":
@@ -57,9 +59,7 @@ class EngineOptions:
         if isinstance(value, EngineOptions):
             return value
         if value is not None and not isinstance(value, Mapping):
-            raise OptionError(
-                f"engine_options={value!r}: expected EngineOptions, a dict or None."
-            )
+            raise OptionError(f"engine_options={value!r}: expected EngineOptions, a dict or None.")
         merged = _from_environment(os.environ.get(ENVIRONMENT_VARIABLE, ""))
         merged.update(value or {})
         names = [field.name for field in dataclasses.fields(cls)]

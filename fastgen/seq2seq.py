@@ -37,9 +37,7 @@ class DecoderShape:
         return "B", self.heads, slots, self.head_size
 
 
-def encoder_specs(
-    target: Target, shape_width: int
-) -> tuple[list[TensorSpec], list[TensorSpec]]:
+def encoder_specs(target: Target, shape_width: int) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Inputs and outputs of the encoder graph."""
     inputs = [
         TensorSpec("input_ids", "int64", ("B", "S")),

@@ -49,6 +49,8 @@ def choose_target(options: EngineOptions, device: torch.device, dtype: torch.dty
         return onnxruntime_cpu()
     if device.type == "cuda":
         if name not in ("float32", "float16", "bfloat16"):
-            raise NoEngine(f"no engine computes in {name}: float32, float16 and bfloat16 are served")
+            raise NoEngine(
+                f"no engine computes in {name}: float32, float16 and bfloat16 are served"
+            )
         return onnxruntime_cuda(name)
     raise NoEngine(f"no engine runs on device {device.type!r}: cpu and cuda are served")

@@ -46,7 +46,9 @@ class OnnxRuntimeEngine:
         try:
             self._session = ort.InferenceSession(graph.onnx, settings, providers=providers)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime refused the graph on {target.device}: {error}") from error
+            raise EngineError(
+                f"ONNX Runtime refused the graph on {target.device}: {error}"
+            ) from error
         self._run_options = ort.RunOptions()
         if target.device == "cuda":
             # torch's stream order is enough: nothing waits for the GPU after a run

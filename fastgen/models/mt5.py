@@ -26,4 +26,4 @@ class FastMT5ForConditionalGeneration(FastSeq2SeqLM, MT5ForConditionalGeneration
     _stack_class = FastMT5Stack
 
     def _decoder_root(self) -> Decoder:
-        return Decoder(self.config)
+        return Decoder(self.config, scale_outputs=False)

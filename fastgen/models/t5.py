@@ -212,12 +212,14 @@ class DecoderStack(nn.Module):
 class Decoder(nn.Module):
     """The decoder and its head: root module of the cross graph and the decoder graph."""
 
-    def __init__(self, config: T5Config, bias_in_every_layer: bool = False) -> None:
+    def __init__(
+        self, config: T5Config, scale_outputs: bool, bias_in_every_layer: bool = False
+    ) -> None:
         super().__init__()
         self.buckets, self.reach = distance_buckets(config, bidirectional=False)
         self.decoder = DecoderStack(config, bias_in_every_layer)
         self.lm_head = Linear(config.d_model, config.vocab_size)
-        self.logits_scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+        self.logits_scale = config.d_model**-0.5 if scale_outputs else 1.0
         tables = config.num_decoder_layers if bias_in_every_layer else 1
         self.shape = DecoderShape(
             layers=config.num_decoder_layers,
@@ -301,7 +303,7 @@ class FastT5ForConditionalGeneration(FastSeq2SeqLM, T5ForConditionalGeneration):
     _stack_class = FastT5Stack
 
     def _decoder_root(self) -> Decoder:
-        return Decoder(self.config)
+        return Decoder(self.config, scale_outputs=self.config.scale_decoder_outputs)
 
 
 FastT5 = FastT5ForConditionalGeneration

@@ -26,4 +26,6 @@ class FastUMT5ForConditionalGeneration(FastSeq2SeqLM, UMT5ForConditionalGenerati
     _stack_class = FastUMT5Stack
 
     def _decoder_root(self) -> Decoder:
-        return Decoder(self.config, bias_in_every_layer=True)
+        return Decoder(
+            self.config, scale_outputs=self.config.tie_word_embeddings, bias_in_every_layer=True
+        )
