@@ -1,0 +1,1 @@
+"""A small real model: words to ARPAbet phonemes, learnt from the CMU Pronouncing Dictionary."""
