@@ -1,31 +1,42 @@
 """CUDA streams and graphs: the engine's stream, and one captured graph per bucket."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 
+# One thread at a time uses an engine stream: what another launched on it while a graph is being
+# captured would become part of that graph.
+_lock = threading.RLock()
+
 
 @cache
+def _stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
+
+
 def engine_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream on which a device's engines run (ONNX Runtime refuses the default stream)."""
-    return torch.cuda.Stream(device)
+    with _lock:
+        return _stream(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @contextmanager
 def on_engine_stream(device: torch.device) -> Iterator[None]:
     """Make the engine stream current, ordered after and before the caller's current stream."""
-    stream, caller = engine_stream(device), torch.cuda.current_stream(device)
-    if stream == caller:
-        yield
-        return
-    stream.wait_stream(caller)
-    try:
-        with torch.cuda.stream(stream):
+    with _lock:
+        stream, caller = engine_stream(device), torch.cuda.current_stream(device)
+        if stream == caller:
             yield
-    finally:
-        caller.wait_stream(stream)
+            return
+        stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            caller.wait_stream(stream)
 
 
 class CapturedGraph:
@@ -56,3 +67,21 @@ class CapturedGraph:
         """
         with on_engine_stream(self._device):
             self._graph.replay()
+
+
+@contextmanager
+def kept(tensors: list[torch.Tensor], device: torch.device) -> Iterator[None]:
+    """Undo what the body does to these tensors and to the random number generator."""
+    if device.type != "cuda":
+        yield
+        return
+    random_state = torch.cuda.get_rng_state(device)
+    with on_engine_stream(device):
+        copies = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with on_engine_stream(device):
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.copy_(copy)
+        torch.cuda.set_rng_state(random_state, device)

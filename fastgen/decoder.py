@@ -2,6 +2,9 @@
 
 import threading
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +14,14 @@ from fastgen.kv_cache import Bucket, BucketPool, BucketSize, StaticKVCache
 from fastgen.options import EngineOptions
 from fastgen.seq2seq import DecoderShape
 from fastgen.target import Target
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step and what follows it, as one function."""
+
+    run: Callable[[], None]
+    after: Any
 
 
 class Decoder:
@@ -32,6 +43,8 @@ class Decoder:
             lambda size: Bucket(shape, target, device, size), options.max_cached_graphs
         )
         self.lock = threading.RLock()
+        self.states: dict[Hashable, list[Any]] = {}
+        """What decoding loops keep on the device between calls, by kind and size."""
         self._key = object()  # marks this decoder's bindings in buckets that outlive it
 
     # Buckets
@@ -131,7 +144,10 @@ class Decoder:
 
     def step(self, bucket: Bucket) -> Callable[[], None]:
         """The function that runs one step over the bucket's tensors: a graph replay on a GPU."""
-        return self._once(bucket, "step", lambda: self._captured(self.launch(bucket)))
+        step: Callable[[], None] = self._once(
+            bucket, "step", lambda: self._captured(self.launch(bucket))
+        )
+        return step
 
     def launch(self, bucket: Bucket) -> Callable[[], None]:
         """The function that launches one step's kernels, which may be captured with others."""
@@ -140,27 +156,43 @@ class Decoder:
             binding: Binding = self.decoder(bucket.size.queries > 1).bind(bucket.tensors)
             return binding.run
 
-        return self._once(bucket, "launch", bind)
+        launch: Callable[[], None] = self._once(bucket, "launch", bind)
+        return launch
 
     def step_with(
-        self, bucket: Bucket, key: Hashable, after: Callable[[], None]
-    ) -> Callable[[], None]:
-        """One step followed by ``after``, as one graph; ``key`` names ``after`` from call to call."""
+        self, bucket: Bucket, key: Hashable, after: Any, mutable: list[torch.Tensor]
+    ) -> "Step":
+        """One step followed by ``after()``, as one captured graph.
+
+        Args:
+            key: names what ``after`` does; the Step captured first under it serves later calls.
+            mutable: tensors that ``after`` changes (capturing runs it several times).
+        """
 
         def both() -> None:
             launch()
             after()
 
-        launch = self.launch(bucket)
-        return self._once(bucket, key, lambda: self._captured(both))
+        def capture() -> Step:
+            with cuda.kept([*mutable, *bucket.mutable()], self.device):
+                return Step(self._captured(both), after)
 
-    def _once(
-        self, bucket: Bucket, key: Hashable, make: Callable[[], Callable[[], None]]
-    ) -> Callable[[], None]:
-        if (self._key, key) not in bucket.steps:
-            bucket.steps[self._key, key] = make()
-        step: Callable[[], None] = bucket.steps[self._key, key]
+        launch = self.launch(bucket)
+        step: Step = self._once(bucket, key, capture)
         return step
+
+    def _once(self, bucket: Bucket, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` made for this bucket; the least recently used of too many is dropped."""
+        steps = bucket.steps
+        made = steps.pop((self._key, key), None) or make()
+        steps[self._key, key] = made
+        while len(steps) > self.options.max_cached_graphs:
+            del steps[next(iter(steps))]
+        return made
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Run the body on the engine's stream, ordered with the caller's."""
+        return cuda.on_engine_stream(self.device) if self.device.type == "cuda" else nullcontext()
 
     @property
     def captures(self) -> bool:

@@ -1,13 +1,13 @@
 """The KV cache: device buffers in buckets, leased to caches that Hugging Face code understands."""
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from fastgen.engines import Binding
 from fastgen.seq2seq import DecoderShape
 from fastgen.target import Target
 
@@ -81,6 +81,10 @@ class Bucket:
         else:
             self._counts.add_(self._steps)
 
+    def mutable(self) -> list[torch.Tensor]:
+        """What a step changes besides the KV buffers, whose slot it only writes again."""
+        return [self.tensors[name] for name in ("input_ids", "query_positions", "first_slot")]
+
     def _heads(self, slots: int) -> tuple[int, int, int]:
         return self.shape.heads, slots, self.shape.head_size
 
@@ -105,7 +109,7 @@ class Bucket:
         return buffers.narrow(axis, 0, length)
 
     def clear(self) -> None:
-        """Forget the last user's tokens: attention reads unfilled slots, and NaN survives a mask."""
+        """Forget the last user's tokens: attention reads all slots, and NaN survives a mask."""
         if not self.target.appends_in_attention:
             self.self_kv.zero_()
 
@@ -115,6 +119,33 @@ class Bucket:
             filled = self.filled(buffers, slots)
             filled.copy_(filled.index_select(1, rows.to(self.device)))
 
+    def unshare(self, slots: torch.Tensor, sources: int) -> "StaticKVCache":
+        """Copies of the keys and values of sequences that share rows.
+
+        Args:
+            slots: [B, N, length] slots of row b that hold sequence n's tokens.
+            sources: source tokens without padding.
+
+        Returns:
+            A cache of B * N rows that is independent of this bucket.
+        """
+        batch, beams, length = slots.shape
+        heads, head_size = self.shape.heads, self.shape.head_size
+        index = slots.view(batch, 1, -1, 1).expand(-1, heads, -1, head_size)
+        cache = StaticKVCache(self.shape.layers)
+        pairs = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
+        for i in range(2 * self.shape.layers):
+            name = "values" if i % 2 else "keys"
+            own = self.layer(self.self_kv, i, self.size.slots).gather(2, index)
+            own = own.view(batch, heads, beams, length, head_size).transpose(1, 2).flatten(0, 1)
+            source = self.layer(self.cross_kv, i, sources).repeat_interleave(beams, dim=0)
+            for layers, tensor in zip(pairs, (own, source), strict=True):
+                setattr(layers[i // 2], name, tensor.contiguous())
+                layers[i // 2].is_initialized = True
+                layers[i // 2].dtype, layers[i // 2].device = tensor.dtype, tensor.device
+        cache.is_updated = dict.fromkeys(range(self.shape.layers), True)
+        return cache
+
 
 class BucketPool:
     """Buckets not in use now, kept for the next call of their size; the oldest go first."""
@@ -122,15 +153,15 @@ class BucketPool:
     def __init__(self, make: Callable[[BucketSize], Bucket], limit: int) -> None:
         self._make, self._limit = make, limit
         self._idle: list[Bucket] = []
+        self._lock = threading.RLock()  # a lease may end in any thread, wherever memory is freed
 
     def lease(self, size: BucketSize) -> "Lease":
         """A bucket of this size, for as long as the lease lives."""
-        for bucket in reversed(self._idle):
-            if bucket.size == size:
+        with self._lock:
+            bucket = next((b for b in reversed(self._idle) if b.size == size), None)
+            if bucket is not None:
                 self._idle.remove(bucket)
-                break
-        else:
-            bucket = self._allocate(size)
+        bucket = bucket or self._allocate(size)
         bucket.clear()
         return Lease(self, bucket)
 
@@ -142,12 +173,14 @@ class BucketPool:
             return self._make(size)
 
     def give_back(self, bucket: Bucket) -> None:
-        self._idle.append(bucket)
-        del self._idle[: -self._limit]
+        with self._lock:
+            self._idle.append(bucket)
+            del self._idle[: -self._limit]
 
     def release_idle(self) -> None:
         """Free every bucket that no cache holds, with its captured graphs."""
-        self._idle.clear()
+        with self._lock:
+            self._idle.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -4,10 +4,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.generation.configuration_utils import GenerationMode
 
+from fastgen.errors import EngineError
+from fastgen.generation import beam, loop
 from fastgen.kv_cache import StaticKVCache
 
 OPTIONAL_OUTPUTS = ("output_attentions", "output_hidden_states")
+_FAST_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
 
 
 @dataclass(frozen=True)
@@ -28,24 +37,139 @@ class FastGenerationMixin:
     @torch.no_grad()
     def explain(self, **generate_kwargs: Any) -> Explanation:
         """Say which path ``generate(**generate_kwargs)`` takes, without running it."""
-        reasons = self._torch_reasons(generate_kwargs)
+        assistant = generate_kwargs.pop("assistant_model", None)
+        config, model_kwargs = self._prepare_generation_config(
+            generate_kwargs.pop("generation_config", None), **generate_kwargs
+        )
+        reasons = self._torch_reasons(config, model_kwargs)
         if reasons:
             return Explanation("torch", reasons)
-        return Explanation("HF loop", ["fast loop: not built yet"])
+        mode = config.get_generation_mode(assistant)
+        if mode not in _FAST_MODES:
+            reasons.append(f"{mode.value} decodes in the HF loop")
+        reasons += self._slow_reasons(config, model_kwargs)
+        return Explanation("HF loop" if reasons else "fast loop", reasons)
 
-    def _torch_reasons(self, kwargs: dict[str, Any]) -> list[str]:
-        config, model_kwargs = self._prepare_generation_config(
-            kwargs.pop("generation_config", None), **kwargs
-        )
+    def _torch_reasons(self, config: Any, model_kwargs: dict[str, Any]) -> list[str]:
+        """Why the engine does not run a ``generate`` call at all."""
         reasons = []
         if config.cache_implementation not in (None, "dynamic"):
             reasons.append(f"cache_implementation={config.cache_implementation!r} asks for torch's")
         arguments = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
-        refusal = self.refusal(**{"decoder_input_ids": ..., **arguments, **model_kwargs})
+        refusal = self.refusal(**{"decoder_input_ids": ..., **model_kwargs, **arguments})
         return reasons + ([refusal] if refusal else [])
 
+    def _slow_reasons(self, config: Any, model_kwargs: dict[str, Any]) -> list[str]:
+        """Why the engine is driven by the HF loop, not by the fast loop."""
+        reasons = []
+        if not self.engine_options.fast_loop:
+            reasons.append("EngineOptions(fast_loop=False)")
+        if config.use_cache is False:
+            reasons.append("use_cache=False")
+        if config.prefill_chunk_size is not None:
+            reasons.append("prefill_chunk_size is set")
+        if getattr(config, "is_assistant", False):
+            reasons.append("an assistant model's tokens may be taken back")
+        past = model_kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length():
+            reasons.append("past_key_values already holds tokens")
+        served = ("encoder_outputs", "attention_mask", "past_key_values", "use_cache")
+        served += ("input_ids", "inputs", "decoder_input_ids")
+        for name, value in model_kwargs.items():
+            if value is not None and value is not False and name not in served:
+                reasons.append(f"{name} is given")
+        return reasons
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy decoding and sampling: the fast loop where it applies, else the HF loop."""
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        call = self._fast_call(*arguments, streamer, model_kwargs)
+        if call is None or synced_gpus:
+            return super()._sample(
+                *arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
+            )
+
+        def slow(**changed: Any) -> Any:
+            return super(FastGenerationMixin, self)._sample(
+                *arguments, **{**model_kwargs, **changed}
+            )
+
+        return self._checked(lambda: loop.sample(call), slow, call)
+
+    def _beam_search(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Beam search and beam sampling: the fast loop where it applies, else the HF loop."""
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        call = self._fast_call(*arguments, None, model_kwargs)
+        if call is None or synced_gpus or generation_config.low_memory:
+            return super()._beam_search(*arguments, synced_gpus=synced_gpus, **model_kwargs)
+
+        def slow(**changed: Any) -> Any:
+            return super(FastGenerationMixin, self)._beam_search(
+                *arguments, **{**model_kwargs, **changed}
+            )
+
+        return self._checked(lambda: beam.beam_search(call), slow, call)
+
+    def _checked(self, fast: Any, slow: Any, call: "loop.Call") -> Any:
+        """Run the fast loop; with ``check_fast_loop``, first the HF loop, and compare."""
+        with call.decoder.lock, call.decoder.stream():
+            if not self.engine_options.check_fast_loop:
+                return fast()
+            devices = [call.decoder.device] if call.decoder.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                expected = slow(past_key_values=StaticKVCache(self.config.num_decoder_layers))
+            result = fast()
+        tokens = [out if torch.is_tensor(out) else out.sequences for out in (expected, result)]
+        if not torch.equal(*tokens):
+            raise EngineError(
+                f"check_fast_loop: the fast loop gave {tokens[1].tolist()}, the HF loop "
+                f"{tokens[0].tolist()}. Use EngineOptions(fast_loop=False) and report this."
+            )
+        return result
+
+    def _fast_call(
+        self,
+        input_ids: torch.Tensor,
+        processors: Any,
+        criteria: Any,
+        config: Any,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> "loop.Call | None":
+        """What the fast loop needs to serve a decoding call; None if it does not serve it."""
+        past = model_kwargs.get("past_key_values")
+        if not isinstance(past, StaticKVCache) or self._slow_reasons(config, model_kwargs):
+            return None
+        arguments = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
+        if self.refusal(decoder_input_ids=input_ids, **{**model_kwargs, **arguments}) is not None:
+            return None
+        if criteria.max_length is None or model_kwargs.get("encoder_outputs") is None:
+            return None
+        hidden, mask = model_kwargs["encoder_outputs"][0], model_kwargs.get("attention_mask")
+        decoder = self._current_engine()
+        return loop.Call(
+            decoder, input_ids, processors, criteria, config, streamer, hidden, mask, past
+        )
+
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the stock ``generate``; any DLPack tensor (of CuPy, say) is taken as a torch tensor."""
+        """As the stock ``generate``; DLPack tensors (of CuPy, say) are taken as torch tensors."""
         kwargs = {name: as_torch(value) for name, value in kwargs.items()}
         return super().generate(as_torch(inputs), *args, **kwargs)
 

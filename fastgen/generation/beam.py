@@ -1,0 +1,376 @@
+"""The fast loop for beam search and beam sampling.
+
+The slow reference is transformers' ``_beam_search``; the bookkeeping here is the same arithmetic in
+the same order over tensors of one shape for every token, so that it can be captured with the step.
+
+Beams of one row share its KV buffer and its source: they are query tokens of one sequence, and a
+mask over slots shows each beam its own ancestors. Nothing is ever reordered.
+
+Axes: B rows, N beams, C candidates kept, V vocabulary, T capacity in tokens, P cached positions.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
+
+from fastgen.generation.loop import Call, Loop, keeps, records
+from fastgen.kv_cache import Bucket, StaticKVCache
+
+_NEVER = -1.0e9  # transformers' score of what must not be chosen
+
+
+class BeamState:
+    """Running and finished beams of one batch, on the device."""
+
+    def __init__(self, batch: int, beams: int, capacity: int, device: torch.device) -> None:
+        self.batch, self.beams, self.capacity = batch, beams, capacity
+
+        def full(*axes: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(batch, *axes, dtype=dtype, device=device)
+
+        self.running = full(beams, capacity)  # tokens
+        self.sequences = full(beams, capacity)
+        self.running_scores = full(beams, dtype=torch.float32)
+        self.scores = full(beams, dtype=torch.float32)
+        self.finished = full(beams, dtype=torch.bool)
+        self.improvable = full(1, dtype=torch.bool)
+        self.running_parents = full(beams, capacity, dtype=torch.int32)  # HF's beam_indices
+        self.parents = full(beams, capacity, dtype=torch.int32)
+        self.ancestors = full(beams, capacity)  # beam whose slot holds a beam's token, by position
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)  # where the next token goes
+        self.new = torch.zeros(1, dtype=torch.int64, device=device)  # how many tokens are new
+        self.done = torch.zeros(1, dtype=torch.bool, device=device)
+        self.steps = torch.zeros(1, dtype=torch.int64, device=device)  # tokens until ``done``
+        self.limit = torch.zeros(1, dtype=torch.int64, device=device)
+        self.seen = torch.zeros(1, dtype=torch.bool, pin_memory=device.type == "cuda")
+        """``done`` as the host sees it, at most ``RUN_AHEAD`` tokens late."""
+        self.final_divisor = torch.zeros(capacity + 2, dtype=torch.float32, device=device)
+        self.best_divisor = torch.zeros(capacity + 2, dtype=torch.float32, device=device)
+        self.eos = torch.zeros(0, dtype=torch.int64, device=device)
+        self.offsets = (torch.arange(batch, device=device) * beams)[:, None]
+        self.beam_range = torch.arange(beams, device=device)
+        self.busy = False
+
+    def begin(self, call: Call) -> None:
+        """Start a new batch as ``_beam_search`` does."""
+        config, prompt = call.config, call.prompt
+        self.running.fill_(_fill_value(config))
+        self.running[:, :, :prompt] = call.input_ids.view(self.batch, self.beams, prompt)
+        self.sequences.copy_(self.running)
+        self.running_scores.fill_(_NEVER)
+        self.running_scores[:, 0] = 0.0
+        self.scores.fill_(_NEVER)
+        self.finished.fill_(False)
+        self.improvable.fill_(True)
+        self.running_parents.fill_(-1)
+        self.parents.fill_(-1)
+        self.ancestors.copy_(self.beam_range[None, :, None].expand_as(self.ancestors))
+        self.index.fill_(prompt)
+        self.new.fill_(0)
+        self.done.fill_(False)
+        self.seen.fill_(False)
+        self.steps.fill_(0)
+        self.limit.fill_(call.limit)
+        if call.eos is not None:
+            if self.eos.shape != call.eos.shape:
+                self.eos = torch.empty_like(call.eos)
+            self.eos.copy_(call.eos)
+        self._set_divisors(call)
+
+    def _set_divisors(self, call: Call) -> None:
+        """Length penalties by number of new tokens. torch divides a CUDA tensor by a number by
+        multiplying with its float32 reciprocal, so on a GPU the reciprocals stand here."""
+        penalty, longest = call.config.length_penalty, call.limit - call.prompt
+        lengths = [float(max(n, 1)) ** penalty for n in range(len(self.final_divisor))]
+        final = torch.tensor(lengths, dtype=torch.float32)
+        best = final.clone()
+        if call.config.early_stopping == "never" and penalty > 0.0:
+            best.fill_(float(longest) ** penalty)
+        if self.running.is_cuda:
+            final, best = 1.0 / final, 1.0 / best
+        self.final_divisor.copy_(final)
+        self.best_divisor.copy_(best)
+
+    def mutable(self) -> list[torch.Tensor]:
+        names = "running sequences running_scores scores finished improvable running_parents"
+        names += " parents ancestors index new done steps"
+        return [getattr(self, name) for name in names.split()]
+
+    def divide(self, scores: torch.Tensor, divisors: torch.Tensor) -> torch.Tensor:
+        """Apply the length penalty for ``new`` tokens."""
+        divisor = divisors.index_select(0, self.new)
+        return scores * divisor if scores.is_cuda else scores / divisor
+
+
+class Advance:
+    """Chooses each row's next beams from the logits; all of it stays on the device."""
+
+    def __init__(
+        self,
+        call: Call,
+        state: BeamState,
+        bucket: Bucket,
+        process: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> None:
+        # not the call itself: a captured graph keeps this object, and must not keep the KV cache
+        self._state, self._bucket, self._process = state, bucket, process
+        self._do_sample, self._records = call.config.do_sample, records(call)
+        self._early = call.config.early_stopping is True
+        self._candidates = candidates(call)
+        self._criteria = None if call.plain else call.criteria
+        self.length = 0
+        self.recorded_scores: Any = None
+        self.logits: torch.Tensor | None = None
+        self.scores: torch.Tensor | None = None
+
+    def __call__(self) -> None:
+        state = self._state
+        log_probs = self._log_probs()
+        top, beams, tokens = self._top(log_probs)
+        sequences = _gather(state.running, beams)
+        sequences.scatter_(2, state.index.expand(*tokens.shape, 1), tokens[:, :, None])
+        parents = _gather(state.running_parents, beams)
+        numbered = (beams + state.offsets).to(torch.int32)
+        parents.scatter_(2, state.new.expand(*tokens.shape, 1), numbered[:, :, None])
+        stopped = self._stopped(sequences, tokens)
+        state.new.add_(1)
+        chosen = self._keep_running(top, sequences, parents, stopped)
+        self._update_finished(top, sequences, parents, stopped)
+        self._move_on(_gather(beams, chosen))
+        self._check_done(stopped)
+
+    def _log_probs(self) -> torch.Tensor:
+        """[B, N * V] log-probabilities of every continuation of every running beam."""
+        state = self._state
+        logits = self._bucket.tensors["logits"].to(torch.float32, copy=True)
+        logits = logits.view(state.batch * state.beams, -1)
+        log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
+        if self._process is not None:
+            log_probs = self._process(log_probs)
+        self.logits, self.scores = logits, log_probs
+        log_probs = log_probs.view(state.batch, state.beams, -1)
+        return (log_probs + state.running_scores[:, :, None]).view(state.batch, -1)
+
+    def _top(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The [B, C] best (or drawn) continuations: log-probability, beam and token."""
+        if self._do_sample:
+            probabilities = torch.nn.functional.softmax(log_probs, dim=-1)
+            indices = torch.multinomial(probabilities, num_samples=self._candidates)
+            top = torch.gather(log_probs, 1, indices)
+        else:
+            top, indices = torch.topk(log_probs, k=self._candidates)
+        vocabulary = log_probs.shape[-1] // self._state.beams
+        return top, indices // vocabulary, indices % vocabulary
+
+    def _stopped(self, sequences: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, C]: which continuations end here."""
+        state = self._state
+        if self._criteria is not None:
+            flat = sequences.view(-1, state.capacity)[:, : self.length + 1].contiguous()
+            return self._criteria(flat, self.recorded_scores).view(tokens.shape)
+        stopped = (state.index + 1 >= state.limit).expand(tokens.shape)
+        if state.eos.numel():
+            stopped = stopped | (tokens[:, :, None] == state.eos).any(dim=-1)
+        return stopped
+
+    def _keep_running(
+        self, top: torch.Tensor, sequences: torch.Tensor, parents: torch.Tensor, stopped: Any
+    ) -> torch.Tensor:
+        """The N best continuations that go on become the running beams; gives their candidates."""
+        state = self._state
+        running = top + stopped.to(torch.float32) * _NEVER
+        chosen = torch.topk(running, k=state.beams)[1]
+        state.running.copy_(_gather(sequences, chosen))
+        state.running_scores.copy_(_gather(running, chosen))
+        state.running_parents.copy_(_gather(parents, chosen))
+        return chosen
+
+    def _update_finished(
+        self, top: torch.Tensor, sequences: torch.Tensor, parents: torch.Tensor, stopped: Any
+    ) -> None:
+        """The N best of the finished and the just finished sequences, unless the search is done."""
+        state = self._state
+        just_finished = stopped & (torch.arange(top.shape[1], device=top.device) < state.beams)
+        top = state.divide(top, state.final_divisor)
+        full = state.finished.all(dim=-1, keepdim=True) & self._early
+        top += full.to(torch.float32) * _NEVER
+        top += (~state.improvable).to(torch.float32) * _NEVER
+        top += (~just_finished) * _NEVER
+        scores = torch.cat((state.scores, top), dim=1)
+        best = torch.topk(scores, k=state.beams)[1]
+        for kept, new in (
+            (state.sequences, sequences),
+            (state.parents, parents),
+            (state.finished, just_finished),
+            (state.scores, top),
+        ):
+            merged = _gather(torch.cat((kept, new), dim=1), best)
+            kept.copy_(torch.where(state.done, kept, merged))
+
+    def _move_on(self, from_beams: torch.Tensor) -> None:
+        """Make the running beams' last tokens the next queries, and show them their ancestors."""
+        state, tensors = self._state, self._bucket.tensors
+        next_ids = state.running.index_select(2, state.index)[:, :, 0]
+        state.ancestors.copy_(_gather(state.ancestors, from_beams))
+        # the slot a beam writes next is its own
+        own = state.beam_range[None, :, None].expand(state.batch, -1, 1)
+        state.ancestors.index_copy_(2, state.index, own)
+        state.index.add_(1)
+        tensors["input_ids"].copy_(next_ids)
+        self._bucket.advance()
+        show_ancestors(state, self._bucket)
+
+    def _check_done(self, stopped: torch.Tensor) -> None:
+        """Whether any row can still improve, as transformers decides it."""
+        state = self._state
+        state.steps.add_(~state.done)
+        best = state.divide(state.running_scores[:, :1], state.best_divisor)
+        worst = torch.where(state.finished, state.scores.amin(dim=1, keepdim=True), _NEVER)
+        state.improvable &= (best > worst).any(dim=-1, keepdim=True)
+        goes_on = state.improvable.any() & ~stopped.all()
+        if self._early:
+            goes_on = goes_on & ~state.finished.all()
+        state.done |= ~goes_on
+        state.seen.copy_(state.done, non_blocking=True)
+
+
+def show_ancestors(state: BeamState, bucket: Bucket) -> None:
+    """Fill the bucket's slot mask: slot p * N + n holds the token of beam n at position p."""
+    positions = bucket.size.slots // state.beams
+    owners = state.ancestors[:, :, :positions, None]  # [B, N, P, 1]
+    visible = (owners == state.beam_range).view(state.batch, 1, state.beams, -1)
+    mask = bucket.tensors["slot_mask"]
+    mask.copy_(torch.where(visible, 0.0, float("-inf")))
+
+
+def candidates(call: Call) -> int:
+    """How many continuations to keep, so that enough remain when all ends are chosen."""
+    eos = call.config._eos_token_tensor
+    return max(2, 1 + (0 if eos is None else eos.shape[0])) * call.config.num_beams
+
+
+def _gather(tensor: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
+    """Select along axis 1: [B, N, ...] and [B, C] -> [B, C, ...]."""
+    index = beams.view(*beams.shape, *[1] * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:])
+    return torch.gather(tensor, 1, index)
+
+
+def _fill_value(config: Any) -> int:
+    """What transformers fills unwritten places with (a pad id of 0 gives the end token)."""
+    if config._eos_token_tensor is None:
+        return -1
+    eos = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
+    return int(config.pad_token_id or eos)
+
+
+class BeamLoop(Loop):
+    """One ``_beam_search`` call."""
+
+    def __init__(self, call: Call) -> None:
+        beams = call.config.num_beams
+        super().__init__(call, call.input_ids.shape[0] // beams, beams)
+
+    def _make_state(self, batch: int, capacity: int) -> BeamState:
+        return BeamState(batch, self.beams, capacity, self.call.decoder.device)
+
+    def _prefill(self) -> None:
+        """All prompt tokens but the last, one step each: every beam gets its copy of them."""
+        bucket, prompt = self.bucket, self.call.prompt
+        show_ancestors(self.state, bucket)
+        for position in range(prompt):
+            bucket.tensors["input_ids"].copy_(self.state.running[:, :, position])
+            bucket.seek(position)
+            if position < prompt - 1:
+                self.call.decoder.step(bucket)()
+
+    def _next_token(self) -> None:
+        self._record(self._choose())
+
+    def _grow(self) -> None:
+        super()._grow()
+        show_ancestors(self.state, self.bucket)
+
+    def _eager(self) -> Advance:
+        """Step, then choose with the installed processors as transformers calls them."""
+        call, state, length = self.call, self.state, self.length
+        call.decoder.step(self.bucket)()
+        process = None
+        if len(call.processors):
+            ids = state.running.view(-1, state.capacity)[:, :length].contiguous()
+
+            def process(scores: torch.Tensor) -> torch.Tensor:
+                return call.processors(ids, scores)
+
+        advance = Advance(call, state, self.bucket, process)
+        advance.length = length
+        if keeps(call, "output_scores"):
+            advance.recorded_scores = tuple(self.scores)
+        advance()
+        return advance
+
+    def _captured(self, phase: tuple[bool, ...]) -> Advance:
+        """Step and choice as one graph replay, captured on first use of its bucket and phase."""
+        call, state, bucket = self.call, self.state, self.bucket
+        config = call.config
+        process = None
+        if self.plan.processors:
+            flat = state.running.view(-1, state.capacity)
+            places = torch.arange(state.capacity, device=flat.device)
+
+            def as_set() -> torch.Tensor:
+                return torch.where(places < state.index, flat, flat[:, :1])
+
+            process = self.plan.process(flat[:, : self.length], as_set)
+        settings = (config.do_sample, config.early_stopping, candidates(call), records(call))
+        step = call.decoder.step_with(
+            bucket,
+            key=("beams", state, settings, self.plan.signature, phase),
+            after=Advance(call, state, bucket, process),
+            mutable=[*state.mutable(), bucket.tensors["slot_mask"]],
+        )
+        step.run()
+        return step.after
+
+    def _finished(self) -> bool:
+        """Whether to stop before the next token; waits only for tokens of a while ago."""
+        if self.length == self.call.prompt:
+            return False
+        if self.length >= self.call.limit:
+            return True
+        if self.call.waits:
+            return bool(self.state.done)
+        return self._wait() and bool(self.state.seen)
+
+    def _output(self) -> Any:
+        call, state = self.call, self.state
+        kept = call.config.num_return_sequences
+        steps = int(state.steps)
+        self._undo(self.length - call.prompt - steps)
+        parents = state.parents[:, :kept].flatten(0, 1)
+        new = int((parents + 1).bool().sum(dim=1).max())
+        sequences = state.sequences[:, :kept].flatten(0, 1)[:, : call.prompt + new].clone()
+        if not call.config.return_dict_in_generate:
+            return sequences
+        scores = state.scores[:, :kept].flatten(0, 1).clone()
+        return GenerateBeamEncoderDecoderOutput(
+            sequences=sequences,
+            sequences_scores=scores if call.config.output_scores else None,
+            scores=tuple(self.scores[:steps]) if keeps(call, "output_scores") else None,
+            logits=tuple(self.logits[:steps]) if keeps(call, "output_logits") else None,
+            beam_indices=parents[:, :new].clone(),
+            past_key_values=self._cache(call.prompt + steps - 1),
+        )
+
+    def _cache(self, length: int) -> StaticKVCache:
+        """The running beams' keys and values as a Hugging Face cache: a row per beam."""
+        state, bucket = self.state, self.bucket
+        slots = torch.arange(length, device=bucket.device) * self.beams
+        slots = slots + state.ancestors[:, :, :length]  # [B, N, length]
+        return bucket.unshare(slots, self.hidden.shape[1])
+
+
+def beam_search(call: Call) -> Any:
+    """Serve ``_beam_search``: beam search, or beam sampling if ``config.do_sample``."""
+    return BeamLoop(call).run()

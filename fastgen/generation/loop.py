@@ -1,0 +1,341 @@
+"""The fast loop for greedy decoding and sampling: the device decides, the host runs ahead.
+
+The slow reference is transformers' ``_sample``; every line that touches scores or tokens does
+what it does, in the same order, with the installed processors and stopping criteria.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import MaxLengthCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.generation.utils import GenerateEncoderDecoderOutput
+
+from fastgen.decoder import Decoder
+from fastgen.generation.plan import ProcessorPlan
+from fastgen.kv_cache import Bucket, StaticKVCache
+
+RUN_AHEAD = 2  # tokens that the host may be ahead of the GPU; as many may be computed in vain
+
+
+@dataclass
+class Call:
+    """What transformers hands to a decoding method, and the engine that serves it."""
+
+    decoder: Decoder
+    input_ids: torch.Tensor
+    processors: Any
+    criteria: Any
+    config: Any
+    streamer: Any
+    hidden: torch.Tensor
+    mask: torch.Tensor | None
+    cache: StaticKVCache
+
+    def __post_init__(self) -> None:
+        self.prompt = self.input_ids.shape[1]
+        self.limit: int = self.criteria.max_length
+        self.has_eos = any(hasattr(c, "eos_token_id") for c in self.criteria)
+        eos = [c.eos_token_id for c in self.criteria if type(c) is EosTokenCriteria]
+        self.eos: torch.Tensor | None = eos[0] if eos else None
+        known = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in self.criteria)
+        self.plain = known and len(eos) <= 1
+        """Whether length and end-of-sequence tokens alone stop a row, which the device can see."""
+        self.waits = self.streamer is not None or not self.plain
+        """Whether each token must be known on the host before the next."""
+
+    def plan(self) -> ProcessorPlan:
+        """How the processors take part in a captured graph."""
+        known = {id(self.config._eos_token_tensor): ("eos", str(self.config.eos_token_id))}
+        return ProcessorPlan(list(self.processors), known)
+
+
+class SampleState:
+    """The tokens of one batch on the device, and what choosing the next one changes."""
+
+    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
+        self.sequences = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)  # where the next token goes
+        self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
+        self.pad = torch.zeros((), dtype=torch.int64, device=device)
+        self.eos = torch.zeros(0, dtype=torch.int64, device=device)
+        self.seen = torch.ones(batch, dtype=torch.bool, pin_memory=device.type == "cuda")
+        """``unfinished`` as the host sees it, at most ``RUN_AHEAD`` tokens late."""
+        self.busy = False
+
+    def begin(self, call: Call) -> None:
+        """Start a new batch; unfilled places repeat the row's first token."""
+        self.sequences.copy_(call.input_ids[:, :1].expand_as(self.sequences))
+        self.sequences[:, : call.prompt] = call.input_ids
+        self.index.fill_(call.prompt)
+        self.unfinished.fill_(True)
+        self.seen.fill_(True)
+        if call.has_eos:
+            self.pad.copy_(call.config._pad_token_tensor)
+        if call.eos is not None:
+            if self.eos.shape != call.eos.shape:
+                self.eos = torch.empty_like(call.eos)
+            self.eos.copy_(call.eos)
+
+    def mutable(self) -> list[torch.Tensor]:
+        return [self.sequences, self.index, self.unfinished]
+
+
+class Choose:
+    """Chooses each row's next token from the logits; all of it stays on the device."""
+
+    def __init__(
+        self,
+        call: Call,
+        state: SampleState,
+        bucket: Bucket,
+        process: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> None:
+        # not the call itself: a captured graph keeps this object, and must not keep the KV cache
+        self._state, self._bucket, self._process = state, bucket, process
+        self._do_sample = call.config.do_sample
+        self._has_eos, self._eos = call.has_eos, call.plain and call.eos is not None
+        self._records = records(call)
+        self.logits: torch.Tensor | None = None
+        self.scores: torch.Tensor | None = None
+
+    def __call__(self) -> None:
+        state, tensors = self._state, self._bucket.tensors
+        scores = tensors["logits"][:, -1]
+        if self._process is not None or self._do_sample or self._records:
+            self.logits = scores = scores.to(torch.float32, copy=True)
+        if self._process is not None:
+            scores = self._process(scores)
+        self.scores = scores
+        if self._do_sample:
+            probabilities = torch.nn.functional.softmax(scores, dim=-1)
+            tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1)
+        else:
+            tokens = torch.argmax(scores, dim=-1)
+        if self._has_eos:
+            tokens = torch.where(state.unfinished, tokens, state.pad)
+        state.sequences.index_copy_(1, state.index, tokens[:, None])
+        tensors["input_ids"].copy_(tokens[:, None])
+        if self._eos:
+            state.unfinished &= (tokens[:, None] != state.eos).all(dim=-1)
+            state.seen.copy_(state.unfinished, non_blocking=True)
+        state.index.add_(1)
+        self._bucket.advance()
+
+
+class Loop:
+    """What the loops share: the bucket, and how far the host runs ahead of the device."""
+
+    def __init__(self, call: Call, batch: int, beams: int) -> None:
+        self.call = call
+        self.length = call.prompt
+        self.plan = call.plan()
+        self.captures = call.decoder.captures and call.plain and self.plan.obstacle is None
+        self.beams = beams
+        self.hidden = call.hidden[::beams]  # generate() repeats each row for its beams
+        self.mask = None if call.mask is None else call.mask[::beams]
+        self.state = self._lease_state(batch)
+        self.bucket = self._enter(call.prompt)
+        call.cache.source_mask = self.mask  # what later calls must agree with
+        self.scores: list[torch.Tensor] = []
+        self.logits: list[torch.Tensor] = []
+        self.draws: list[torch.Tensor] = []  # state of the random generator after each token
+        self.in_flight: deque[torch.cuda.Event] = deque()
+
+    def run(self) -> Any:
+        """Decode until every row has stopped, and return what the stock method returns."""
+        try:
+            self.state.begin(self.call)
+            self._prefill()
+            while not self._finished():
+                self._next_token()
+            return self._output()
+        finally:
+            self.state.busy = False
+
+    def _make_state(self, batch: int, capacity: int) -> Any:
+        raise NotImplementedError
+
+    def _lease_state(self, batch: int) -> Any:
+        """A state of this size that no other call uses: captured graphs name its addresses."""
+        call, decoder = self.call, self.call.decoder
+        capacity = decoder.slots_for(call.limit)
+        eos = None if call.eos is None else call.eos.numel()
+        key = (type(self).__name__, batch, self.beams, capacity, eos)
+        states = decoder.states.setdefault(key, [])
+        state = next((s for s in states if not s.busy), None)
+        if state is None:
+            state = self._make_state(batch, capacity)
+            states.append(state)
+        state.busy = True
+        return state
+
+    def _enter(self, length: int) -> Bucket:
+        call = self.call
+        return call.decoder.enter(call.cache, self.hidden, self.mask, length, self.beams)
+
+    def _grow(self) -> None:
+        """Move on to the next bucket; the last tokens wait in the old one."""
+        old = self.bucket
+        self.call.cache.fill((self.length - 1) * self.beams)
+        self.bucket = self._enter(self.length)
+        self.bucket.tensors["input_ids"].copy_(old.tensors["input_ids"])
+        self.bucket.seek(self.length - 1)
+
+    def _choose(self) -> Any:
+        """Queue a step and the choice that follows it; gives the choice."""
+        if self.length * self.beams > self.bucket.size.slots:
+            self._grow()
+        phase = self.plan.phase(self.length) if self.captures else None
+        chosen = self._eager() if phase is None else self._captured(phase)
+        self.length += 1
+        return chosen
+
+    def _eager(self) -> Any:
+        raise NotImplementedError
+
+    def _captured(self, phase: tuple[bool, ...]) -> Any:
+        raise NotImplementedError
+
+    def _record(self, chosen: Any) -> None:
+        """Keep what the caller asked to see of a token, and what undoing it takes."""
+        call = self.call
+        if keeps(call, "output_scores"):
+            self.scores.append(chosen.scores.clone())
+        if keeps(call, "output_logits"):
+            self.logits.append(chosen.logits.clone())
+        if call.config.do_sample and not call.waits and call.decoder.device.type == "cuda":
+            self.draws.append(torch.cuda.get_rng_state(call.decoder.device))
+
+    def _undo(self, tokens: int) -> None:
+        """Take back the last tokens' random draws: the HF loop would not have made them."""
+        if tokens and self.draws:
+            torch.cuda.set_rng_state(self.draws[-1 - tokens], self.call.decoder.device)
+
+    def _wait(self) -> bool:
+        """Wait for a token of a while ago; whether the host may look at what it left."""
+        if self.call.decoder.device.type == "cuda":
+            self.in_flight.append(torch.cuda.current_stream().record_event())
+            if len(self.in_flight) <= RUN_AHEAD:
+                return False
+            self.in_flight.popleft().synchronize()
+        return True
+
+
+class SampleLoop(Loop):
+    """One ``_sample`` call."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call, call.input_ids.shape[0], beams=1)
+
+    def _make_state(self, batch: int, capacity: int) -> SampleState:
+        return SampleState(batch, capacity, self.call.decoder.device)
+
+    def _prefill(self) -> None:
+        """All prompt tokens but the last, whose step also chooses the first new token."""
+        call = self.call
+        if call.prompt > 1:
+            call.decoder.run(self.bucket, call.input_ids[:, :-1], 0)
+        self.bucket.seek(call.prompt - 1)
+        self.bucket.tensors["input_ids"].copy_(call.input_ids[:, -1:])
+
+    def _next_token(self) -> None:
+        self._record(self._choose())
+
+    def _eager(self) -> Choose:
+        """Step, then choose with the installed processors as transformers calls them."""
+        call, state, length = self.call, self.state, self.length
+        call.decoder.step(self.bucket)()
+        process = None
+        if len(call.processors):
+            ids = state.sequences[:, :length].contiguous()
+
+            def process(scores: torch.Tensor) -> torch.Tensor:
+                return call.processors(ids, scores)
+
+        choose = Choose(call, state, self.bucket, process)
+        choose()
+        return choose
+
+    def _captured(self, phase: tuple[bool, ...]) -> Choose:
+        """Step and choice as one graph replay, captured on first use of its bucket and phase."""
+        call, state, bucket = self.call, self.state, self.bucket
+        settings = (call.config.do_sample, call.has_eos, records(call))
+        process = None
+        if self.plan.processors:
+            sequences = state.sequences
+            process = self.plan.process(sequences[:, : self.length], lambda: sequences)
+        step = call.decoder.step_with(
+            bucket,
+            key=("sample", state, settings, self.plan.signature, phase),
+            after=Choose(call, state, bucket, process),
+            mutable=state.mutable(),
+        )
+        step.run()
+        return step.after
+
+    def _finished(self) -> bool:
+        """Whether to stop before the next token; waits only for tokens of a while ago."""
+        call = self.call
+        if self.length == call.prompt:
+            return False
+        if call.waits:
+            return self._finished_now()
+        if self.length >= call.limit:
+            return True
+        return call.eos is not None and self._wait() and not self.state.seen.any()
+
+    def _finished_now(self) -> bool:
+        """Hand the token to the streamer and ask the user's stopping criteria."""
+        call, state = self.call, self.state
+        if call.streamer is not None:
+            call.streamer.put(state.sequences[:, self.length - 1].cpu())
+        if not call.plain:
+            ids = state.sequences[:, : self.length].contiguous()
+            scores = tuple(self.scores) if keeps(call, "output_scores") else None
+            state.unfinished &= ~call.criteria(ids, scores)
+        return self.length >= call.limit or not bool(state.unfinished.any())
+
+    def _output(self) -> Any:
+        call = self.call
+        length = self._final_length()
+        self._undo(self.length - length)
+        call.cache.fill(length - 1)
+        sequences = self.state.sequences[:, :length].clone()
+        if call.streamer is not None:
+            call.streamer.end()
+        if not call.config.return_dict_in_generate:
+            return sequences
+        new = length - call.prompt
+        return GenerateEncoderDecoderOutput(
+            sequences=sequences,
+            scores=tuple(self.scores[:new]) if keeps(call, "output_scores") else None,
+            logits=tuple(self.logits[:new]) if keeps(call, "output_logits") else None,
+            past_key_values=call.cache,
+        )
+
+    def _final_length(self) -> int:
+        """Where the HF loop would have stopped: it runs on until the last row has finished."""
+        call = self.call
+        if call.waits or call.eos is None:
+            return self.length
+        new = self.state.sequences[:, call.prompt : self.length]
+        ends = (new[:, :, None] == self.state.eos).any(dim=-1)
+        first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, new.shape[1])
+        return call.prompt + int(first.max())
+
+
+def keeps(call: Call, output: str) -> bool:
+    return bool(call.config.return_dict_in_generate and getattr(call.config, output))
+
+
+def records(call: Call) -> bool:
+    return keeps(call, "output_scores") or keeps(call, "output_logits")
+
+
+def sample(call: Call) -> Any:
+    """Serve ``_sample``: greedy decoding, or sampling if ``config.do_sample``."""
+    return SampleLoop(call).run()
