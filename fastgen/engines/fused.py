@@ -1,0 +1,95 @@
+"""The engine of fused CUDA kernels: a decoder step of few rows, one launch after the other."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+
+from fastgen.engines import nvrtc
+from fastgen.engines.fused_ops import (
+    HEAD_SIZES,
+    MAX_BIAS_BYTES,
+    MAX_ROWS,
+    FusedOps,
+)
+from fastgen.engines.nvrtc import PreparedLaunch, Program
+from fastgen.target import Target
+
+
+def supports(
+    target: Target, device: torch.device, batch: int, queries: int, slots: int, head_size: int
+) -> str | None:
+    """Why the fused kernels cannot run a step of this size; None if they can (sizes that only the
+    weights tell are refused by ``bind``)."""
+    if target.device != "cuda" or target.kv_layout != "BLHD":
+        return f"fused kernels need a GPU and BLHD buffers, not {target.device} {target.kv_layout}"
+    if batch * queries > MAX_ROWS:
+        return f"{batch} rows of {queries} queries: fused kernels serve {MAX_ROWS} in all"
+    if head_size not in HEAD_SIZES:
+        return f"head size {head_size}: fused kernels serve {HEAD_SIZES}"
+    if 4 * queries * slots > MAX_BIAS_BYTES:
+        return f"{slots} slots of {queries} queries: their bias exceeds a block's shared memory"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "fused kernels need compute capability 8.0"
+    return nvrtc.missing()
+
+
+class FusedEngine:
+    """The decoder's step over the model's own parameters (see ``Engine``)."""
+
+    def __init__(
+        self,
+        root: Any,
+        call: Callable[..., Mapping[str, Any]],
+        target: Target,
+        parameters: Mapping[str, torch.Tensor],
+    ) -> None:
+        """
+        Args:
+            root: the family's graph module.
+            call: its method that builds the step.
+            parameters: the model's parameters by name; they must stay alive and in place.
+        """
+        self.target, self._call = target, call
+        self._parameters = {}
+        for name, parameter in root.named_parameters():
+            parameter.name, parameter._realized = name, True  # onnxscript would rename it
+            self._parameters[name] = parameters[name].detach()
+
+    def weight_pointers(self) -> dict[str, int]:
+        return {name: p.data_ptr() for name, p in self._parameters.items()}
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> "FusedBinding":
+        """Record and compile the step over these tensors; logits land in ``tensors["logits"]``.
+
+        Raises:
+            NotFused: some size or operation is not served.
+        """
+        ops = FusedOps(self.target, self._parameters, tensors)
+        inputs = {name: tensor for name, tensor in tensors.items() if name != "logits"}
+        results = self._call(ops, **inputs)
+        ops.store(results["logits"], tensors["logits"])
+        return FusedBinding(ops)
+
+
+class FusedBinding:
+    """All launches of one step, ready to run."""
+
+    def __init__(self, ops: "FusedOps") -> None:
+        program = _program(ops.source(), ops.device)
+        self._launches: list[PreparedLaunch] = [program.prepare(launch) for launch in ops.launches]
+        self._keep = ops  # launches hold only pointers to its tensors
+        self._device = ops.device
+
+    def run(self) -> None:
+        """Queue the step's kernels on torch's current stream."""
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        with torch.cuda.device(self._device):
+            for launch in self._launches:
+                launch(stream)
+
+
+@cache
+def _program(source: str, device: torch.device) -> Program:
+    return Program(source, device)

@@ -1,0 +1,355 @@
+"""The vocabulary of ``ops.py`` as launches of fused CUDA kernels: about eight a layer.
+
+Family code runs through ``FusedOps`` unchanged, over torch tensors. It is lazy: norms, products and
+activations stay descriptions until something needs their numbers, and then become one launch with
+all that can be part of it.
+"""
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from fastgen.engines.nvrtc import Launch
+from fastgen.errors import FastgenError
+from fastgen.target import Target
+
+MAX_ROWS = 8  # one side of a tensor core product
+HEAD_SIZES = (16, 32, 64, 128)
+MAX_BIAS_BYTES = 160 * 1024  # of a block's shared memory, with room for the rest
+_STATIC_SHARED = 48 * 1024  # bytes a block may have without asking
+_SOURCES = ("linear.cu", "attention.cu")
+_ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_ACTIVATIONS = {
+    "relu": "RELU",
+    "gelu_new": "GELU_TANH",
+    "gelu_pytorch_tanh": "GELU_TANH",
+    "gelu": "GELU_ERF",
+    "silu": "SILU",
+    "swish": "SILU",
+}
+
+
+class NotFused(FastgenError):
+    """The fused kernels do not serve this model or size; another engine must."""
+
+
+# What an operation gives before its numbers are needed
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """The residual stream, float32 [B * Q, E], as it is after ``additions`` (made in place)."""
+
+    tensor: torch.Tensor
+    additions: int
+
+
+@dataclass(frozen=True, eq=False)
+class Normed:
+    residual: Residual
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """``scale * x @ weight.T``."""
+
+    x: "Normed | torch.Tensor"
+    weight: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class Activated:
+    """``activation(product)``, times another product if there is a gate."""
+
+    product: Product
+    activation: str
+    gate: Product | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PositionBias:
+    """A bias over KV slots by position, and an additional mask."""
+
+    table: torch.Tensor
+    query_positions: torch.Tensor
+    slot_positions: torch.Tensor
+    low: int
+    high: int
+    mask: torch.Tensor | None = None
+
+
+# The kernels' parameters (see linear.cu and attention.cu)
+
+_POINTER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
+
+
+class EmbeddingArgs(ctypes.Structure):
+    _fields_ = [("ids", _POINTER), ("weight", _POINTER), ("residual", _POINTER), ("width", _INT)]
+
+
+class LinearArgs(ctypes.Structure):
+    _fields_ = [
+        *(("x", _POINTER), ("norm", _POINTER), ("weight", _POINTER * 3), ("y", _POINTER)),
+        *(("eps", _FLOAT), ("scale", _FLOAT)),
+    ]
+
+
+class AttentionArgs(ctypes.Structure):
+    _fields_ = [
+        *(("q", _POINTER), ("key", _POINTER), ("value", _POINTER)),
+        *(("table", _POINTER), ("mask", _POINTER), ("query_positions", _POINTER)),
+        *(("slot_positions", _POINTER), ("first_slot", _POINTER), ("y", _POINTER)),
+        *(("heads", _INT), ("slots", _INT), ("stride", _INT)),
+        *(("span", _INT), ("low", _INT), ("high", _INT)),
+    ]
+
+
+class _Builder:
+    """What onnxscript's modules tell which of them is at work; nothing here depends on it."""
+
+    def push_module(self, name: str, class_name: str) -> None: ...
+
+    def pop_module(self) -> None: ...
+
+
+class FusedOps:
+    """Records the launches of one step; the methods are those of ``ops.Ops``."""
+
+    def __init__(
+        self,
+        target: Target,
+        parameters: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.builder = _Builder()
+        self.target = target
+        self.device = tensors["input_ids"].device
+        self.launches: list[Launch] = []
+        self._parameters, self._tensors = parameters, tensors
+        self._dtype = getattr(torch, target.dtype)
+        self._batch, self._queries = tensors["input_ids"].shape
+        self._rows = self._batch * self._queries
+        self._names: dict[str, str] = {}  # of kernels, by instantiation
+        self._kernels: list[str] = []
+        self._scratch: dict[tuple[str, int], torch.Tensor] = {}
+        self._additions = 0
+        self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    def source(self) -> str:
+        """CUDA source of every kernel that the recorded launches name."""
+        head = {"T": _ELEMENTS[self._dtype], "ROWS": self._rows, "QUERIES": self._queries}
+        lines = [f"#define {name} {value}" for name, value in head.items()]
+        lines += [files("fastgen.engines").joinpath(name).read_text() for name in _SOURCES]
+        return "\n".join([*lines, *self._kernels])
+
+    # Launches
+
+    def _launch(
+        self,
+        body: str,
+        grid: tuple[int, int],
+        threads: int,
+        args: ctypes.Structure,
+        shared: int = 0,
+    ) -> None:
+        """Launch an instantiation of a kernel template."""
+        if body not in self._names:
+            name = self._names[body] = f"{body.split('<')[0]}_{len(self._names)}"
+            self._kernels.append(
+                f'extern "C" __global__ void __launch_bounds__({threads}) {name}'
+                f"(const __grid_constant__ {type(args).__name__} args) {{ {body}(args); }}"
+            )
+        name = self._names[body]
+        first = not self.launches  # what ran before this step does not know about overlapping
+        self.launches.append(Launch(name, grid, threads, args, shared, overlaps=not first))
+
+    def _buffer(self, role: str, width: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Scratch [rows, width]: one for all layers, since a reader ends before the next writer."""
+        key = role, width
+        if key not in self._scratch:
+            dtype = dtype or self._dtype
+            self._scratch[key] = torch.empty(self._rows, width, dtype=dtype, device=self.device)
+        return self._scratch[key]
+
+    def _weight(self, value: Any) -> torch.Tensor:
+        weight = self._parameters[value.name]
+        if weight.data_ptr() % 16 or not weight.is_contiguous() or weight.shape[-1] % 8:
+            raise NotFused(
+                f"{value.name} {tuple(weight.shape)}: rows must be multiples of 8 elements"
+            )
+        return weight
+
+    def _linear(
+        self, y: torch.Tensor, products: list[Product], epilogue: str, activation: str = "relu"
+    ) -> None:
+        """Launch products that share their input; ``y`` takes their outputs side by side."""
+        x, weight = products[0].x, products[0].weight
+        if weight.dtype not in (torch.float32, self._dtype):
+            raise NotFused(f"weights in {weight.dtype}, activations in {self._dtype}")
+        outputs, inputs = weight.shape
+        warps = min(max(-(-inputs // 128), 4), 32)
+        args = LinearArgs(y=y.data_ptr(), scale=products[0].scale)
+        args.weight[: len(products)] = [product.weight.data_ptr() for product in products]
+        if isinstance(x, Normed):
+            self._check_norm(x, inputs, warps)
+            args.x, args.norm, args.eps = x.residual.tensor.data_ptr(), x.weight.data_ptr(), x.eps
+        else:
+            args.x = x.data_ptr()
+        gated = epilogue == "GATE"
+        segments = 1 if gated else len(products)
+        tiles = self._tiles(outputs * segments, warps, 2 if gated else 1)
+        normed = str(isinstance(x, Normed)).lower()
+        sizes = f"{inputs}, {outputs}, {segments}, {tiles}, {warps}"
+        kind = f"{normed}, {epilogue}, {_ACTIVATIONS[activation]}"
+        blocks = -(-outputs // (8 * tiles)) * segments
+        body = f"linear<{_ELEMENTS[weight.dtype]}, {sizes}, {kind}>"
+        self._launch(body, (blocks, 1), 32 * warps, args)
+
+    def _tiles(self, outputs: int, warps: int, weights: int) -> int:
+        """Tiles of eight outputs that one block computes: several repeat the norm less often, as
+        long as every processor keeps two blocks."""
+        for tiles in (4, 2):
+            fits = 8 * tiles * self._rows <= 32 * warps and tiles * weights <= 4
+            if fits and outputs // (8 * tiles) >= 2 * self._processors:
+                return tiles
+        return 1
+
+    def _check_norm(self, x: Normed, width: int, warps: int) -> None:
+        if x.residual.additions != self._additions:
+            raise NotFused("a norm of a residual stream that has moved on")
+        shared = self._rows * ((width + 32) * self._dtype.itemsize + 132 * warps)
+        if width > 128 * warps or shared > _STATIC_SHARED:
+            raise NotFused(f"{self._rows} rows of width {width} exceed a block's shared memory")
+
+    def _attention(
+        self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, **args: Any
+    ) -> torch.Tensor:
+        """Launch attention of ``q`` [rows, stride] over KV buffers [B, slots, H * D]."""
+        slots, width = key.shape[1:]
+        head_size = width // heads
+        if head_size not in HEAD_SIZES:
+            raise NotFused(f"head size {head_size}: one of {HEAD_SIZES}")
+        y = self._buffer("attended", width)
+        arguments = AttentionArgs(
+            q=q.data_ptr(),
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            y=y.data_ptr(),
+            heads=heads,
+            slots=slots,
+            stride=q.shape[1],
+            **args,
+        )
+        most = 16 if self._queries <= 4 else 8
+        warps = min(max(slots * head_size // 512, 4), most)  # two slots a lane, if they suffice
+        own = "true" if "table" in args else "false"
+        body = f"attention<{head_size}, {warps}, {own}>"
+        shared = 4 * self._queries * slots
+        self._launch(body, (heads, self._batch), 32 * warps, arguments, shared)
+        return y
+
+    # The vocabulary
+
+    def embedding(self, ids: torch.Tensor, weight: Any) -> Residual:
+        table = self._weight(weight)
+        residual = self._buffer("residual", table.shape[1], torch.float32)
+        args = EmbeddingArgs(
+            ids=ids.data_ptr(),
+            weight=table.data_ptr(),
+            residual=residual.data_ptr(),
+            width=table.shape[1],
+        )
+        self._launch("embedding", (self._rows, 1), 256, args)
+        return Residual(residual, self._additions)
+
+    def rms_norm(self, x: Residual, weight: Any, eps: float) -> Normed:
+        return Normed(x, self._weight(weight), eps)
+
+    def add_rms_norm(
+        self, residual: Residual, x: Product, weight: Any, eps: float
+    ) -> tuple[Residual, Normed]:
+        if residual.additions != self._additions:
+            raise NotFused("an addition to a residual stream that has moved on")
+        self._linear(residual.tensor, [x], "ADD")
+        self._additions += 1
+        total = Residual(residual.tensor, self._additions)
+        return total, self.rms_norm(total, weight, eps)
+
+    def linear(
+        self, x: Normed | Activated | torch.Tensor, weight: Any, scale: float = 1.0
+    ) -> Product:
+        if isinstance(x, Activated):
+            products = [x.product] if x.gate is None else [x.product, x.gate]
+            hidden = self._buffer("hidden", products[0].weight.shape[0])
+            self._linear(hidden, products, "GATE" if x.gate else "ACTIVATE", x.activation)
+            x = hidden
+        return Product(x, self._weight(weight), scale)
+
+    def wide_linear(self, x: Normed | Activated | torch.Tensor, weight: Any) -> Product:
+        return self.linear(x, weight)  # sums stay in float32 until they meet the residual stream
+
+    def activation(self, x: Product, name: str) -> Activated:
+        if name not in _ACTIVATIONS:
+            raise NotFused(f"activation {name!r}: one of {sorted(_ACTIVATIONS)}")
+        return Activated(x, name)
+
+    def multiply(self, x: Activated, y: Product) -> Activated:
+        if x.gate is not None or y.x is not x.product.x:
+            raise NotFused("a gate that is not a second product of the same input")
+        return replace(x, gate=y)
+
+    def position_bias(
+        self,
+        table: torch.Tensor,
+        query_positions: torch.Tensor,
+        key_positions: torch.Tensor,
+        low: int,
+        high: int,
+    ) -> PositionBias:
+        return PositionBias(table, query_positions, key_positions, low, high)
+
+    def add(self, x: PositionBias, y: torch.Tensor) -> PositionBias:
+        return replace(x, mask=y)
+
+    def visible_slots(
+        self, x: torch.Tensor, ids: torch.Tensor, first_slot: torch.Tensor, axis: int
+    ) -> torch.Tensor:
+        return x  # the attention kernel stops at the last slot written
+
+    def attention(
+        self, q: Product, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, heads: int
+    ) -> torch.Tensor:
+        query = self._buffer("query", q.weight.shape[0])
+        self._linear(query, [q], "STORE")
+        return self._attention(query, k, v, heads, mask=bias.data_ptr())
+
+    def cached_attention(
+        self, q: Product, k: Product, v: Product, slots: Any, bias: PositionBias, heads: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if not (q.x is k.x is v.x and q.scale == k.scale == v.scale):
+            raise NotFused("query, key and value are products of different inputs")
+        fused = self._buffer("query, key, value", 3 * q.weight.shape[0])
+        self._linear(fused, [q, k, v], "STORE")
+        attended = self._attention(
+            *(fused, slots.key, slots.value, heads),
+            table=bias.table.data_ptr(),
+            mask=None if bias.mask is None else bias.mask.data_ptr(),
+            query_positions=bias.query_positions.data_ptr(),
+            slot_positions=bias.slot_positions.data_ptr(),
+            first_slot=slots.first_slot.data_ptr(),
+            span=bias.table.shape[-1],
+            low=bias.low,
+            high=bias.high,
+        )
+        return attended, slots.key, slots.value
+
+    def store(self, x: Product, y: torch.Tensor) -> None:
+        """Give the step's result ``x`` in the tensor ``y`` [B, Q, outputs]."""
+        self._linear(y, [x], "STORE")

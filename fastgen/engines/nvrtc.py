@@ -1,0 +1,128 @@
+"""CUDA kernels compiled at run time, and launches that start while the ones before them run.
+
+The CUDA builds of torch bring both libraries used here: NVRTC and cuda-bindings.
+"""
+
+import ctypes
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from fastgen.errors import EngineError
+
+
+def missing() -> str | None:
+    """Why kernels cannot be compiled here; None if they can."""
+    if (
+        importlib.util.find_spec("cuda") is None
+        or importlib.util.find_spec("cuda.bindings") is None
+    ):
+        return "the package cuda-bindings is not installed"
+    return None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: what to run, over how many blocks, with which arguments."""
+
+    kernel: str
+    grid: tuple[int, int]
+    threads: int
+    arguments: ctypes.Structure
+    """The kernel's only parameter; it holds pointers, so their tensors must stay alive."""
+    shared_bytes: int = 0
+    overlaps: bool = True
+    """Start while earlier launches still run: the kernel itself waits for what they write."""
+
+
+class Program:
+    """Compiled kernels by name, loaded on one device."""
+
+    def __init__(self, source: str, device: torch.device) -> None:
+        from cuda.bindings import driver
+
+        self._device = device
+        self._overlap = torch.cuda.get_device_capability(device) >= (9, 0)
+        with torch.cuda.device(device):
+            self._module = _checked(driver.cuModuleLoadData(compiled(source, _arch(device))))
+        self._functions: dict[str, Any] = {}
+
+    def prepare(self, launch: Launch) -> "PreparedLaunch":
+        """Look the kernel up and make its launch ready to repeat."""
+        from cuda.bindings import driver
+
+        if launch.kernel not in self._functions:
+            name = launch.kernel.encode()
+            self._functions[launch.kernel] = _checked(
+                driver.cuModuleGetFunction(self._module, name)
+            )
+        function = self._functions[launch.kernel]
+        largest = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        if launch.shared_bytes > _checked(driver.cuFuncGetAttribute(largest, function)):
+            _checked(driver.cuFuncSetAttribute(function, largest, launch.shared_bytes))
+        return PreparedLaunch(self, function, launch, self._overlap and launch.overlaps)
+
+
+class PreparedLaunch:
+    """A launch with everything looked up; calling it queues the kernel on a stream."""
+
+    def __init__(self, program: Program, function: Any, launch: Launch, overlap: bool) -> None:
+        from cuda.bindings import driver
+
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *launch.grid, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
+        config.sharedMemBytes = launch.shared_bytes
+        if overlap:
+            attribute = driver.CUlaunchAttribute()
+            names = driver.CUlaunchAttributeID
+            attribute.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(launch.arguments))
+        self._keep = program, launch, pointers
+        self._launch = driver.cuLaunchKernelEx
+        self._config, self._function = config, function
+        self._parameters = ctypes.addressof(pointers)
+
+    def __call__(self, stream: int) -> None:
+        """Queue the kernel on a CUDA stream given by its handle."""
+        self._config.hStream = stream
+        _checked(self._launch(self._config, self._function, self._parameters, 0))
+
+
+@cache
+def compiled(source: str, arch: str) -> bytes:
+    """Machine code of CUDA source for an architecture such as ``sm_90``.
+
+    Raises:
+        EngineError: NVRTC refused the source; the message holds its log.
+    """
+    from cuda.bindings import nvrtc
+
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"fastgen.cu", 0, [], []))
+    options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17"]
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise EngineError(f"NVRTC refused the kernels for {arch}: {log.decode().strip()[:2000]}")
+    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return code
+
+
+def _arch(device: torch.device) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _checked(results: tuple[Any, ...]) -> Any:
+    """The value of a cuda-bindings call, or an EngineError."""
+    error, *values = results
+    if error.value:
+        raise EngineError(f"CUDA failed: {error.name}")
+    return values[0] if values else None
