@@ -41,10 +41,12 @@ class EngineOptions:
     """Folder of the engine cache; None takes ``FASTGEN_CACHE`` or the user's cache folder."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.cache_dir, str):
+            object.__setattr__(self, "cache_dir", Path(self.cache_dir))
         for name, kind in get_type_hints(type(self)).items():
             _check(name, getattr(self, name), kind)
-        for name in ("max_cached_graphs", "min_bucket"):
-            if getattr(self, name) < 1:
+        for name in ("max_cached_graphs", "min_bucket", "intra_op_threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise OptionError(
                     f"EngineOptions.{name}={getattr(self, name)}: must be at least 1."
                 )
