@@ -30,11 +30,12 @@ class FastAutoModelForSeq2SeqLM:
         Raises:
             UnsupportedConfigError: no Fast class for the checkpoint's model_type.
         """
-        if config is None:
-            hub = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-            hub_kwargs = {key: kwargs[key] for key in (*hub, "subfolder") if key in kwargs}
-            config = AutoConfig.from_pretrained(name, **hub_kwargs)
-        return _class_for(config).from_pretrained(name, *args, config=config, **kwargs)
+        if config is not None:
+            return _class_for(config).from_pretrained(name, *args, config=config, **kwargs)
+        hub = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        hub_kwargs = {key: kwargs[key] for key in (*hub, "subfolder") if key in kwargs}
+        fast = _class_for(AutoConfig.from_pretrained(name, **hub_kwargs))
+        return fast.from_pretrained(name, *args, **kwargs)  # which reads changes of config fields
 
     @classmethod
     def from_config(cls, config: Any) -> Any:

@@ -1,0 +1,64 @@
+"""FastAutoModelForSeq2SeqLM: model_type -> Fast class."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, BartConfig
+
+import fastgen
+from fastgen import FastAutoModelForSeq2SeqLM
+from fastgen.errors import UnsupportedConfigError
+from tests.configs import build_stock, fast_class, prompts
+
+NAMES = ("t5-1.0", "mt5", "umt5")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_becomes_its_fast_class(name: str, tmp_path: Path) -> None:
+    stock = build_stock(name)
+    stock.save_pretrained(tmp_path)
+    model = FastAutoModelForSeq2SeqLM.from_pretrained(tmp_path, engine_options={"min_bucket": 8})
+    assert type(model) is fast_class(name)
+    assert model.engine_options.min_bucket == 8
+    ids = prompts(name)
+    assert torch.equal(model.generate(ids, max_new_tokens=4), stock.generate(ids, max_new_tokens=4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_becomes_its_fast_class(name: str) -> None:
+    config = build_stock(name).config
+    assert type(FastAutoModelForSeq2SeqLM.from_config(config)) is fast_class(name)
+
+
+def test_arguments_are_those_of_the_stock_auto_class(tmp_path: Path) -> None:
+    build_stock("t5-1.0").save_pretrained(tmp_path)
+    model = FastAutoModelForSeq2SeqLM.from_pretrained(
+        str(tmp_path), dropout_rate=0.3, dtype=torch.bfloat16, local_files_only=True
+    )
+    assert model.config.dropout_rate == 0.3  # a change of a config field
+    assert model.dtype == torch.bfloat16
+    config = AutoConfig.from_pretrained(tmp_path, dropout_rate=0.4)
+    model, info = FastAutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path, config=config, output_loading_info=True
+    )
+    assert model.config.dropout_rate == 0.4
+    assert not info["missing_keys"]
+
+
+def test_a_model_without_fast_class_is_refused(tmp_path: Path) -> None:
+    BartConfig().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedConfigError, match=r"model_type='bart'.*t5, mt5, umt5"):
+        FastAutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    with pytest.raises(UnsupportedConfigError, match="stock transformers class"):
+        FastAutoModelForSeq2SeqLM.from_config(BartConfig())
+
+
+def test_the_auto_class_itself_has_no_instances() -> None:
+    with pytest.raises(OSError, match="from_pretrained"):
+        FastAutoModelForSeq2SeqLM()
+
+
+def test_every_fast_class_for_generation_is_found_by_its_model_type() -> None:
+    public = {n for n in fastgen.__all__ if n.endswith("ForConditionalGeneration")}
+    assert {fast_class(name).__name__ for name in NAMES} == public
