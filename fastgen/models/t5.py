@@ -135,18 +135,26 @@ def distance_buckets(config: T5Config, bidirectional: bool) -> tuple[list[int], 
     highest = reach if bidirectional else 1
     distances = [*range(highest + 1), *range(-reach, 0)]
     far = [-reach, -2 * reach, -(10**6)] + [reach, 2 * reach, 10**6] * bidirectional
-    buckets = StockT5Attention._relative_position_bucket(
-        torch.tensor(distances + far),
-        bidirectional=bidirectional,
-        num_buckets=config.relative_attention_num_buckets,
-        max_distance=config.relative_attention_max_distance,
-    ).tolist()
+    fields = (
+        f"relative_attention_max_distance={config.relative_attention_max_distance} with "
+        f"relative_attention_num_buckets={config.relative_attention_num_buckets}"
+    )
+    try:
+        buckets = StockT5Attention._relative_position_bucket(
+            torch.tensor(distances + far),
+            bidirectional=bidirectional,
+            num_buckets=config.relative_attention_num_buckets,
+            max_distance=config.relative_attention_max_distance,
+        ).tolist()
+    except (ArithmeticError, ValueError) as error:
+        raise UnsupportedConfigError(f"{fields}: the stock model fails too: {error}.") from error
+    if not 0 <= min(buckets) <= max(buckets) < config.relative_attention_num_buckets:
+        raise UnsupportedConfigError(f"{fields}: some distances fall into no bucket.")
     ends = buckets[len(distances) :]
     if len(set(ends[:3])) > 1 or len(set(ends[3:])) > 1:
         raise UnsupportedConfigError(
-            f"relative_attention_max_distance={config.relative_attention_max_distance} with "
-            f"relative_attention_num_buckets={config.relative_attention_num_buckets}: distances "
-            "beyond the maximum fall into different buckets, which no table can hold."
+            f"{fields}: distances beyond the maximum fall into different buckets, which no table "
+            "can hold."
         )
     return buckets[: len(distances)], reach
 
@@ -220,9 +228,10 @@ class Decoder(nn.Module):
         self.decoder = DecoderStack(config, bias_in_every_layer)
         self.lm_head = Linear(config.d_model, config.vocab_size)
         self.logits_scale = config.d_model**-0.5 if scale_outputs else 1.0
-        tables = config.num_decoder_layers if bias_in_every_layer else 1
+        layers = config.num_decoder_layers
+        tables = layers if bias_in_every_layer else min(1, layers)
         self.shape = DecoderShape(
-            layers=config.num_decoder_layers,
+            layers=layers,
             heads=config.num_heads,
             head_size=config.d_kv,
             width=config.d_model,
