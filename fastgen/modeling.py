@@ -27,6 +27,14 @@ _NOT_COMPUTATION = ("_name_or_path", "architectures", "transformers_version", "d
 # transformers leaves these on a model once output_attentions was asked for; they only listen
 _RECORDING_HOOKS = "transformers.utils.output_capturing"
 
+_KNOWN_LIBRARIES = ("torch", "transformers")
+
+# A new head or resized embeddings start in training mode, where these compute the same
+_SAME_IN_TRAINING = (
+    *(torch.nn.Linear, torch.nn.Embedding),
+    *(torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential),
+)
+
 
 class EngineModule(torch.nn.Module):
     """Mixin of a Hugging Face module: keeps its compiled engines and knows when they are stale.
@@ -36,7 +44,7 @@ class EngineModule(torch.nn.Module):
 
     config: Any
     _engine: Any = None
-    _engine_weights: tuple[int, ...] | None = None
+    _engine_weights: tuple[Any, ...] | None = None
     _engine_options: EngineOptions | None = None
     _refusal: str | None = None
 
@@ -85,8 +93,6 @@ class EngineModule(torch.nn.Module):
             NoEngine: torch must serve this model; the message says why.
         """
         weights = _weights_state(self)
-        if weights is None:
-            raise NoEngine("a module has forward hooks, which only torch runs")
         if weights != self._engine_weights:
             self._engine = self._refusal = None
             self._engine_weights = weights
@@ -151,12 +157,23 @@ class EngineModule(torch.nn.Module):
         graph = Graph.from_meta(artifact.data, artifact.meta)
         return OnnxRuntimeEngine(graph, target, own, options)
 
-    def _refuse_extra_parameters(self, roots: Sequence[graph_nn.Module], ignore: str) -> None:
-        """Adapters and the like add parameters that no graph knows: torch must serve them."""
+    def _refuse_foreign_parts(self, roots: Sequence[graph_nn.Module], ignore: str) -> None:
+        """Adapters and the like add modules and parameters that no graph knows: torch runs them.
+
+        Args:
+            ignore: prefixes of the names of parts that ``roots`` do not stand for.
+        """
+        others = tuple(ignore.split())
         known = {name for root in roots for name, _ in root.named_parameters()}
         for name, _ in self.named_parameters(remove_duplicate=False):
-            if name not in known and not name.startswith(tuple(ignore.split())):
+            if name not in known and not name.startswith(others):
                 raise NoEngine(f"parameter {name} is not part of the {type(self).__name__} graph")
+        for name, module in self.named_modules():
+            home = type(module).__module__.partition(".")[0]
+            own = home in _KNOWN_LIBRARIES or isinstance(module, EngineModule)
+            if not own and not name.startswith(others):
+                kind = f"{type(module).__module__}.{type(module).__name__}"
+                raise NoEngine(f"module {name} is a {kind}, which no graph knows")
 
     # What torch does to a module
 
@@ -185,17 +202,27 @@ def _modules(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
         stack.extend(child for child in module._modules.values() if child is not None)
 
 
-def _weights_state(root: torch.nn.Module) -> tuple[int, ...] | None:
-    """Addresses of all parameters in a fixed order; None if any module has forward hooks."""
-    pointers = []
+def _weights_state(root: torch.nn.Module) -> tuple[Any, ...]:
+    """Types of all modules, place and layout of all parameters, in a fixed order.
+
+    Raises:
+        NoEngine: a module does what only torch can do; the message says what.
+    """
+    state: list[Any] = []
     for module in _modules(root):
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+        if module._forward_hooks or module._forward_pre_hooks:
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            foreign = [h for h in hooks if getattr(h, "__module__", "") != _RECORDING_HOOKS]
-            if foreign or hasattr(module, "_hf_hook"):
-                return None
-        pointers += [p.data_ptr() for p in module._parameters.values() if p is not None]
-    return tuple(pointers)
+            if any(getattr(hook, "__module__", "") != _RECORDING_HOOKS for hook in hooks):
+                raise NoEngine("a module has forward hooks, which only torch runs")
+        if "forward" in module.__dict__ and not isinstance(module, EngineModule):
+            raise NoEngine(f"the forward of a {type(module).__name__} was replaced")
+        if module.training and not isinstance(module, _SAME_IN_TRAINING):
+            raise NoEngine(f"a {type(module).__name__} is in training mode: call model.eval()")
+        state.append(type(module))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                state += (parameter.data_ptr(), parameter.shape, parameter.stride())
+    return tuple(state)
 
 
 @cache
@@ -214,7 +241,8 @@ def _engine_key(module: EngineModule, target: Target) -> dict[str, Any]:
     config = module.config.to_dict()
     generation = ""
     if target.device == "cuda":
-        generation = "sm%d%d" % torch.cuda.get_device_capability(next(module.parameters()).device)
+        major, minor = torch.cuda.get_device_capability(next(module.parameters()).device)
+        generation = f"sm{major}{minor}"
     return {
         "class": type(module).__name__,
         "config": {k: v for k, v in config.items() if k not in _NOT_COMPUTATION},

@@ -1,5 +1,6 @@
 """Encoder-decoder models: which calls the engine serves, and how torch serves the others."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastgen.decoder import Decoder
 from fastgen.engines import Binding, Engine, NoEngine
-from fastgen.generation import OPTIONAL_OUTPUTS, FastGenerationMixin
+from fastgen.generation import OPTIONAL_OUTPUTS, FastGenerationMixin, as_torch
 from fastgen.kv_cache import StaticKVCache
 from fastgen.modeling import EngineModule
 from fastgen.options import EngineOptions
@@ -26,7 +27,7 @@ class FastEncoder(EngineModule):
 
     def _build_engine(self, target: Target) -> Engine:
         root = self._encoder_root()
-        self._refuse_extra_parameters([root], ignore="")
+        self._refuse_foreign_parts([root], ignore="")
         specs = encoder_specs(target, self.config.d_model)
         return self._engine_for("encoder", root, target, "encode", specs)
 
@@ -34,8 +35,14 @@ class FastEncoder(EngineModule):
         """Why a call with these arguments goes to torch; None if the engine serves it."""
         if reason := _common_refusal(self, kwargs):
             return reason
-        if kwargs.get("input_ids") is None:
+        input_ids = kwargs.get("input_ids")
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
             return "inputs_embeds are served by torch"
+        if kwargs.get("use_cache"):
+            return "use_cache=True: torch reports that an encoder has no KV cache"
+        mask = kwargs.get("attention_mask")
+        if reason := _ids_refusal(self, input_ids) or _mask_refusal(mask, input_ids.shape):
+            return reason
         try:
             self._current_engine()
         except NoEngine as error:
@@ -50,23 +57,26 @@ class FastEncoder(EngineModule):
     ) -> Any:
         """As the stock stack: token ids [B, S] to hidden states [B, S, E]."""
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        arguments = {name: as_torch(value) for name, value in arguments.items()}
         if self.refusal(**arguments) is not None:
             _introduce(type(self), self.config)
             return super().forward(**arguments)
-        output = BaseModelOutput(last_hidden_state=self._encode(input_ids, attention_mask))
-        return output if _return_dict(self, kwargs) else output.to_tuple()
+        output = BaseModelOutput(
+            last_hidden_state=self._encode(arguments["input_ids"], arguments["attention_mask"])
+        )
+        return output if _return_dict(self, kwargs.get("return_dict")) else output.to_tuple()
 
     def _encode(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         engine = self._current_engine()
         batch, sources = input_ids.shape
         positions = torch.arange(sources, device=input_ids.device)
-        mask = torch.ones_like(input_ids) if mask is None else mask.to(torch.int64)
+        mask = torch.ones_like(input_ids) if mask is None else mask
         hidden = torch.empty(
             *(batch, sources, self.config.d_model), dtype=self.dtype, device=input_ids.device
         )
         tensors = {
             "input_ids": input_ids.to(torch.int64).contiguous(),
-            "attention_mask": mask.contiguous(),
+            "attention_mask": mask.to(torch.int64).contiguous(),
             "query_positions": positions[:, None],
             "key_positions": positions[None, :],
             "last_hidden_state": hidden,
@@ -85,6 +95,11 @@ class FastPreTrained(EngineModule):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.encoder.__class__ = self._stack_class
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: or transformers would not initialise the weights as it does the stock class's."""
+        return False
 
     @classmethod
     def from_pretrained(cls, *args: Any, engine_options: Any = None, **kwargs: Any) -> Any:
@@ -112,6 +127,9 @@ class FastPreTrained(EngineModule):
 class FastEncoderModel(FastPreTrained):
     """Mixin of an encoder-only model: its stack does the work."""
 
+    def compile_engine(self) -> None:
+        self.encoder.compile_engine()
+
 
 class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
     """Mixin of an encoder-decoder with a language model head."""
@@ -122,9 +140,10 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
 
     def _build_engine(self, target: Target) -> Decoder:
         root = self._decoder_root()
-        self._refuse_extra_parameters([root], ignore="shared. encoder.")
-        shape = root.shape
-        cross = self._engine_for("cross", root, target, "cross", cross_specs(target, shape))
+        self._refuse_foreign_parts([root], ignore="shared. encoder.")
+        cross = self._engine_for("cross", root, target, "cross", cross_specs(target, root.shape))
+        # a head that was replaced may have another size than the config says
+        shape = replace(root.shape, vocab_size=self.get_output_embeddings().weight.shape[0])
 
         @cache
         def decoder(slot_mask: bool) -> Engine:
@@ -145,23 +164,43 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         if kwargs.get("decoder_input_ids") is None:
             return "no decoder_input_ids: torch reports what is missing"
         mask = kwargs.get("decoder_attention_mask")
-        if mask is not None and not bool(mask.all()):
+        if mask is not None and (mask.ndim != 2 or not bool(mask.all())):
             return "decoder_attention_mask hides tokens"
         past = kwargs.get("past_key_values")
         if past is not None and not isinstance(past, StaticKVCache):
             return f"past_key_values is a {type(past).__name__}, not the engine's own KV cache"
-        if past is not None and past.bucket is not None and self._engine is not None:
-            return None  # a further token: what could refuse it was looked at with the first
-        return self._engine_refusal(past)
+        if past is not None and past.bucket is not None:
+            if not _same_mask(getattr(past, "source_mask", ...), kwargs.get("attention_mask")):
+                return "attention_mask is not the one that past_key_values began with"
+            if self._engine is not None:
+                return None  # a further token: all else was looked at with the first
+        return self._input_refusal(kwargs) or self._engine_refusal(past)
+
+    def _input_refusal(self, kwargs: dict[str, Any]) -> str | None:
+        """Ranks and sizes that the graphs do not know; many of them torch reports as errors."""
+        ids, source = kwargs["decoder_input_ids"], kwargs.get("encoder_outputs")
+        if reason := _ids_refusal(self, ids):
+            return reason
+        source = kwargs.get("input_ids") if source is None else source[0]
+        if source is None:
+            return None  # before there are any: explain() was asked
+        if source.requires_grad and torch.is_grad_enabled():
+            return "gradients of encoder_outputs may be asked for"
+        if isinstance(ids, torch.Tensor) and len(ids) != len(source):
+            return f"decoder_input_ids have {len(ids)} rows, the encoder's {len(source)}"
+        return _mask_refusal(kwargs.get("attention_mask"), source.shape)
 
     def _engine_refusal(self, past: StaticKVCache | None) -> str | None:
         try:
             decoder = self._current_engine()
         except NoEngine as error:
             return str(error)
-        if past is not None and past.bucket is not None:
-            if past.bucket.target != decoder.target or past.bucket.device != decoder.device:
-                return "past_key_values was made by another engine"
+        bucket = None if past is None else past.bucket
+        if bucket is not None and (bucket.target, bucket.device) != (
+            decoder.target,
+            decoder.device,
+        ):
+            return "past_key_values was made by another engine"
         return None
 
     def forward(  # type: ignore[override]
@@ -192,11 +231,28 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
             "use_cache": use_cache,
             **kwargs,
         }
+        arguments = {name: as_torch(value) for name, value in arguments.items()}
         if self.refusal(**arguments) is not None:
             return super().forward(**arguments)
+        return self._run(**arguments)
+
+    def _run(
+        self,
+        decoder_input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        encoder_outputs: Any,
+        past_key_values: StaticKVCache | None,
+        use_cache: bool | None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> Any:
+        """``forward`` on the engine."""
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
-        hidden = encoder_outputs[0]
+        if not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
+        hidden = encoder_outputs.last_hidden_state
         if use_cache is None:
             use_cache = self.config.use_cache
         past = past_key_values
@@ -206,8 +262,10 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
             logits=self._decode(decoder_input_ids, hidden, attention_mask, past),
             past_key_values=past if use_cache or past_key_values is not None else None,
             encoder_last_hidden_state=hidden,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
         )
-        return output if _return_dict(self, kwargs) else output.to_tuple()
+        return output if _return_dict(self, return_dict) else output.to_tuple()
 
     def _decode(
         self,
@@ -220,8 +278,10 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         length = past.get_seq_length()
         total = length + input_ids.shape[1]
         with decoder.lock:
-            bucket = decoder.enter(past, hidden, mask, total)
-            logits = decoder.run(bucket, input_ids, length)
+            if past.bucket is None:
+                past.source_mask = mask  # what the bucket's cross-attention mask is made of
+            bucket = decoder.enter(past, hidden.detach(), mask, total)
+            logits = decoder.run(bucket, input_ids.to(torch.int64), length)
             if logits is bucket.tensors["logits"]:
                 logits = logits.clone()  # the next step overwrites the bucket's own
         past.fill(total)
@@ -255,6 +315,10 @@ def _common_refusal(module: EngineModule, kwargs: dict[str, Any]) -> str | None:
         return "the model is in training mode: call model.eval()"
     if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
         return "gradients may be asked for: wrap the call in torch.no_grad()"
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return "torch is tracing or compiling the model"
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        return "torch.autocast is on: load the model in the dtype to compute in instead"
     for name in OPTIONAL_OUTPUTS:
         asked = kwargs.pop(name, None)
         if asked or (asked is None and getattr(module.config, name, False)):
@@ -262,6 +326,35 @@ def _common_refusal(module: EngineModule, kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def _return_dict(module: EngineModule, kwargs: dict[str, Any]) -> bool:
-    asked = kwargs.get("return_dict")
+def _ids_refusal(module: Any, ids: Any) -> str | None:
+    """Token ids that torch reports as wrong, while the engine would read some row for them."""
+    if not isinstance(ids, torch.Tensor):
+        return None  # explain() was asked
+    if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
+        return f"token ids are {ids.ndim}-dimensional {ids.dtype}, not [B, Q] of int64"
+    vocabulary = module.get_input_embeddings().weight.shape[0]
+    if ids.device.type == "cpu" and ids.numel():  # on a GPU a look at them would wait for it
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= vocabulary:
+            return f"token ids from {low} to {high} are not all in 0 .. {vocabulary - 1}"
+    return None
+
+
+def _mask_refusal(mask: torch.Tensor | None, shape: torch.Size) -> str | None:
+    if mask is None or mask.shape == shape[:2]:
+        return None
+    return f"attention_mask is {list(mask.shape)}, not {list(shape[:2])}: one value per token"
+
+
+def _same_mask(first: Any, mask: torch.Tensor | None) -> bool:
+    """Whether two attention masks hide the same tokens; ``first`` is ``...`` if nobody knows it."""
+    if first is mask:
+        return True
+    if first is None or mask is None:
+        only: Any = mask if first is None else first
+        return only is not ... and bool(only.all())
+    return first is not ... and torch.equal(first, mask)
+
+
+def _return_dict(module: EngineModule, asked: bool | None) -> bool:
     return bool(module.config.return_dict if asked is None else asked)
