@@ -1,0 +1,395 @@
+"""``forward`` of encoder-decoder models by hand, argument by argument, against the stock class."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from fastgen.kv_cache import StaticKVCache
+from tests.configs import Pair, build_pair
+from tests.helpers import CLOSE, refusal, sources, targets, tokens
+
+NAMES = ("t5-1.0", "t5-1.1", "umt5", "mt5", "t5-deep-decoder")
+
+
+def ragged(side: str = "right") -> torch.Tensor:
+    """Attention mask of 9, 5 and 1 source tokens."""
+    keep = torch.arange(9) < torch.tensor([[9], [5], [1]])
+    return (keep if side == "right" else keep.flip(-1)).long()
+
+
+@torch.no_grad()
+def forward(model: Any, **arguments: Any) -> Any:
+    """A forward call of 3 rows, 9 source and 5 target tokens unless said."""
+    call = {"input_ids": sources(), "decoder_input_ids": targets()} | arguments
+    return model(**{name: value for name, value in call.items() if value is not ...})
+
+
+def assert_same(pair: Pair, **arguments: Any) -> Any:
+    """Same logits and encoder states, and the same entries, of both models; the Fast output."""
+    expected, found = forward(pair.stock, **arguments), forward(pair.fast, **arguments)
+    assert found.keys() == expected.keys()
+    assert found.logits.dtype == expected.logits.dtype
+    for name in ("logits", "encoder_last_hidden_state", "loss"):
+        torch.testing.assert_close(found.get(name), expected.get(name), **CLOSE)
+    return found
+
+
+# Arguments that the engine serves
+
+SERVED: dict[str, dict[str, Any]] = {
+    "nothing else": {},
+    "padding on the right": {"attention_mask": ragged("right")},
+    "padding on the left": {"attention_mask": ragged("left")},
+    "bool mask": {"attention_mask": ragged().bool()},
+    "float mask": {"attention_mask": ragged().float()},
+    "int32": {"input_ids": sources().int(), "decoder_input_ids": targets().int()},
+    "int32 step": {"decoder_input_ids": targets()[:, :1].int()},
+    "not contiguous": {
+        "input_ids": sources().t().contiguous().t(),
+        "decoder_input_ids": targets().t().contiguous().t(),
+    },
+    "one target token": {"decoder_input_ids": targets()[:, :1]},
+    "one source token": {"input_ids": sources()[:, :1]},
+    "one row": {"input_ids": sources()[:1], "decoder_input_ids": targets()[:1]},
+    "long": {"input_ids": tokens(2, 200, 1), "decoder_input_ids": tokens(2, 150, 2)},
+    "decoder mask of ones": {"decoder_attention_mask": torch.ones_like(targets())},
+    "use_cache=False": {"use_cache": False},
+    "use_cache=True": {"use_cache": True},
+}
+
+
+@pytest.mark.parametrize("case", SERVED)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_engine_serves(name: str, case: str) -> None:
+    pair = build_pair(name)
+    assert refusal(pair.fast, **SERVED[case]) is None
+    assert_same(pair, **SERVED[case])
+
+
+# Arguments that torch serves
+
+TORCH: dict[str, tuple[str, dict[str, Any]]] = {
+    "labels": ("labels", {"labels": targets(), "decoder_input_ids": None}),
+    "attentions": ("output_attentions", {"output_attentions": True}),
+    "hidden states": ("output_hidden_states", {"output_hidden_states": True}),
+    "hidden decoder tokens": (
+        "decoder_attention_mask",
+        {"decoder_attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1] * 5, [0, 1, 1, 1, 1]])},
+    ),
+    "4-D decoder mask": (
+        "decoder_attention_mask",
+        {"decoder_attention_mask": torch.ones(3, 1, 5, 5, dtype=torch.bool)},
+    ),
+    "one source for all": ("rows", {"input_ids": sources()[:1]}),
+}
+
+
+@pytest.mark.parametrize("case", TORCH)
+def test_torch_serves(case: str) -> None:
+    reason, arguments = TORCH[case]
+    pair = build_pair("t5-1.1")
+    assert reason in str(refusal(pair.fast, **arguments))
+    assert_same(pair, **arguments)
+
+
+@pytest.mark.parametrize("which", ["inputs_embeds", "decoder_inputs_embeds"])
+def test_torch_serves_embeddings(which: str) -> None:
+    pair = build_pair("t5-1.1")
+    ids = "input_ids" if which == "inputs_embeds" else "decoder_input_ids"
+    embedded = pair.stock.shared({"input_ids": sources(), "decoder_input_ids": targets()}[ids])
+    arguments = {which: embedded.detach(), ids: None}
+    assert which in str(refusal(pair.fast, **arguments))
+    assert_same(pair, **arguments)
+
+
+def test_a_4d_encoder_mask_is_served_by_torch() -> None:
+    pair = build_pair("t5-1.1")
+    mask = torch.ones(3, 1, 9, 9, dtype=torch.bool).tril()
+    with torch.no_grad():
+        found, expected = (
+            model.encoder(sources(), attention_mask=mask).last_hidden_state
+            for model in (pair.fast, pair.stock)
+        )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"input_ids": None},
+        {"decoder_input_ids": None},
+        {"inputs_embeds": torch.ones(3, 9, 32)},
+        {"input_ids": sources()[0]},
+        {"input_ids": sources() + 1000},
+        {"input_ids": -sources()},
+        {"decoder_input_ids": -targets()},
+        {"decoder_input_ids": targets()[:2]},
+        {"decoder_input_ids": targets().float()},
+        {"attention_mask": ragged()[1:2]},
+        {"attention_mask": ragged()[:, :4]},
+    ],
+)
+def test_a_wrong_call_gives_the_error_of_the_stock_model(wrong: dict[str, Any]) -> None:
+    pair = build_pair("t5-1.1")
+    with pytest.raises(Exception) as expected:
+        forward(pair.stock, **wrong)
+    with pytest.raises(type(expected.value)):
+        forward(pair.fast, **wrong)
+    assert_same(pair)
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_return_dict_false(use_cache: bool) -> None:
+    pair = build_pair("t5-1.1")
+    expected, found = (
+        forward(model, return_dict=False, use_cache=use_cache) for model in (pair.stock, pair.fast)
+    )
+    assert isinstance(found, tuple)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        if isinstance(other, torch.Tensor):
+            torch.testing.assert_close(one, other, **CLOSE)
+        else:
+            assert isinstance(one, type(other))
+    with torch.no_grad():
+        assert isinstance(pair.fast.encoder(sources(), return_dict=False), tuple)
+
+
+def test_outputs_are_not_overwritten_by_later_calls() -> None:
+    model = build_pair("t5-1.1").fast
+    ids = targets()[:, :1]
+    first = forward(model, decoder_input_ids=ids).logits
+    kept = first.clone()
+    assert not torch.equal(forward(model, decoder_input_ids=ids + 1).logits, kept)
+    assert torch.equal(first, kept)
+
+
+def test_encoder_outputs_may_be_a_tuple_or_any_model_output() -> None:
+    pair = build_pair("t5-1.1")
+    mask = ragged()
+    with torch.no_grad():
+        whole = pair.stock.encoder(sources(), attention_mask=mask, output_hidden_states=True)
+    forms = [
+        whole,
+        BaseModelOutput(last_hidden_state=whole[0]),
+        (whole[0],),
+        (whole[0], whole.hidden_states),
+        whole.to_tuple(),
+    ]
+    for form in forms:
+        given = {"input_ids": None, "encoder_outputs": form, "attention_mask": mask}
+        assert refusal(pair.fast, **given) is None
+        assert_same(pair, **given)
+
+
+def test_gradients_of_encoder_outputs_are_kept() -> None:
+    pair = copy.deepcopy(build_pair("t5-1.1"))
+    found = []
+    for model in (pair.stock, pair.fast):
+        model.requires_grad_(False)
+        hidden = model.encoder(sources())[0].detach().requires_grad_()
+        call = {"encoder_outputs": (hidden,), "decoder_input_ids": targets()}
+        model(**call).logits.square().mean().backward()
+        found.append(hidden.grad)
+        with torch.no_grad():  # asks for none although the tensor could have one
+            assert not model(**call).logits.requires_grad
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
+def test_any_dlpack_tensor_is_taken() -> None:
+    pair = build_pair("t5-1.1")
+    given = {
+        "input_ids": np.asarray(sources()),
+        "attention_mask": np.asarray(ragged()),
+        "decoder_input_ids": np.asarray(targets()),
+    }
+    found = forward(pair.fast, **given).logits
+    assert torch.equal(found, forward(pair.fast, attention_mask=ragged()).logits)
+    with torch.no_grad():
+        states = pair.fast.encoder(given["input_ids"])[0]
+        assert torch.equal(states, pair.fast.encoder(sources())[0])
+    generated = pair.fast.generate(
+        given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=9
+    )
+    expected = pair.stock.generate(sources(), attention_mask=ragged(), max_new_tokens=9)
+    assert generated.tolist() == expected.tolist()
+    assert np.from_dlpack(found).ctypes.data == found.data_ptr()
+
+
+# Padding and empty batches
+
+
+@pytest.mark.parametrize("name", ["t5-1.1", "umt5"])
+def test_a_row_of_only_padding_is_finite_and_leaves_the_others_alone(name: str) -> None:
+    pair = build_pair(name)
+    mask = ragged()
+    mask[2] = 0
+    found = forward(pair.fast, attention_mask=mask)
+    assert found.logits.isfinite().all()
+    expected = forward(pair.stock, attention_mask=ragged()).logits
+    torch.testing.assert_close(found.logits[:2], expected[:2], **CLOSE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_padding_holds_does_not_matter(side: str) -> None:
+    model = build_pair("t5-1.1").fast
+    mask = ragged(side)
+    results = [
+        forward(model, input_ids=sources() * mask + fill * (1 - mask), attention_mask=mask).logits
+        for fill in (0, 45)
+    ]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-5)
+
+
+def test_an_empty_batch_gives_an_empty_result() -> None:
+    model = build_pair("t5-1.1").fast
+    for length in (1, 5):
+        call = {"input_ids": sources()[:0], "decoder_input_ids": targets()[:0, :length]}
+        assert forward(model, **call).logits.shape == (0, length, 96)
+    assert_same(build_pair("t5-1.1"))
+
+
+# Contexts
+
+
+def test_inference_mode() -> None:
+    pair = build_pair("t5-1.1")
+    with torch.inference_mode():
+        assert_same(pair)
+        assert refusal(pair.fast) is None
+    assert_same(pair)
+
+
+def test_autocast_computes_what_torch_does() -> None:
+    pair = build_pair("t5-1.1")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "autocast" in str(refusal(pair.fast))
+        assert torch.equal(forward(pair.fast).logits, forward(pair.stock).logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_is_of_the_torch_model() -> None:
+    pair = build_pair("t5-1.1")
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = pair.fast
+
+        def forward(self, ids: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=ids, decoder_input_ids=prompt, use_cache=False).logits
+
+    traced = torch.jit.trace(Logits().eval(), (sources(), targets()), check_trace=False)
+    other = tokens(3, 9, seed=7)
+    expected = forward(pair.stock, input_ids=other).logits
+    torch.testing.assert_close(traced(other, targets()), expected, **CLOSE)
+
+
+# Several calls over one KV cache
+
+
+def continued(
+    model: Any,
+    make_past: Callable[[], Any] = lambda: None,
+    chunks: tuple[int, ...] = (2, 1, 1, 3, 1),
+    mask: torch.Tensor | None = None,
+    later_mask: Any = ...,
+    between: Callable[[Any, Any, int], Any] = lambda model, past, step: past,
+) -> torch.Tensor:
+    """Logits of a decoder prompt given in chunks, the KV cache handed from call to call."""
+    prompt = tokens(3, sum(chunks), seed=3)
+    past, state, start, found = make_past(), None, 0, []
+    for step, size in enumerate(chunks):
+        given: dict[str, Any] = {"encoder_outputs": state} if state else {"input_ids": sources()}
+        given["attention_mask"] = mask if step == 0 or later_mask is ... else later_mask
+        given |= {"decoder_input_ids": prompt[:, start : start + size], "past_key_values": past}
+        with torch.no_grad():
+            output = model(**given, use_cache=True)
+        state = (output.encoder_last_hidden_state,)
+        past, start = between(model, output.past_key_values, step), start + size
+        found.append(output.logits)
+    assert past.get_seq_length() == start
+    return torch.cat(found, 1)
+
+
+def foreign() -> EncoderDecoderCache:
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+
+def assert_continues(pair: Pair, **how: Any) -> None:
+    """The Fast model continues as the stock model does without detours, and as one call would."""
+    plain = {key: how[key] for key in ("chunks", "mask", "later_mask") if key in how}
+    expected = continued(pair.stock, make_past=foreign, **plain)
+    torch.testing.assert_close(continued(pair.fast, **how), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("side", ["left", "right", None])
+def test_a_kv_cache_is_continued(name: str, side: str | None) -> None:
+    assert_continues(build_pair(name), mask=ragged(side) if side else None)
+
+
+@pytest.mark.parametrize("make_past", [foreign, lambda: StaticKVCache(2)], ids=["stock", "own"])
+def test_a_kv_cache_of_the_callers(make_past: Callable[[], Any]) -> None:
+    assert_continues(build_pair("t5-1.1"), make_past=make_past, mask=ragged())
+
+
+def test_a_later_call_may_see_other_source_tokens() -> None:
+    """Stock takes each call's own mask, although keys and values stay those of the first call."""
+    pair = build_pair("t5-1.1")
+    assert_continues(pair, mask=ragged(), later_mask=None)
+    assert_continues(pair, mask=None, later_mask=ragged())
+    assert_continues(pair, mask=ragged(), later_mask=ragged("left"))
+
+
+def test_an_equal_mask_stays_on_the_engine() -> None:
+    model = build_pair("t5-1.1").fast
+    past = StaticKVCache(2)
+    forward(model, past_key_values=past)
+    step = {"decoder_input_ids": targets()[:, :1], "past_key_values": past}
+    assert refusal(model, **step) is None
+    assert refusal(model, **step, attention_mask=torch.ones_like(sources())) is None
+    assert "attention_mask" in str(refusal(model, **step, attention_mask=ragged()))
+
+
+@pytest.mark.parametrize("name", ["t5-1.1", "umt5"])
+def test_the_engine_and_torch_take_turns_on_one_kv_cache(name: str) -> None:
+    pair = copy.deepcopy(build_pair(name))
+
+    def switch(model: Any, past: Any, step: int) -> Any:
+        model.engine_options = {"backend": "torch" if step % 2 == 0 else "auto"}
+        return past
+
+    assert_continues(pair, between=switch, mask=ragged(), chunks=(2, 1, 1, 1, 3, 1, 1))
+
+
+def test_a_kv_cache_outlives_its_engines() -> None:
+    pair = copy.deepcopy(build_pair("t5-1.1"))
+
+    def invalidate(model: Any, past: Any, step: int) -> Any:
+        model.invalidate_engine()
+        return past
+
+    assert_continues(pair, between=invalidate, mask=ragged())
+
+
+@pytest.mark.parametrize("name", ["t5-1.1", "umt5"])
+def test_growing_past_buckets(name: str) -> None:
+    pair = copy.deepcopy(build_pair(name))
+    pair.fast.engine_options = {"min_bucket": 4}
+    assert_continues(pair, chunks=(1, 2, 1, 1, 5, 1, 9, *[1] * 20), mask=ragged())
+    for beams in (1, 3):
+        call = {"attention_mask": ragged(), "max_new_tokens": 40, "min_new_tokens": 40}
+        found, expected = (
+            model.generate(sources(), **call, num_beams=beams) for model in (pair.fast, pair.stock)
+        )
+        assert found.tolist() == expected.tolist()
