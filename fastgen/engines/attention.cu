@@ -18,7 +18,7 @@ INLINE void embedding(const EmbeddingArgs& args) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Attention of one head and one KV row: unscaled, one pass, softmax kept as maximum and sum
+// Attention of one head and one query, unscaled: one pass, the softmax kept as maximum and sum
 
 struct AttentionArgs {
     const T* q;                        // [ROWS, stride]; SELF: new keys and values lie behind it
@@ -32,48 +32,38 @@ struct AttentionArgs {
     int heads, slots, stride, span, low, high;
 };
 
-INLINE void load8(const T* x, float (&y)[8]) {
-    const Pack<T, 8> pack = *(const Pack<T, 8>*)x;
-#pragma unroll
-    for (int i = 0; i < 8; i++) y[i] = to_float(pack.element[i]);
+INLINE Pack<T, 8> load8(const T* x) { return *(const Pack<T, 8>*)x; }
+
+// What is added to the score of a slot: a bias by distance, indexed as Python lists are, and a mask.
+template <bool SELF> INLINE float bias_of(const AttentionArgs& args, int h, int row, int slot) {
+    float bias = args.mask ? to_float(args.mask[(long long)row * args.slots + slot]) : 0.f;
+    if constexpr (SELF) {
+        const long long far = args.slot_positions[slot] - args.query_positions[row % QUERIES];
+        const int distance = (int)max((long long)args.low, min((long long)args.high, far));
+        bias += to_float(args.table[h * args.span + distance + (distance < 0 ? args.span : 0)]);
+    }
+    return bias;
 }
 
-// The bias of every visible slot, float [QUERIES, end], by distance as Python lists are indexed.
-template <bool SELF> INLINE void load_bias(const AttentionArgs& args, int end, float* bias) {
-    const T* table = args.table + (SELF ? blockIdx.x * args.span : 0);
-    for (int s = threadIdx.x; s < end; s += blockDim.x)
-        for (int q = 0; q < QUERIES; q++) {
-            float value = 0.f;
-            if constexpr (SELF) {
-                const long long far = args.slot_positions[s] - args.query_positions[q];
-                const int distance = (int)max((long long)args.low, min((long long)args.high, far));
-                value = to_float(table[distance < 0 ? distance + args.span : distance]);
-            }
-            if (args.mask) {
-                const long long row = (long long)blockIdx.y * QUERIES + q;
-                value += to_float(args.mask[row * args.slots + s]);
-            }
-            bias[q * end + s] = value;
-        }
+INLINE float weight_under(float top, float highest) {  // exp, also of -inf - -inf
+    return top == highest ? 1.f : expf(top - highest);
 }
 
-// One query's softmax so far, over some of the slots.
+// The softmax over some of the slots, and a lane's eight elements of the values' weighted sum.
 struct Softmax {
     float top = negative_infinity(), sum = 0.f, y[8] = {};
 
-    INLINE void add(float score, const float (&v)[8]) {
-        const float highest = fmaxf(top, score);
-        const float keep = top == highest ? 1.f : __expf(top - highest);
-        const float p = score == negative_infinity() ? 0.f : __expf(score - highest);
+    INLINE void add(float score, const Pack<T, 8>& v) {
+        const float highest = fmaxf(top, score), keep = weight_under(top, highest);
+        const float p = score == negative_infinity() ? 0.f : expf(score - highest);
         sum = sum * keep + p;
 #pragma unroll
-        for (int i = 0; i < 8; i++) y[i] = y[i] * keep + p * v[i];
+        for (int i = 0; i < 8; i++) y[i] = y[i] * keep + p * to_float(v.element[i]);
         top = highest;
     }
     INLINE void merge(int offset) {  // with the lane at this xor offset
         const float other = __shfl_xor_sync(~0u, top, offset), highest = fmaxf(top, other);
-        const float mine = top == highest ? 1.f : __expf(top - highest);
-        const float theirs = other == highest ? 1.f : __expf(other - highest);
+        const float mine = weight_under(top, highest), theirs = weight_under(other, highest);
         sum = sum * mine + __shfl_xor_sync(~0u, sum, offset) * theirs;
 #pragma unroll
         for (int i = 0; i < 8; i++) y[i] = y[i] * mine + __shfl_xor_sync(~0u, y[i], offset) * theirs;
@@ -81,78 +71,103 @@ struct Softmax {
     }
 };
 
-template <int D, int WARPS, bool SELF> INLINE void attention(const AttentionArgs& args) {
+// A cluster of SPLITS blocks shares out one row's slots; the first of them merges what all found.
+template <int SPLITS> INLINE void cluster_arrive() {
+    if constexpr (SPLITS > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+template <int SPLITS> INLINE void cluster_wait() {
+    if constexpr (SPLITS > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+template <int SPLITS> INLINE void store_to_first(float* shared, float x) {
+    if constexpr (SPLITS > 1) {
+        unsigned place = (unsigned)__cvta_generic_to_shared(shared);
+        asm volatile("mapa.shared::cluster.u32 %0, %0, 0;" : "+r"(place));
+        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(place), "f"(x) : "memory");
+    } else {
+        *shared = x;
+    }
+}
+
+template <int D, int WARPS, int SPLITS, bool SELF> INLINE void attention(const AttentionArgs& args) {
     constexpr int LANES = D / 8, GROUPS = WARPS * 32 / LANES;  // LANES hold one slot's key
-    extern __shared__ float bias[];
-    __shared__ float merged[WARPS][QUERIES][D + 2];
+    extern __shared__ float bias[];                            // [slots of this block]
+    __shared__ float parts[SPLITS * WARPS][D + 2];
 
     launch_dependents();
-    const int h = blockIdx.x, b = blockIdx.y, width = args.heads * D;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    cluster_arrive<SPLITS>();
+    const int split = blockIdx.x % SPLITS, h = blockIdx.x / SPLITS, row = blockIdx.y;
+    const int b = row / QUERIES, width = args.heads * D, lane = threadIdx.x % 32;
     const int part = threadIdx.x % LANES * 8, group = threadIdx.x / LANES;
     const int old = SELF ? (int)args.first_slot[b] : args.slots;
-    const int end = SELF ? min(old + QUERIES, args.slots) : args.slots;
+    const int total = SELF ? min(old + QUERIES, args.slots) : args.slots;
+    const int share = (total + SPLITS - 1) / SPLITS;
+    const int begin = split * share, end = min(begin + share, total);
     T* key = args.key + (long long)b * args.slots * width + h * D;
     T* value = args.value + (long long)b * args.slots * width + h * D;
     constexpr int LINES = (D * (int)sizeof(T) + 127) / 128;  // of 128 bytes, of one slot
-    for (int i = threadIdx.x; i < old * LINES; i += WARPS * 32) {
+    for (int i = begin * LINES + threadIdx.x; i < min(end, old) * LINES; i += WARPS * 32) {
         const long long place = (long long)(i / LINES) * width + i % LINES * (128 / (int)sizeof(T));
         asm volatile("prefetch.global.L2 [%0];" ::"l"(key + place));
         asm volatile("prefetch.global.L2 [%0];" ::"l"(value + place));
     }
-    load_bias<SELF>(args, end, bias);
+    for (int s = begin + threadIdx.x; s < end; s += WARPS * 32)
+        bias[s - begin] = bias_of<SELF>(args, h, row, s);
+    __syncthreads();
     wait_for_inputs();
 
-    const T* queries = args.q + (long long)b * QUERIES * args.stride + h * D;
-    for (int i = threadIdx.x; SELF && i < (end - old) * D; i += WARPS * 32) {
-        const T* source = queries + i / D * args.stride + i % D;
-        const long long place = (long long)(old + i / D) * width + i % D;
-        key[place] = source[width];
-        value[place] = source[2 * width];
+    // The new keys and values are read where the product left them, whichever block stores them
+    const T* fresh = args.q + (long long)b * QUERIES * args.stride + h * D;
+    const T* own = fresh + row % QUERIES * args.stride;
+    const long long slot_of_own = old + row % QUERIES;
+    if (SELF && split == 0 && threadIdx.x < D && slot_of_own < args.slots) {
+        key[slot_of_own * width + threadIdx.x] = own[width + threadIdx.x];
+        value[slot_of_own * width + threadIdx.x] = own[2 * width + threadIdx.x];
     }
-    float q[QUERIES][8];
+    const Pack<T, 8> q = load8(own + part);
+    Softmax softmax;
+    for (int base = begin; base < end; base += 2 * GROUPS) {  // all lanes of a warp stay in the loop
+        Pack<T, 8> k[2], v[2];
 #pragma unroll
-    for (int i = 0; i < QUERIES; i++) load8(queries + i * args.stride + part, q[i]);
-    __syncthreads();
-
-    Softmax softmax[QUERIES];
-#pragma unroll 2
-    for (int base = 0; base < end; base += GROUPS) {  // all lanes of a warp stay in the loop
-        const int slot = base + group, inside = min(slot, end - 1);
-        float k[8], v[8];
-        load8(key + (long long)inside * width + part, k);
-        load8(value + (long long)inside * width + part, v);
+        for (int i = 0; i < 2; i++) {
+            const int slot = min(base + i * GROUPS + group, end - 1);
+            const bool stored = !SELF || slot < old;
+            const T* new_row = fresh + (long long)(slot - old) * args.stride;
+            k[i] = load8((stored ? key + (long long)slot * width : new_row + width) + part);
+            v[i] = load8((stored ? value + (long long)slot * width : new_row + 2 * width) + part);
+        }
 #pragma unroll
-        for (int i = 0; i < QUERIES; i++) {
+        for (int i = 0; i < 2; i++) {
+            const int slot = base + i * GROUPS + group;
             float score = 0.f;
 #pragma unroll
-            for (int e = 0; e < 8; e++) score += q[i][e] * k[e];
+            for (int e = 0; e < 8; e++) score += to_float(q.element[e]) * to_float(k[i].element[e]);
 #pragma unroll
             for (int o = LANES / 2; o; o /= 2) score += __shfl_xor_sync(~0u, score, o);
-            softmax[i].add(slot < end ? score + bias[i * end + inside] : negative_infinity(), v);
+            softmax.add(slot < end ? score + bias[slot - begin] : negative_infinity(), v[i]);
         }
     }
 #pragma unroll
-    for (int i = 0; i < QUERIES; i++) {
+    for (int o = LANES; o < 32; o *= 2) softmax.merge(o);
+    cluster_wait<SPLITS>();  // the first block runs by now
+    if (lane < LANES) {
+        float* mine = parts[split * WARPS + threadIdx.x / 32];
 #pragma unroll
-        for (int o = LANES; o < 32; o *= 2) softmax[i].merge(o);
-        if (lane < LANES) {
-#pragma unroll
-            for (int e = 0; e < 8; e++) merged[warp][i][part + e] = softmax[i].y[e];
-            merged[warp][i][D] = softmax[i].top;
-            merged[warp][i][D + 1] = softmax[i].sum;
-        }
+        for (int e = 0; e < 8; e++) store_to_first<SPLITS>(mine + part + e, softmax.y[e]);
+        store_to_first<SPLITS>(mine + D, softmax.top);
+        store_to_first<SPLITS>(mine + D + 1, softmax.sum);
     }
-    __syncthreads();
-    for (int o = threadIdx.x; o < QUERIES * D; o += WARPS * 32) {
-        const int i = o / D;
-        float top = negative_infinity(), sum = 0.f, y = 0.f;
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, merged[w][i][D]);
-        for (int w = 0; w < WARPS; w++) {
-            const float share = merged[w][i][D] == top ? 1.f : __expf(merged[w][i][D] - top);
-            sum += merged[w][i][D + 1] * share;
-            y += merged[w][i][o % D] * share;
-        }
-        from_float(sum > 0.f ? y / sum : 0.f, args.y[((long long)b * QUERIES + i) * width + h * D + o % D]);
+    if (SPLITS == 1) __syncthreads();
+    cluster_arrive<SPLITS>();
+    cluster_wait<SPLITS>();
+    if (split != 0 || threadIdx.x >= D) return;
+    float top = negative_infinity(), sum = 0.f, y = 0.f;
+#pragma unroll 8
+    for (int i = 0; i < SPLITS * WARPS; i++) top = fmaxf(top, parts[i][D]);
+#pragma unroll 8
+    for (int i = 0; i < SPLITS * WARPS; i++) {
+        const float keep = weight_under(parts[i][D], top);
+        sum += parts[i][D + 1] * keep;
+        y += parts[i][threadIdx.x] * keep;
     }
+    from_float(sum > 0.f ? y / sum : 0.f, args.y[(long long)row * width + h * D + threadIdx.x]);
 }

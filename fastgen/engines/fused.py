@@ -9,8 +9,8 @@ import torch
 from fastgen.engines import nvrtc
 from fastgen.engines.fused_ops import (
     HEAD_SIZES,
-    MAX_BIAS_BYTES,
     MAX_ROWS,
+    MAX_SLOTS,
     FusedOps,
 )
 from fastgen.engines.nvrtc import PreparedLaunch, Program
@@ -28,8 +28,8 @@ def supports(
         return f"{batch} rows of {queries} queries: fused kernels serve {MAX_ROWS} in all"
     if head_size not in HEAD_SIZES:
         return f"head size {head_size}: fused kernels serve {HEAD_SIZES}"
-    if 4 * queries * slots > MAX_BIAS_BYTES:
-        return f"{slots} slots of {queries} queries: their bias exceeds a block's shared memory"
+    if slots > MAX_SLOTS:
+        return f"{slots} slots: fused kernels serve {MAX_SLOTS}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "fused kernels need compute capability 8.0"
     return nvrtc.missing()

@@ -17,9 +17,9 @@ from fastgen.engines.nvrtc import Launch
 from fastgen.errors import FastgenError
 from fastgen.target import Target
 
-MAX_ROWS = 8  # one side of a tensor core product
+MAX_ROWS = 16  # one side of a tensor core product
 HEAD_SIZES = (16, 32, 64, 128)
-MAX_BIAS_BYTES = 160 * 1024  # of a block's shared memory, with room for the rest
+MAX_SLOTS = 8192  # a block keeps the bias of its slots in shared memory
 _STATIC_SHARED = 48 * 1024  # bytes a block may have without asking
 _SOURCES = ("linear.cu", "attention.cu")
 _ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -152,12 +152,7 @@ class FusedOps:
     # Launches
 
     def _launch(
-        self,
-        body: str,
-        grid: tuple[int, int],
-        threads: int,
-        args: ctypes.Structure,
-        shared: int = 0,
+        self, body: str, grid: tuple[int, int], threads: int, args: ctypes.Structure, **more: int
     ) -> None:
         """Launch an instantiation of a kernel template."""
         if body not in self._names:
@@ -166,9 +161,9 @@ class FusedOps:
                 f'extern "C" __global__ void __launch_bounds__({threads}) {name}'
                 f"(const __grid_constant__ {type(args).__name__} args) {{ {body}(args); }}"
             )
-        name = self._names[body]
-        first = not self.launches  # what ran before this step does not know about overlapping
-        self.launches.append(Launch(name, grid, threads, args, shared, overlaps=not first))
+        overlaps = bool(self.launches)  # what ran before this step knows nothing of overlapping
+        launch = Launch(self._names[body], grid, threads, args, overlaps=overlaps, **more)
+        self.launches.append(launch)
 
     def _buffer(self, role: str, width: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Scratch [rows, width]: one for all layers, since a reader ends before the next writer."""
@@ -197,14 +192,14 @@ class FusedOps:
         warps = min(max(-(-inputs // 128), 4), 32)
         args = LinearArgs(y=y.data_ptr(), scale=products[0].scale)
         args.weight[: len(products)] = [product.weight.data_ptr() for product in products]
+        gated = epilogue == "GATE"
+        segments, weights = (1, 2) if gated else (len(products), 1)
+        tiles = self._tiles(outputs * segments, warps, weights)
         if isinstance(x, Normed):
-            self._check_norm(x, inputs, warps)
+            self._check_norm(x, inputs, warps, 8 * tiles * weights)
             args.x, args.norm, args.eps = x.residual.tensor.data_ptr(), x.weight.data_ptr(), x.eps
         else:
             args.x = x.data_ptr()
-        gated = epilogue == "GATE"
-        segments = 1 if gated else len(products)
-        tiles = self._tiles(outputs * segments, warps, 2 if gated else 1)
         normed = str(isinstance(x, Normed)).lower()
         sizes = f"{inputs}, {outputs}, {segments}, {tiles}, {warps}"
         kind = f"{normed}, {epilogue}, {_ACTIVATIONS[activation]}"
@@ -221,11 +216,11 @@ class FusedOps:
                 return tiles
         return 1
 
-    def _check_norm(self, x: Normed, width: int, warps: int) -> None:
+    def _check_norm(self, x: Normed, width: int, warps: int, outputs: int) -> None:
         if x.residual.additions != self._additions:
             raise NotFused("a norm of a residual stream that has moved on")
-        shared = self._rows * ((width + 32) * self._dtype.itemsize + 132 * warps)
-        if width > 128 * warps or shared > _STATIC_SHARED:
+        row_bytes = (width + 32) * self._dtype.itemsize + 4 * warps * (outputs + 1)
+        if width > 128 * warps or self._rows * row_bytes > _STATIC_SHARED:
             raise NotFused(f"{self._rows} rows of width {width} exceed a block's shared memory")
 
     def _attention(
@@ -234,8 +229,10 @@ class FusedOps:
         """Launch attention of ``q`` [rows, stride] over KV buffers [B, slots, H * D]."""
         slots, width = key.shape[1:]
         head_size = width // heads
-        if head_size not in HEAD_SIZES:
-            raise NotFused(f"head size {head_size}: one of {HEAD_SIZES}")
+        if head_size not in HEAD_SIZES or slots > MAX_SLOTS:
+            raise NotFused(
+                f"head size {head_size}, {slots} slots: {HEAD_SIZES}, {MAX_SLOTS} at most"
+            )
         y = self._buffer("attended", width)
         arguments = AttentionArgs(
             q=q.data_ptr(),
@@ -247,13 +244,22 @@ class FusedOps:
             stride=q.shape[1],
             **args,
         )
-        most = 16 if self._queries <= 4 else 8
-        warps = min(max(slots * head_size // 512, 4), most)  # two slots a lane, if they suffice
+        splits = self._splits(slots, heads)
         own = "true" if "table" in args else "false"
-        body = f"attention<{head_size}, {warps}, {own}>"
-        shared = 4 * self._queries * slots
-        self._launch(body, (heads, self._batch), 32 * warps, arguments, shared)
+        body = f"attention<{head_size}, 8, {splits}, {own}>"
+        shared = 4 * -(-slots // splits)
+        grid = (heads * splits, self._rows)
+        self._launch(body, grid, 256, arguments, shared_bytes=shared, cluster=splits)
         return y
+
+    def _splits(self, slots: int, heads: int) -> int:
+        """Blocks that share out a row's slots: each at least 64, and not two a processor."""
+        if torch.cuda.get_device_capability(self.device) < (9, 0):
+            return 1  # clusters begin there
+        for splits in (8, 4, 2):
+            if slots >= 64 * splits and heads * self._rows * splits <= 2 * self._processors:
+                return splits
+        return 1
 
     # The vocabulary
 

@@ -2,7 +2,7 @@
 //
 // The engine puts these definitions in front of this file:
 //   T        type of activations: bf16, fp16 or float
-//   ROWS     activation rows, batch * queries, 1 to 8
+//   ROWS     activation rows, batch * queries, 1 to 16
 //   QUERIES  query tokens that share one row's KV buffer
 // and behind it one extern "C" kernel for each instantiation a model needs.
 //
@@ -81,39 +81,45 @@ template <class W> INLINE Fragment<W> load_weights(const W* row, int k, int colu
     return f;
 }
 
+// What a lane holds of eight columns of x: of row lane / 4, and of the row eight further on.
+struct Columns { uint4 low, high; };
+
 // 16-bit weights go through tensor cores, whose 16 x 8 products take x as the rows. The order of
 // the columns is free as long as x and W agree: a lane's eight consecutive ones serve two products.
-INLINE void multiply(float (&c)[4], uint4 x, uint4 w, bf16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%8,%5,%8}, {%6,%7}, "
-        "{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(x.x), "r"(x.y), "r"(w.x), "r"(w.y), "r"(0));
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%8,%5,%8}, {%6,%7}, "
-        "{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(x.z), "r"(x.w), "r"(w.z), "r"(w.w), "r"(0));
+#define FASTGEN_MMA(TYPE, X0, X1, X2, X3, W0, W1)                                                  \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "                             \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                          \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                           \
+        : "r"(X0), "r"(X1), "r"(X2), "r"(X3), "r"(W0), "r"(W1))
+INLINE void multiply(float (&c)[4], const Columns& x, uint4 w, bf16) {
+    FASTGEN_MMA("bf16", x.low.x, x.high.x, x.low.y, x.high.y, w.x, w.y);
+    FASTGEN_MMA("bf16", x.low.z, x.high.z, x.low.w, x.high.w, w.z, w.w);
 }
-INLINE void multiply(float (&c)[4], uint4 x, uint4 w, fp16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%8,%5,%8}, {%6,%7}, "
-        "{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(x.x), "r"(x.y), "r"(w.x), "r"(w.y), "r"(0));
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%8,%5,%8}, {%6,%7}, "
-        "{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(x.z), "r"(x.w), "r"(w.z), "r"(w.w), "r"(0));
+INLINE void multiply(float (&c)[4], const Columns& x, uint4 w, fp16) {
+    FASTGEN_MMA("f16", x.low.x, x.high.x, x.low.y, x.high.y, w.x, w.y);
+    FASTGEN_MMA("f16", x.low.z, x.high.z, x.low.w, x.high.w, w.z, w.w);
 }
 
 // What a lane accumulates of an 8-output tile, for all ROWS.
 template <class W> struct Product {
-    typedef uint4 Input;
+    typedef Columns Input;
     float c[4] = {0.f, 0.f, 0.f, 0.f};
 
     static INLINE Input load(const T* x, int stride, int k, int columns, int lane) {
-        if (lane / 4 >= ROWS || k >= columns) return make_uint4(0, 0, 0, 0);
-        return *(const uint4*)(x + (lane / 4) * stride + k);
+        Input input = {};
+        const T* from = x + lane / 4 * stride + k;
+        if (lane / 4 < ROWS && k < columns) input.low = *(const uint4*)from;
+        if (lane / 4 + 8 < ROWS && k < columns) input.high = *(const uint4*)(from + 8 * stride);
+        return input;
     }
     INLINE void add(const Input& x, const Fragment<W>& w) { multiply(c, x, w.part[0], W()); }
     INLINE void store(float* sums, int lane) const {  // sums[8 outputs][ROWS]
-        if (lane / 4 >= ROWS) return;
-        sums[(lane % 4 * 2) * ROWS + lane / 4] = c[0];
-        sums[(lane % 4 * 2 + 1) * ROWS + lane / 4] = c[1];
+        const int output = lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = lane / 4 + i / 2 * 8;
+            if (row < ROWS) sums[(output + i % 2) * ROWS + row] = c[i];
+        }
     }
 };
 

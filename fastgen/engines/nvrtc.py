@@ -34,6 +34,8 @@ class Launch:
     arguments: ctypes.Structure
     """The kernel's only parameter; it holds pointers, so their tensors must stay alive."""
     shared_bytes: int = 0
+    cluster: int = 1
+    """Neighbouring blocks that run together and read each other's shared memory."""
     overlaps: bool = True
     """Start while earlier launches still run: the kernel itself waits for what they write."""
 
@@ -60,9 +62,6 @@ class Program:
                 driver.cuModuleGetFunction(self._module, name)
             )
         function = self._functions[launch.kernel]
-        largest = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        if launch.shared_bytes > _checked(driver.cuFuncGetAttribute(largest, function)):
-            _checked(driver.cuFuncSetAttribute(function, largest, launch.shared_bytes))
         return PreparedLaunch(self, function, launch, self._overlap and launch.overlaps)
 
 
@@ -76,12 +75,19 @@ class PreparedLaunch:
         config.gridDimX, config.gridDimY, config.gridDimZ = *launch.grid, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
         config.sharedMemBytes = launch.shared_bytes
+        names, attributes = driver.CUlaunchAttributeID, []
+        if launch.cluster > 1:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            size = attribute.value.clusterDim
+            size.x, size.y, size.z = launch.cluster, 1, 1
+            attributes.append(attribute)
         if overlap:
             attribute = driver.CUlaunchAttribute()
-            names = driver.CUlaunchAttributeID
             attribute.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
+            attributes.append(attribute)
+        config.attrs, config.numAttrs = attributes, len(attributes)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(launch.arguments))
         self._keep = program, launch, pointers
         self._launch = driver.cuLaunchKernelEx
