@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml tools/setup_env.py
 	@touch $@
 
 demo: $(STAMP)
-	$(RUN) examples/pronounce/demo.py
+	$(RUN) -m examples.pronounce.demo
 
 test: $(STAMP)
 	$(RUN) -m pytest -n auto

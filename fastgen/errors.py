@@ -6,7 +6,7 @@ class FastgenError(RuntimeError):
 
 
 class MissingRuntimeError(FastgenError, ImportError):
-    """No usable ONNX Runtime is installed (or two are); the message holds the one command that mends it."""
+    """No usable ONNX Runtime is installed, or two are; the message holds the command to run."""
 
 
 class OptionError(FastgenError, ValueError):

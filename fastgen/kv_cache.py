@@ -229,7 +229,7 @@ class SlotLayer(DynamicLayer):
         view._lease = lease  # type: ignore[attr-defined]  # the buffer lives as long as the view
         return view
 
-    @property  # type: ignore[override]
+    @property
     def keys(self) -> torch.Tensor | None:
         return self._tensors.get("keys") if self.own else self._view(0)
 
@@ -238,7 +238,7 @@ class SlotLayer(DynamicLayer):
         self._move_out()
         self._tensors["keys"] = tensor
 
-    @property  # type: ignore[override]
+    @property
     def values(self) -> torch.Tensor | None:
         return self._tensors.get("values") if self.own else self._view(1)
 
@@ -319,15 +319,16 @@ class StaticKVCache(EncoderDecoderCache):
         for i, layer in enumerate(layers):
             length = layer.get_seq_length()
             buffers = bucket.cross_kv if layer.cross else bucket.self_kv
-            if length:
-                bucket.layer(buffers, 2 * i, length).copy_(layer.keys)
-                bucket.layer(buffers, 2 * i + 1, length).copy_(layer.values)
+            for value, content in enumerate((layer.keys, layer.values)):
+                if length and content is not None:
+                    bucket.layer(buffers, 2 * i + value, length).copy_(content)
 
     def move_in(self, sources: int) -> None:
         """Say that the leased bucket holds all content; a cross-attention content of one's own
         stays what later tokens attend to."""
-        bucket = self._slots.lease.bucket
-        self._copy_into(bucket, self.cross_attention_cache.layers)
+        lease = self._slots.lease
+        assert lease is not None
+        self._copy_into(lease.bucket, self.cross_attention_cache.layers)
         self.fill(self.get_seq_length(), sources)
 
     def fill(self, length: int, sources: int | None = None) -> None:

@@ -1,7 +1,9 @@
 """The life of an engine inside a Hugging Face module: built lazily, dropped when weights move."""
 
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -36,6 +38,15 @@ _SAME_IN_TRAINING = (
 )
 
 
+class _Steady(threading.local):
+    """Modules whose weights this thread has just looked at, by id."""
+
+    modules: frozenset[int] = frozenset()
+
+
+_steady = _Steady()
+
+
 class EngineModule(torch.nn.Module):
     """Mixin of a Hugging Face module: keeps its compiled engines and knows when they are stale.
 
@@ -43,6 +54,8 @@ class EngineModule(torch.nn.Module):
     """
 
     config: Any
+    device: torch.device
+    dtype: torch.dtype
     _engine: Any = None
     _engine_weights: tuple[Any, ...] | None = None
     _engine_options: EngineOptions | None = None
@@ -83,6 +96,22 @@ class EngineModule(torch.nn.Module):
             if isinstance(module, EngineModule):
                 module._current_engine()
 
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Look at the weights once, and take them as unchanged until the end of the body."""
+        parts = [module for module in _modules(self) if isinstance(module, EngineModule)]
+        before, outer = self._engine_weights, _steady.modules
+        with suppress(NoEngine):
+            self._current_engine()
+            if self._engine_weights is not before or any(p._engine is None for p in parts):
+                for part in parts:
+                    part._current_engine()
+            _steady.modules = outer | {id(part) for part in parts}
+        try:
+            yield
+        finally:
+            _steady.modules = outer
+
     def _build_engine(self, target: Target) -> Any:
         raise NotImplementedError
 
@@ -92,6 +121,8 @@ class EngineModule(torch.nn.Module):
         Raises:
             NoEngine: torch must serve this model; the message says why.
         """
+        if id(self) in _steady.modules and self._engine is not None:
+            return self._engine
         weights = _weights_state(self)
         if weights != self._engine_weights:
             self._engine = self._refusal = None

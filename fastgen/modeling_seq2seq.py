@@ -49,7 +49,7 @@ class FastEncoder(EngineModule):
             return str(error)
         return None
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -91,6 +91,8 @@ class FastPreTrained(EngineModule):
     """Mixin of a whole Hugging Face model whose encoder stack is a FastEncoder."""
 
     _stack_class: type[FastEncoder]
+    encoder: FastEncoder
+    get_output_embeddings: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -109,7 +111,7 @@ class FastPreTrained(EngineModule):
             engine_options: EngineOptions, a dict of them, or None for the defaults.
         """
         options = EngineOptions.resolve(engine_options)
-        loaded = super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
         model.engine_options = options
         return loaded
@@ -203,7 +205,7 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
             return "past_key_values was made by another engine"
         return None
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,

@@ -6,7 +6,7 @@ width. Every value carries its dtype, so that casts appear only where dtypes rea
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 import torch
@@ -15,7 +15,7 @@ from onnxscript import GraphBuilder
 from fastgen.errors import UnsupportedConfigError
 from fastgen.target import Target
 
-Value = ir.Value
+Value: TypeAlias = Any  # an onnx_ir.Value, whose package carries no types
 
 # FusedMatMul scales inside its float32 accumulator: what would overflow float16 fits afterwards.
 _WIDE_SCALE = 2.0**-10

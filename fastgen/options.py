@@ -41,8 +41,9 @@ class EngineOptions:
     """Folder of the engine cache; None takes ``FASTGEN_CACHE`` or the user's cache folder."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.cache_dir, str):
-            object.__setattr__(self, "cache_dir", Path(self.cache_dir))
+        folder: Any = self.cache_dir
+        if isinstance(folder, str):
+            object.__setattr__(self, "cache_dir", Path(folder))
         for name, kind in get_type_hints(type(self)).items():
             _check(name, getattr(self, name), kind)
         for name in ("max_cached_graphs", "min_bucket", "intra_op_threads"):

@@ -118,8 +118,6 @@ def _session_options(target: Target, options: EngineOptions) -> Any:
         settings.intra_op_num_threads = options.intra_op_threads or torch.get_num_threads()
         # Prepacking would copy every weight matrix once per session
         settings.add_session_config_entry("session.disable_prepacking", "1")
-    else:
-        settings.add_session_config_entry("ep.cuda.enable_gemm_auto_tune", "1")
     return settings
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from fastgen.errors import EngineError
@@ -11,12 +12,21 @@ from fastgen.generation import beam, loop
 from fastgen.kv_cache import StaticKVCache
 
 OPTIONAL_OUTPUTS = ("output_attentions", "output_hidden_states")
-_FAST_MODES = (
+_FAST_MODES: tuple[Any, ...] = (
     GenerationMode.GREEDY_SEARCH,
     GenerationMode.SAMPLE,
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 )
+# Arguments of ``generate`` that become processors and criteria, or go with them: for any loop
+_ANY_LOOP: tuple[str, ...] = (
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "streamer",
+)
+_ANY_LOOP += ("tokenizer", "assistant_tokenizer")
+_ANY_LOOP += ("negative_prompt_ids", "negative_prompt_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Explanation:
         return "\n".join([self.path, *(f"  - {reason}" for reason in self.reasons)])
 
 
-class FastGenerationMixin:
+class FastGenerationMixin(GenerationMixin):
     """Mixin before a Hugging Face generation class: its ``generate`` runs on the engine."""
 
     @torch.no_grad()
@@ -73,8 +83,13 @@ class FastGenerationMixin:
         past = model_kwargs.get("past_key_values")
         if past is not None and past.get_seq_length():
             reasons.append("past_key_values already holds tokens")
-        served = ("encoder_outputs", "attention_mask", "past_key_values", "use_cache")
-        served += ("input_ids", "inputs", "decoder_input_ids")
+        served: tuple[str, ...] = (
+            "encoder_outputs",
+            "attention_mask",
+            "past_key_values",
+            "use_cache",
+        )
+        served += ("input_ids", "inputs", "decoder_input_ids", *_ANY_LOOP)
         for name, value in model_kwargs.items():
             if value is not None and value is not False and name not in served:
                 reasons.append(f"{name} is given")
@@ -171,7 +186,8 @@ class FastGenerationMixin:
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock ``generate``; DLPack tensors (of CuPy, say) are taken as torch tensors."""
         kwargs = {name: as_torch(value) for name, value in kwargs.items()}
-        return super().generate(as_torch(inputs), *args, **kwargs)
+        with self.steady():
+            return super().generate(as_torch(inputs), *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

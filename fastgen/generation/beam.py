@@ -82,7 +82,7 @@ class BeamState:
     def _set_divisors(self, call: Call) -> None:
         """Length penalties by number of new tokens. torch divides a CUDA tensor by a number by
         multiplying with its float32 reciprocal, so on a GPU the reciprocals stand here."""
-        penalty, longest = call.config.length_penalty, call.limit - call.prompt
+        penalty, longest = call.config.length_penalty, call.config.max_length - call.prompt
         lengths = [float(max(n, 1)) ** penalty for n in range(len(self.final_divisor))]
         final = torch.tensor(lengths, dtype=torch.float32)
         best = final.clone()
@@ -121,7 +121,8 @@ class Advance:
         self._candidates = candidates(call)
         self._criteria = None if call.plain else call.criteria
         self.length = 0
-        self.recorded_scores: Any = None
+        self.recorded_scores: tuple[torch.Tensor, ...] | None = None
+        """Earlier tokens' scores, if the caller keeps them: criteria see them and this token's."""
         self.logits: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
 
@@ -169,7 +170,9 @@ class Advance:
         state = self._state
         if self._criteria is not None:
             flat = sequences.view(-1, state.capacity)[:, : self.length + 1].contiguous()
-            return self._criteria(flat, self.recorded_scores).view(tokens.shape)
+            scores: Any = self.recorded_scores
+            scores = None if scores is None else (*scores, self.scores)
+            return self._criteria(flat, scores).view(tokens.shape)
         stopped = (state.index + 1 >= state.limit).expand(tokens.shape)
         if state.eos.numel():
             stopped = stopped | (tokens[:, :, None] == state.eos).any(dim=-1)

@@ -5,7 +5,7 @@ what it does, in the same order, with the installed processors and stopping crit
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,8 @@ class Call:
 
     def __post_init__(self) -> None:
         self.prompt = self.input_ids.shape[1]
-        self.limit: int = self.criteria.max_length
+        lengths = [c.max_length for c in self.criteria if isinstance(c, MaxLengthCriteria)]
+        self.limit = max(min(lengths), self.prompt + 1)  # criteria are asked after a token
         self.has_eos = any(hasattr(c, "eos_token_id") for c in self.criteria)
         eos = [c.eos_token_id for c in self.criteria if type(c) is EosTokenCriteria]
         self.eos: torch.Tensor | None = eos[0] if eos else None
@@ -49,7 +50,9 @@ class Call:
 
     def plan(self) -> ProcessorPlan:
         """How the processors take part in a captured graph."""
-        known = {id(self.config._eos_token_tensor): ("eos", str(self.config.eos_token_id))}
+        known: dict[int, Hashable] = {
+            id(self.config._eos_token_tensor): ("eos", str(self.config.eos_token_id))
+        }
         return ProcessorPlan(list(self.processors), known)
 
 
@@ -137,9 +140,9 @@ class Loop:
         self.beams = beams
         self.hidden = call.hidden[::beams]  # generate() repeats each row for its beams
         self.mask = None if call.mask is None else call.mask[::beams]
-        self.state = self._lease_state(batch)
         self.bucket = self._enter(call.prompt)
         call.cache.source_mask = self.mask  # what later calls must agree with
+        self.state = self._lease_state(batch)  # last: run() gives it back, whatever happens
         self.scores: list[torch.Tensor] = []
         self.logits: list[torch.Tensor] = []
         self.draws: list[torch.Tensor] = []  # state of the random generator after each token
@@ -157,6 +160,20 @@ class Loop:
             self.state.busy = False
 
     def _make_state(self, batch: int, capacity: int) -> Any:
+        raise NotImplementedError
+
+    def _prefill(self) -> None:
+        """Run the prompt, and leave its last token to the step that chooses the first new one."""
+        raise NotImplementedError
+
+    def _next_token(self) -> None:
+        raise NotImplementedError
+
+    def _finished(self) -> bool:
+        """Whether to stop before the next token; waits only for tokens of a while ago."""
+        raise NotImplementedError
+
+    def _output(self) -> Any:
         raise NotImplementedError
 
     def _lease_state(self, batch: int) -> Any:

@@ -1,9 +1,8 @@
 """Graph modules shared by families; parameter names are those of torch.nn and Hugging Face."""
 
-from onnx_ir import Value
 from onnxscript import nn
 
-from fastgen.ops import Ops
+from fastgen.ops import Ops, Value
 
 
 class Linear(nn.Module):

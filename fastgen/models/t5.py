@@ -5,7 +5,6 @@ relative position that the first layer owns and all share (in UMT5 every layer o
 """
 
 import torch
-from onnx_ir import Value
 from onnxscript import nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention as StockT5Attention
@@ -14,7 +13,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from fastgen.errors import UnsupportedConfigError
 from fastgen.modeling_seq2seq import FastEncoder, FastEncoderModel, FastSeq2SeqLM
 from fastgen.models.layers import Embedding, Linear, RMSNorm, WideLinear
-from fastgen.ops import KVSlots, Ops
+from fastgen.ops import KVSlots, Ops, Value
 from fastgen.seq2seq import DecoderShape
 
 
