@@ -16,6 +16,7 @@ from fastgen.engine_cache import EngineCache
 from fastgen.errors import OptionError
 from tests.configs import TINY, VARIANTS, Pair, build_stock, fast_class
 from tests.helpers import (
+    CAUSAL,
     assert_left_to_torch,
     assert_served,
     copies,
@@ -43,7 +44,7 @@ def pair(checkpoint: Path, **arguments: Any) -> Pair:
 # Saving
 
 
-@pytest.mark.parametrize("name", ["t5-1.0", "t5-1.1", "mt5", "umt5"])
+@pytest.mark.parametrize("name", CAUSAL)
 def test_stock_transformers_loads_what_was_saved(name: str, tmp_path: Path) -> None:
     found = copies(name)
     found.fast.save_pretrained(tmp_path)

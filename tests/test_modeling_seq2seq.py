@@ -12,9 +12,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from fastgen.kv_cache import StaticKVCache
 from tests.configs import Pair, build_pair
-from tests.helpers import CLOSE, refusal, sources, targets, tokens
+from tests.helpers import CAUSAL, CLOSE, refusal, sources, targets, tokens
 
-NAMES = ("t5-1.0", "t5-1.1", "umt5", "mt5", "t5-deep-decoder")
+NAMES = (*CAUSAL, "t5-deep-decoder")
 
 
 def ragged(side: str = "right") -> torch.Tensor:
@@ -228,7 +228,7 @@ def test_any_dlpack_tensor_is_taken() -> None:
 # Padding and empty batches
 
 
-@pytest.mark.parametrize("name", ["t5-1.1", "umt5"])
+@pytest.mark.parametrize("name", CAUSAL)
 def test_a_row_of_only_padding_is_finite_and_leaves_the_others_alone(name: str) -> None:
     pair = build_pair(name)
     mask = ragged()
@@ -361,7 +361,7 @@ def test_an_equal_mask_stays_on_the_engine() -> None:
     assert "attention_mask" in str(refusal(model, **step, attention_mask=ragged()))
 
 
-@pytest.mark.parametrize("name", ["t5-1.1", "umt5"])
+@pytest.mark.parametrize("name", CAUSAL)
 def test_the_engine_and_torch_take_turns_on_one_kv_cache(name: str) -> None:
     pair = copy.deepcopy(build_pair(name))
 
@@ -382,7 +382,7 @@ def test_a_kv_cache_outlives_its_engines() -> None:
     assert_continues(pair, between=invalidate, mask=ragged())
 
 
-@pytest.mark.parametrize("name", ["t5-1.1", "umt5"])
+@pytest.mark.parametrize("name", CAUSAL)
 def test_growing_past_buckets(name: str) -> None:
     pair = copy.deepcopy(build_pair(name))
     pair.fast.engine_options = {"min_bucket": 4}
