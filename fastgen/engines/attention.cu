@@ -46,7 +46,7 @@ template <bool SELF> INLINE float bias_of(const AttentionArgs& args, int h, int 
 }
 
 INLINE float weight_under(float top, float highest) {  // exp, also of -inf - -inf
-    return top == highest ? 1.f : expf(top - highest);
+    return top == highest ? 1.f : exp2f((top - highest) * 1.44269504f);
 }
 
 // The softmax over some of the slots, and a lane's eight elements of the values' weighted sum.
@@ -55,7 +55,7 @@ struct Softmax {
 
     INLINE void add(float score, const Pack<T, 8>& v) {
         const float highest = fmaxf(top, score), keep = weight_under(top, highest);
-        const float p = score == negative_infinity() ? 0.f : expf(score - highest);
+        const float p = score == negative_infinity() ? 0.f : weight_under(score, highest);
         sum = sum * keep + p;
 #pragma unroll
         for (int i = 0; i < 8; i++) y[i] = y[i] * keep + p * to_float(v.element[i]);
@@ -78,20 +78,32 @@ template <int SPLITS> INLINE void cluster_arrive() {
 template <int SPLITS> INLINE void cluster_wait() {
     if constexpr (SPLITS > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-template <int SPLITS> INLINE void store_to_first(float* shared, float x) {
-    if constexpr (SPLITS > 1) {
-        unsigned place = (unsigned)__cvta_generic_to_shared(shared);
-        asm volatile("mapa.shared::cluster.u32 %0, %0, 0;" : "+r"(place));
-        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(place), "f"(x) : "memory");
-    } else {
-        *shared = x;
-    }
+INLINE void store_to_first(float* shared, float x) {
+    unsigned place = (unsigned)__cvta_generic_to_shared(shared);
+    asm volatile("mapa.shared::cluster.u32 %0, %0, 0;" : "+r"(place));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(place), "f"(x) : "memory");
 }
 
-template <int D, int WARPS, int SPLITS, bool SELF> INLINE void attention(const AttentionArgs& args) {
-    constexpr int LANES = D / 8, GROUPS = WARPS * 32 / LANES;  // LANES hold one slot's key
-    extern __shared__ float bias[];                            // [slots of this block]
-    __shared__ float parts[SPLITS * WARPS][D + 2];
+// Merges COUNT softmaxes of [y[D], top, sum]; thread i < D gives element i of their y.
+template <int D, int COUNT>
+INLINE float merge_parts(float (&parts)[COUNT][D + 2], float& top, float& sum) {
+    float y = sum = 0.f;
+    top = negative_infinity();
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) top = fmaxf(top, parts[i][D]);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        const float keep = weight_under(parts[i][D], top);
+        sum += parts[i][D + 1] * keep;
+        y += parts[i][threadIdx.x] * keep;
+    }
+    return y;
+}
+
+template <int D, int SPLITS, int UNROLL, bool SELF> INLINE void attention(const AttentionArgs& args) {
+    constexpr int WARPS = 8, LANES = D / 8, GROUPS = WARPS * 32 / LANES;  // LANES hold one slot's key
+    extern __shared__ float bias[];  // [slots of this block]
+    __shared__ float warp_parts[WARPS][D + 2], block_parts[SPLITS][D + 2];
 
     launch_dependents();
     cluster_arrive<SPLITS>();
@@ -125,10 +137,10 @@ template <int D, int WARPS, int SPLITS, bool SELF> INLINE void attention(const A
     }
     const Pack<T, 8> q = load8(own + part);
     Softmax softmax;
-    for (int base = begin; base < end; base += 2 * GROUPS) {  // all lanes of a warp stay in the loop
-        Pack<T, 8> k[2], v[2];
+    for (int base = begin; base < end; base += UNROLL * GROUPS) {  // all lanes of a warp stay in the loop
+        Pack<T, 8> k[UNROLL], v[UNROLL];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < UNROLL; i++) {
             const int slot = min(base + i * GROUPS + group, end - 1);
             const bool stored = !SELF || slot < old;
             const T* new_row = fresh + (long long)(slot - old) * args.stride;
@@ -136,38 +148,38 @@ template <int D, int WARPS, int SPLITS, bool SELF> INLINE void attention(const A
             v[i] = load8((stored ? value + (long long)slot * width : new_row + 2 * width) + part);
         }
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < UNROLL; i++) {
             const int slot = base + i * GROUPS + group;
             float score = 0.f;
 #pragma unroll
             for (int e = 0; e < 8; e++) score += to_float(q.element[e]) * to_float(k[i].element[e]);
 #pragma unroll
             for (int o = LANES / 2; o; o /= 2) score += __shfl_xor_sync(~0u, score, o);
-            softmax.add(slot < end ? score + bias[slot - begin] : negative_infinity(), v[i]);
+            score = slot < end ? score + bias[slot - begin] : negative_infinity();
+            softmax.add(score, v[i]);
         }
     }
 #pragma unroll
     for (int o = LANES; o < 32; o *= 2) softmax.merge(o);
-    cluster_wait<SPLITS>();  // the first block runs by now
     if (lane < LANES) {
-        float* mine = parts[split * WARPS + threadIdx.x / 32];
+        float* mine = warp_parts[threadIdx.x / 32];
 #pragma unroll
-        for (int e = 0; e < 8; e++) store_to_first<SPLITS>(mine + part + e, softmax.y[e]);
-        store_to_first<SPLITS>(mine + D, softmax.top);
-        store_to_first<SPLITS>(mine + D + 1, softmax.sum);
+        for (int e = 0; e < 8; e++) mine[part + e] = softmax.y[e];
+        mine[D] = softmax.top;
+        mine[D + 1] = softmax.sum;
     }
-    if (SPLITS == 1) __syncthreads();
-    cluster_arrive<SPLITS>();
-    cluster_wait<SPLITS>();
+    cluster_wait<SPLITS>();  // the first block runs by now
+    __syncthreads();
+    float top = 0.f, sum = 0.f, y = 0.f;
+    if (threadIdx.x < D) y = merge_parts<D>(warp_parts, top, sum);
+    if constexpr (SPLITS > 1) {
+        if (threadIdx.x < D) store_to_first(&block_parts[split][threadIdx.x], y);
+        if (threadIdx.x == 0) store_to_first(&block_parts[split][D], top);
+        if (threadIdx.x == 0) store_to_first(&block_parts[split][D + 1], sum);
+        cluster_arrive<SPLITS>();
+        cluster_wait<SPLITS>();
+        if (split == 0 && threadIdx.x < D) y = merge_parts<D>(block_parts, top, sum);
+    }
     if (split != 0 || threadIdx.x >= D) return;
-    float top = negative_infinity(), sum = 0.f, y = 0.f;
-#pragma unroll 8
-    for (int i = 0; i < SPLITS * WARPS; i++) top = fmaxf(top, parts[i][D]);
-#pragma unroll 8
-    for (int i = 0; i < SPLITS * WARPS; i++) {
-        const float keep = weight_under(parts[i][D], top);
-        sum += parts[i][D + 1] * keep;
-        y += parts[i][threadIdx.x] * keep;
-    }
     from_float(sum > 0.f ? y / sum : 0.f, args.y[(long long)row * width + h * D + threadIdx.x]);
 }

@@ -20,6 +20,7 @@ from fastgen.target import Target
 MAX_ROWS = 16  # one side of a tensor core product
 HEAD_SIZES = (16, 32, 64, 128)
 MAX_SLOTS = 8192  # a block keeps the bias of its slots in shared memory
+_FUSED_NORM_ROWS = 4  # of more rows, the norm is a launch of its own
 _STATIC_SHARED = 48 * 1024  # bytes a block may have without asking
 _SOURCES = ("linear.cu", "attention.cu")
 _ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -189,12 +190,14 @@ class FusedOps:
         if weight.dtype not in (torch.float32, self._dtype):
             raise NotFused(f"weights in {weight.dtype}, activations in {self._dtype}")
         outputs, inputs = weight.shape
-        warps = min(max(-(-inputs // 128), 4), 32)
+        warps = self._warps(inputs)
         args = LinearArgs(y=y.data_ptr(), scale=products[0].scale)
         args.weight[: len(products)] = [product.weight.data_ptr() for product in products]
         gated = epilogue == "GATE"
         segments, weights = (1, 2) if gated else (len(products), 1)
         tiles = self._tiles(outputs * segments, warps, weights)
+        if isinstance(x, Normed) and self._rows > _FUSED_NORM_ROWS:
+            x = self._norm(x, inputs, warps)
         if isinstance(x, Normed):
             self._check_norm(x, inputs, warps, 8 * tiles * weights)
             args.x, args.norm, args.eps = x.residual.tensor.data_ptr(), x.weight.data_ptr(), x.eps
@@ -207,12 +210,25 @@ class FusedOps:
         body = f"linear<{_ELEMENTS[weight.dtype]}, {sizes}, {kind}>"
         self._launch(body, (blocks, 1), 32 * warps, args)
 
+    def _warps(self, inputs: int) -> int:
+        """Warps that share out a row of weights: four loads each, if that many warps fit a block."""
+        return min(max(-(-inputs // 128), 4), 32)
+
+    def _norm(self, x: Normed, width: int, warps: int) -> torch.Tensor:
+        self._check_norm(x, width, warps, 0)
+        y = self._buffer("normed", width)
+        args = LinearArgs(x=x.residual.tensor.data_ptr(), y=y.data_ptr(), eps=x.eps)
+        args.norm = x.weight.data_ptr()
+        self._launch(f"norm<{width}, {warps}>", (self._rows, 1), 32 * warps, args)
+        return y
+
     def _tiles(self, outputs: int, warps: int, weights: int) -> int:
-        """Tiles of eight outputs that one block computes: several repeat the norm less often, as
-        long as every processor keeps two blocks."""
+        """Tiles of eight outputs that one block computes: several read the input less often, as
+        long as every processor keeps two blocks (one, where the input is large)."""
+        least = self._processors * (1 if self._rows > _FUSED_NORM_ROWS else 2)
         for tiles in (4, 2):
             fits = 8 * tiles * self._rows <= 32 * warps and tiles * weights <= 4
-            if fits and outputs // (8 * tiles) >= 2 * self._processors:
+            if fits and outputs // (8 * tiles) >= least:
                 return tiles
         return 1
 
@@ -220,7 +236,8 @@ class FusedOps:
         if x.residual.additions != self._additions:
             raise NotFused("a norm of a residual stream that has moved on")
         row_bytes = (width + 32) * self._dtype.itemsize + 4 * warps * (outputs + 1)
-        if width > 128 * warps or self._rows * row_bytes > _STATIC_SHARED:
+        fused = outputs > 0  # the normed rows stay in shared memory
+        if width > 128 * warps or (fused and self._rows * row_bytes > _STATIC_SHARED):
             raise NotFused(f"{self._rows} rows of width {width} exceed a block's shared memory")
 
     def _attention(
@@ -245,11 +262,11 @@ class FusedOps:
             **args,
         )
         splits = self._splits(slots, heads)
-        own = "true" if "table" in args else "false"
-        body = f"attention<{head_size}, 8, {splits}, {own}>"
-        shared = 4 * -(-slots // splits)
+        share = -(-slots // splits)
+        unroll = 4 if share * head_size > 256 * 64 else 2
+        body = f"attention<{head_size}, {splits}, {unroll}, {str('table' in args).lower()}>"
         grid = (heads * splits, self._rows)
-        self._launch(body, grid, 256, arguments, shared_bytes=shared, cluster=splits)
+        self._launch(body, grid, 256, arguments, shared_bytes=4 * share, cluster=splits)
         return y
 
     def _splits(self, slots: int, heads: int) -> int:

@@ -152,22 +152,22 @@ template <> struct Product<float> {
     }
 };
 
-// Root-mean-square norm of the residual stream, float [ROWS, K], into shared memory [ROWS, K + PAD];
-// every thread holds four columns. Waits for the residual stream itself.
-template <int K, int WARPS>
+// Root-mean-square norm of COUNT rows of the residual stream, float [COUNT, K], with four columns a
+// thread; normed has rows of STRIDE. Waits for the residual stream itself.
+template <int K, int WARPS, int COUNT, int STRIDE>
 INLINE void normalize(const float* residual, const T* weight, float eps, T* normed) {
     static_assert(WARPS * 128 >= K, "four columns a thread");
-    __shared__ float squares[WARPS][ROWS];
+    __shared__ float squares[WARPS][COUNT];
     const int k = threadIdx.x * 4;
-    float4 x[ROWS];
+    float4 x[COUNT];
     Pack<T, 4> scale = {};
     if (k < K) scale = *(const Pack<T, 4>*)(weight + k);
     wait_for_inputs();
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < COUNT; r++)
         x[r] = k < K ? *(const float4*)(residual + r * K + k) : make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < COUNT; r++) {
         float sum = x[r].x * x[r].x + x[r].y * x[r].y + x[r].z * x[r].z + x[r].w * x[r].w;
 #pragma unroll
         for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
@@ -175,7 +175,7 @@ INLINE void normalize(const float* residual, const T* weight, float eps, T* norm
     }
     __syncthreads();
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < COUNT; r++) {
         float sum = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += squares[w][r];
@@ -185,7 +185,7 @@ INLINE void normalize(const float* residual, const T* weight, float eps, T* norm
         from_float(x[r].y * factor * to_float(scale.element[1]), y.element[1]);
         from_float(x[r].z * factor * to_float(scale.element[2]), y.element[2]);
         from_float(x[r].w * factor * to_float(scale.element[3]), y.element[3]);
-        if (k < K) *(Pack<T, 4>*)(normed + r * (K + PAD) + k) = y;
+        if (k < K) *(Pack<T, 4>*)(normed + r * STRIDE + k) = y;
     }
     __syncthreads();
 }
@@ -227,7 +227,7 @@ INLINE void linear(const LinearArgs& args) {
 #pragma unroll
         for (int a = 0; a < ALL; a++) w[a][i] = load_weights<W>(rows[a], k0 + i * WARPS * 32, K);
 
-    if constexpr (NORM) normalize<K, WARPS>((const float*)args.x, args.norm, args.eps, normed);
+    if constexpr (NORM) normalize<K, WARPS, ROWS, K + PAD>((const float*)args.x, args.norm, args.eps, normed);
     else wait_for_inputs();
     const T* x = NORM ? normed : (const T*)args.x;
     const int stride = NORM ? K + PAD : K;
@@ -270,4 +270,11 @@ INLINE void linear(const LinearArgs& args) {
     else if constexpr (EPILOGUE == STORE) from_float(y[0] * args.scale, ((T*)args.y)[place]);
     else if constexpr (EPILOGUE == ACTIVATE) from_float(activate<ACT>(y[0]), ((T*)args.y)[place]);
     else from_float(activate<ACT>(y[0]) * y[WEIGHTS - 1], ((T*)args.y)[place]);
+}
+
+// The norm alone, one block a row: for many rows, whose norms cost more to repeat in every block.
+template <int K, int WARPS> INLINE void norm(const LinearArgs& args) {
+    launch_dependents();
+    const long long row = (long long)blockIdx.x * K;
+    normalize<K, WARPS, 1, K>((const float*)args.x + row, args.norm, args.eps, (T*)args.y + row);
 }
