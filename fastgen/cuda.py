@@ -42,15 +42,18 @@ def on_engine_stream(device: torch.device) -> Iterator[None]:
 class CapturedGraph:
     """A function's kernels as one CUDA graph; its memory is given back with this object."""
 
-    def __init__(self, function: Callable[[], None], device: torch.device) -> None:
+    def __init__(
+        self, function: Callable[[], None], device: torch.device, undo: Callable[[], None]
+    ) -> None:
         """Run ``function`` twice to allocate and tune, then capture it on the engine stream.
 
-        The function must be safe to repeat: it runs several times on the same inputs.
+        ``undo()`` follows each of the three: so the function may change its own inputs.
         """
         self._device = device
         with on_engine_stream(device):
             for _ in range(2):
                 function()
+                undo()
             torch.cuda.current_stream(device).synchronize()
             self._graph = torch.cuda.CUDAGraph()
             # "thread_local": an allocation on another thread must not break this capture
@@ -59,6 +62,7 @@ class CapturedGraph:
                 function()
             finally:
                 self._graph.capture_end()
+            undo()
 
     def replay(self) -> None:
         """Queue all kernels, in the order of torch's current stream.
@@ -69,19 +73,16 @@ class CapturedGraph:
             self._graph.replay()
 
 
-@contextmanager
-def kept(tensors: list[torch.Tensor], device: torch.device) -> Iterator[None]:
-    """Undo what the body does to these tensors and to the random number generator."""
-    if device.type != "cuda":
-        yield
-        return
+def restorer(tensors: list[torch.Tensor], device: torch.device) -> Callable[[], None]:
+    """A function that puts these tensors and the random number generator back as they are now."""
     random_state = torch.cuda.get_rng_state(device)
     with on_engine_stream(device):
         copies = [tensor.clone() for tensor in tensors]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         with on_engine_stream(device):
             for tensor, copy in zip(tensors, copies, strict=True):
                 tensor.copy_(copy)
         torch.cuda.set_rng_state(random_state, device)
+
+    return restore

@@ -1,7 +1,7 @@
 """The decoder side of an encoder-decoder model: prefill and step over leased buckets."""
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +166,7 @@ class Decoder:
 
         Args:
             key: names what ``after`` does; the Step captured first under it serves later calls.
-            mutable: tensors that ``after`` changes (capturing runs it several times).
+            mutable: tensors that ``after`` changes (capturing runs it, and undoes that).
         """
 
         def both() -> None:
@@ -174,8 +174,7 @@ class Decoder:
             after()
 
         def capture() -> Step:
-            with cuda.kept([*mutable, *bucket.mutable()], self.device):
-                return Step(self._captured(both), after)
+            return Step(self._captured(both, [*mutable, *bucket.mutable()]), after)
 
         launch = self.launch(bucket)
         step: Step = self._once(bucket, key, capture)
@@ -199,7 +198,11 @@ class Decoder:
         """Whether steps are replayed as CUDA graphs."""
         return self.target.device == "cuda" and self.options.cuda_graphs
 
-    def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
+    def _captured(
+        self, function: Callable[[], None], mutable: Sequence[torch.Tensor] = ()
+    ) -> Callable[[], None]:
+        """``function``, as the replay of a graph on a GPU; ``mutable`` is what it changes."""
         if not self.captures:
             return function
-        return cuda.CapturedGraph(function, self.device).replay
+        undo = cuda.restorer(list(mutable), self.device)
+        return cuda.CapturedGraph(function, self.device, undo).replay
