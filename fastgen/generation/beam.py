@@ -342,8 +342,8 @@ class BeamLoop(Loop):
             return False
         if self.length >= self.call.limit:
             return True
-        if self.call.waits:
-            return bool(self.state.done)
+        if self.call.waits or self.call.config.return_dict_in_generate:
+            return bool(self.state.done)  # the KV cache to return is that of the last token
         return self._wait() and bool(self.state.seen)
 
     def _output(self) -> Any:
