@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.q = Linear(config.d_model, inner)
         self.k = Linear(config.d_model, inner)
         self.v = Linear(config.d_model, inner)
-        self.o = Linear(inner, config.d_model)
+        self.o = WideLinear(inner, config.d_model)
         if owns_bias:
             self.relative_attention_bias = PositionTable(config)
 
