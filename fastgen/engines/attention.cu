@@ -100,8 +100,9 @@ INLINE float merge_parts(float (&parts)[COUNT][D + 2], float& top, float& sum) {
     return y;
 }
 
-template <int D, int SPLITS, int UNROLL, bool SELF> INLINE void attention(const AttentionArgs& args) {
-    constexpr int WARPS = 8, LANES = D / 8, GROUPS = WARPS * 32 / LANES;  // LANES hold one slot's key
+template <int D, int WARPS, int SPLITS, int UNROLL, bool SELF>
+INLINE void attention(const AttentionArgs& args) {
+    constexpr int LANES = D / 8, GROUPS = WARPS * 32 / LANES;  // LANES hold one slot's key
     extern __shared__ float bias[];  // [slots of this block]
     __shared__ float warp_parts[WARPS][D + 2], block_parts[SPLITS][D + 2];
 

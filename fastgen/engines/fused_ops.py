@@ -211,7 +211,7 @@ class FusedOps:
         self._launch(body, (blocks, 1), 32 * warps, args)
 
     def _warps(self, inputs: int) -> int:
-        """Warps that share out a row of weights: four loads each, if that many warps fit a block."""
+        """Warps that share out a row of weights: four loads each, if a block holds so many."""
         return min(max(-(-inputs // 128), 4), 32)
 
     def _norm(self, x: Normed, width: int, warps: int) -> torch.Tensor:
@@ -227,7 +227,9 @@ class FusedOps:
         long as every processor keeps two blocks (one, where the input is large)."""
         least = self._processors * (1 if self._rows > _FUSED_NORM_ROWS else 2)
         for tiles in (4, 2):
-            fits = 8 * tiles * self._rows <= 32 * warps and tiles * weights <= 4
+            outputs_held = 8 * tiles * self._rows  # one a thread, and float sums of every warp
+            fits = outputs_held <= 32 * warps and 4 * warps * weights * outputs_held <= 2**14
+            fits = fits and tiles * weights <= 4
             if fits and outputs // (8 * tiles) >= least:
                 return tiles
         return 1
@@ -263,10 +265,12 @@ class FusedOps:
         )
         splits = self._splits(slots, heads)
         share = -(-slots // splits)
-        unroll = 4 if share * head_size > 256 * 64 else 2
-        body = f"attention<{head_size}, {splits}, {unroll}, {str('table' in args).lower()}>"
+        warps = max(4, head_size // 8)  # hold 32 slots at a time
+        unroll = 4 if share > 256 else 2
+        sizes = f"{head_size}, {warps}, {splits}, {unroll}"
+        body = f"attention<{sizes}, {str('table' in args).lower()}>"
         grid = (heads * splits, self._rows)
-        self._launch(body, grid, 256, arguments, shared_bytes=4 * share, cluster=splits)
+        self._launch(body, grid, 32 * warps, arguments, shared_bytes=4 * share, cluster=splits)
         return y
 
     def _splits(self, slots: int, heads: int) -> int:

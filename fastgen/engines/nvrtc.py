@@ -115,7 +115,9 @@ def compiled(source: str, arch: str) -> bytes:
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise EngineError(f"NVRTC refused the kernels for {arch}: {log.decode().strip()[:2000]}")
+        raise EngineError(
+            f"NVRTC refused the kernels for {arch}: {log.decode().strip(chr(0))[:2000]}"
+        )
     code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, code))
     _checked(nvrtc.nvrtcDestroyProgram(program))

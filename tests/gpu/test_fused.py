@@ -159,8 +159,8 @@ def test_as_exact_as_torch(case: str, dtype: str) -> None:
     run_fused(model, bucket)
     fused = bucket.tensors["logits"], bucket.self_kv
     for right, theirs, ours in zip(exact, plain, fused, strict=True):
-        # Which order of sums and roundings is nearer is a matter of chance, in tiny models above all
-        allowed = 1.25 * error(theirs, right) + 2 * torch.finfo(model.dtype).eps + 1e-6
+        # Which order of sums and roundings is nearer is chance, in tiny models above all
+        allowed = 1.25 * error(theirs, right) + 2 * torch.finfo(model.dtype).eps + 2e-6
         assert error(ours, right) <= allowed
 
 
