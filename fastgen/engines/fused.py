@@ -7,12 +7,7 @@ from typing import Any
 import torch
 
 from fastgen.engines import nvrtc
-from fastgen.engines.fused_ops import (
-    HEAD_SIZES,
-    MAX_ROWS,
-    MAX_SLOTS,
-    FusedOps,
-)
+from fastgen.engines.fused_ops import HEAD_SIZES, MAX_ROWS, MAX_SLOTS, FusedOps
 from fastgen.engines.nvrtc import PreparedLaunch, Program
 from fastgen.target import Target
 
@@ -76,10 +71,10 @@ class FusedEngine:
 class FusedBinding:
     """All launches of one step, ready to run."""
 
-    def __init__(self, ops: "FusedOps") -> None:
+    def __init__(self, ops: FusedOps) -> None:
         program = _program(ops.source(), ops.device)
         self._launches: list[PreparedLaunch] = [program.prepare(launch) for launch in ops.launches]
-        self._keep = ops  # launches hold only pointers to its tensors
+        self._keep = ops  # and with it every tensor
         self._device = ops.device
 
     def run(self) -> None:

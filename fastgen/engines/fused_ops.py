@@ -133,7 +133,8 @@ class FusedOps:
         self.target = target
         self.device = tensors["input_ids"].device
         self.launches: list[Launch] = []
-        self._parameters, self._tensors = parameters, tensors
+        self._parameters = parameters
+        self._tensors = dict(tensors)  # launches hold only pointers to them
         self._dtype = getattr(torch, target.dtype)
         self._batch, self._queries = tensors["input_ids"].shape
         self._rows = self._batch * self._queries
@@ -142,6 +143,9 @@ class FusedOps:
         self._scratch: dict[tuple[str, int], torch.Tensor] = {}
         self._additions = 0
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotFused(f"operation {name!r}")
 
     def source(self) -> str:
         """CUDA source of every kernel that the recorded launches name."""
@@ -182,6 +186,13 @@ class FusedOps:
             )
         return weight
 
+    def _narrow(self, value: Any) -> torch.Tensor:
+        """A weight that must be in the activations' dtype."""
+        weight = self._weight(value)
+        if weight.dtype != self._dtype:
+            raise NotFused(f"{value.name} in {weight.dtype}, activations in {self._dtype}")
+        return weight
+
     def _linear(
         self, y: torch.Tensor, products: list[Product], epilogue: str, activation: str = "relu"
     ) -> None:
@@ -189,6 +200,10 @@ class FusedOps:
         x, weight = products[0].x, products[0].weight
         if weight.dtype not in (torch.float32, self._dtype):
             raise NotFused(f"weights in {weight.dtype}, activations in {self._dtype}")
+        if len({(p.weight.dtype, p.weight.shape, p.scale) for p in products}) > 1:
+            raise NotFused("products of one input that differ in shape, dtype or scale")
+        if epilogue != "STORE" and products[0].scale != 1:
+            raise NotFused("a scaled product that is activated or added")
         outputs, inputs = weight.shape
         warps = self._warps(inputs)
         args = LinearArgs(y=y.data_ptr(), scale=products[0].scale)
@@ -212,7 +227,7 @@ class FusedOps:
 
     def _warps(self, inputs: int) -> int:
         """Warps that share out a row of weights: four loads each, if a block holds so many."""
-        return min(max(-(-inputs // 128), 4), 32)
+        return min(max(-(-inputs // 128), 8), 32)
 
     def _norm(self, x: Normed, width: int, warps: int) -> torch.Tensor:
         self._check_norm(x, width, warps, 0)
@@ -223,14 +238,13 @@ class FusedOps:
         return y
 
     def _tiles(self, outputs: int, warps: int, weights: int) -> int:
-        """Tiles of eight outputs that one block computes: several read the input less often, as
-        long as every processor keeps two blocks (one, where the input is large)."""
-        least = self._processors * (1 if self._rows > _FUSED_NORM_ROWS else 2)
+        """Tiles of eight outputs that one block computes. Several read the input less often, which
+        counts with many rows; few leave processors without work. The bounds are measured ones."""
+        least = self._processors // (1 if self._rows == 1 else 2)
         for tiles in (4, 2):
             outputs_held = 8 * tiles * self._rows  # one a thread, and float sums of every warp
             fits = outputs_held <= 32 * warps and 4 * warps * weights * outputs_held <= 2**14
-            fits = fits and tiles * weights <= 4
-            if fits and outputs // (8 * tiles) >= least:
+            if fits and tiles * weights <= 4 and outputs // (8 * tiles) >= least:
                 return tiles
         return 1
 
@@ -285,7 +299,7 @@ class FusedOps:
     # The vocabulary
 
     def embedding(self, ids: torch.Tensor, weight: Any) -> Residual:
-        table = self._weight(weight)
+        table = self._narrow(weight)
         residual = self._buffer("residual", table.shape[1], torch.float32)
         args = EmbeddingArgs(
             ids=ids.data_ptr(),
@@ -297,7 +311,7 @@ class FusedOps:
         return Residual(residual, self._additions)
 
     def rms_norm(self, x: Residual, weight: Any, eps: float) -> Normed:
-        return Normed(x, self._weight(weight), eps)
+        return Normed(x, self._narrow(weight), eps)
 
     def add_rms_norm(
         self, residual: Residual, x: Product, weight: Any, eps: float
@@ -353,6 +367,8 @@ class FusedOps:
     def attention(
         self, q: Product, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, heads: int
     ) -> torch.Tensor:
+        if tuple(bias.shape) != (self._batch, 1, self._queries, k.shape[1]):
+            raise NotFused("attention with another bias than a mask over sources")
         query = self._buffer("query", q.weight.shape[0])
         self._linear(query, [q], "STORE")
         return self._attention(query, k, v, heads, mask=bias.data_ptr())
@@ -360,7 +376,7 @@ class FusedOps:
     def cached_attention(
         self, q: Product, k: Product, v: Product, slots: Any, bias: PositionBias, heads: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if not (q.x is k.x is v.x and q.scale == k.scale == v.scale):
+        if not q.x is k.x is v.x:
             raise NotFused("query, key and value are products of different inputs")
         fused = self._buffer("query, key, value", 3 * q.weight.shape[0])
         self._linear(fused, [q, k, v], "STORE")

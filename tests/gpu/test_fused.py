@@ -37,6 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], BucketSize]] = {
     "long": ({}, BucketSize(1, 1, 4096, 2048)),
     "long, beams": ({"d_kv": 64}, BucketSize(1, 4, 4096, 512)),
     "long, head size 128": ({"d_kv": 128}, BucketSize(2, 1, 128, 256)),
+    "wide, sixteen rows": ({"d_model": 1024, "d_ff": 4096} | GATED, BucketSize(16, 1, 64, 64)),
     "large vocabulary": ({"vocab_size": 32100}, BucketSize(1, 4, 256, 32)),
     "tables in every layer": ({"model_type": "umt5"} | GATED, BucketSize(2, 1, 64, 32)),
 }
