@@ -15,7 +15,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from fastgen.decoder import Decoder
-from fastgen.generation.plan import ProcessorPlan
+from fastgen.generation.plan import ProcessorPlan, runs_code_of_the_user
 from fastgen.kv_cache import Bucket, StaticKVCache
 
 RUN_AHEAD = 2  # tokens that the host may be ahead of the GPU; as many may be computed in vain
@@ -41,11 +41,13 @@ class Call:
         self.limit = max(min(lengths), self.prompt + 1)  # criteria are asked after a token
         self.has_eos = any(hasattr(c, "eos_token_id") for c in self.criteria)
         eos = [c.eos_token_id for c in self.criteria if type(c) is EosTokenCriteria]
-        self.eos: torch.Tensor | None = eos[0] if eos else None
+        # a user's own criterion may keep its tokens on the CPU
+        self.eos: torch.Tensor | None = eos[0].to(self.decoder.device) if eos else None
         known = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in self.criteria)
         self.plain = known and len(eos) <= 1
         """Whether length and end-of-sequence tokens alone stop a row, which the device can see."""
-        self.waits = self.streamer is not None or not self.plain
+        foreign = any(runs_code_of_the_user(p) for p in self.processors)
+        self.waits = self.streamer is not None or foreign or not self.plain
         """Whether each token must be known on the host before the next."""
 
     def plan(self) -> ProcessorPlan:

@@ -48,6 +48,12 @@ def reads_set_of_tokens(processor: Any) -> bool:
     )
 
 
+def runs_code_of_the_user(processor: Any) -> bool:
+    """Whether a processor may do more than change scores, or fail on tokens past the end."""
+    known = type(processor).__module__ == hf.__name__
+    return not known or type(processor) is hf.PrefixConstrainedLogitsProcessor
+
+
 class ProcessorPlan:
     """How one call's processors take part in a captured graph."""
 

@@ -83,12 +83,18 @@ class StopTogether(StoppingCriteria):
     """A user's criterion that answers for all rows at once, with one bool."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        stop = bool((input_ids[:, -1] > 80).any())
-        return torch.full((len(input_ids),), stop, dtype=torch.bool)
+        return (input_ids[:, -1] > 80).any().expand(len(input_ids))
 
 
-def _even_tokens(row: int, ids: torch.Tensor) -> list[int]:
-    return [1, *range(row % 2, 96, 2)]
+class Prefixes:
+    """A user's prefix function: half of the tokens in each row; notes what it was given."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def __call__(self, row: int, ids: torch.Tensor) -> list[int]:
+        self.log.append((row, ids.tolist()))
+        return [1, *range(row % 2, 96, 2)]
 
 
 OBJECTS: dict[str, tuple[str, Callable[[Log], Any]]] = {
@@ -101,7 +107,7 @@ OBJECTS: dict[str, tuple[str, Callable[[Log], Any]]] = {
     "own eos": ("stopping_criteria", lambda _: EosTokenCriteria(torch.tensor([40, 41, 1]))),
     "streamer": ("streamer", lambda _: Recorder()),
     "small tokens": ("prefix_allowed_tokens_fn", lambda _: only_small_tokens),
-    "even tokens": ("prefix_allowed_tokens_fn", lambda _: _even_tokens),
+    "half of them": ("prefix_allowed_tokens_fn", Prefixes),
     "tokenizer": ("tokenizer", lambda _: ByT5Tokenizer()),
 }
 _LISTS = {"logits_processor": LogitsProcessorList, "stopping_criteria": StoppingCriteriaList}
@@ -262,7 +268,7 @@ def outcome(model: Any, call: GenerateCall, grows: bool = False) -> dict[str, An
             encoder's layers, which is wrong where the decoder has another number of them).
     """
     log: Log = []
-    arguments = keywords(call, log)
+    arguments = {name: _moved(value, model) for name, value in keywords(call, log).items()}
     if grows:
         arguments["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
     torch.manual_seed(call.seed)
@@ -272,12 +278,17 @@ def outcome(model: Any, call: GenerateCall, grows: bool = False) -> dict[str, An
             output = model.generate(**arguments)
         except (RuntimeError, ValueError, IndexError) as error:
             return {"error": type(error).__name__}
-    state = torch.get_rng_state()
+    on_gpu = model.device.type == "cuda"
+    state = torch.cuda.get_rng_state(model.device) if on_gpu else torch.get_rng_state()
     found = {"type": type(output).__name__, **_contents(output)}
     if call.continues:
         found["continued"] = _continue(model, call, output)
     pieces = arguments["streamer"].pieces if "streamer" in arguments else None
     return found | {"log": log, "streamed": pieces, "generator": state}
+
+
+def _moved(value: Any, model: Any) -> Any:
+    return value.to(model.device) if torch.is_tensor(value) else value
 
 
 def _contents(output: Any) -> dict[str, Any]:
@@ -294,7 +305,7 @@ def _contents(output: Any) -> dict[str, Any]:
 
 def _continue(model: Any, call: GenerateCall, output: Any) -> torch.Tensor:
     """Three more tokens, greedily, from the KV cache that a call returned."""
-    arguments = inputs(call)
+    arguments = {name: _moved(value, model) for name, value in inputs(call).items()}
     copies = len(output.sequences) // call.rows
     repeated = {name: value.repeat_interleave(copies, 0) for name, value in arguments.items()}
     repeated |= {

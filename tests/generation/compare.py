@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -16,27 +16,38 @@ from fastgen.generation import beam, loop
 from tests.configs import build_pair
 from tests.generation.calls import GenerateCall, keywords, outcome
 
-#: Far above the rounding of scores (a temperature of 0.3 triples that of logits).
+#: Far above the rounding of scores in fp32 (a temperature of 0.3 triples that of logits).
 TOLERANCE = {"rtol": 1e-3, "atol": 3e-3}
-#: Logits of the stock models are up to 1e-4 away from their values in float64.
-ROUNDING = 5e-5
+
+
+class Place(NamedTuple):
+    """Where models compute, and in what."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    rounding: float = 5e-5
+    """Error of the stock logits: on the CPU up to 1e-4 away from their values in float64."""
+
+
+CPU = Place()
 
 
 @functools.cache
-def models(variant: str) -> dict[str, Any]:
+def models(variant: str, place: Place = CPU) -> dict[str, Any]:
     """The stock class, the HF loop on the engine, and the fast loop; small buckets, so that most
     calls outgrow some."""
     pair = build_pair(variant)
     found = {"stock": pair.stock, "HF loop": pair.fast, "fast loop": pair.fast}
-    for name, fast_loop in (("HF loop", False), ("fast loop", True)):
-        found[name] = copy.deepcopy(pair.fast)
-        found[name].engine_options = EngineOptions(fast_loop=fast_loop, min_bucket=4)
+    for path, model in found.items():
+        found[path] = copy.deepcopy(model).to(place.device, place.dtype)
+    for path, fast_loop in (("HF loop", False), ("fast loop", True)):
+        found[path].engine_options = EngineOptions(fast_loop=fast_loop, min_bucket=4)
     return found
 
 
-def run(path: str, call: GenerateCall) -> dict[str, Any]:
+def run(path: str, call: GenerateCall, place: Place = CPU) -> dict[str, Any]:
     """What a call does on one of the models."""
-    model = models(call.variant)[path]
+    model = models(call.variant, place)[path]
     uneven = model.config.num_decoder_layers != model.config.num_layers
     return outcome(model, call, grows=path == "stock" and uneven)
 
@@ -85,17 +96,18 @@ def _assert_close(expected: Any, found: Any, tolerance: dict[str, float]) -> Non
         torch.testing.assert_close(found, expected, **tolerance, equal_nan=True)
 
 
-def hangs_on_a_near_tie(call: GenerateCall) -> bool:
+def hangs_on_a_near_tie(call: GenerateCall, place: Place = CPU) -> bool:
     """Whether noise as small as rounding changes what the stock model itself returns."""
-    expected, head = run("stock", call), models(call.variant)["stock"].lm_head
+    expected, head = run("stock", call, place), models(call.variant, place)["stock"].lm_head
     generator = torch.Generator().manual_seed(0)
 
     def add_noise(module: Any, arguments: Any, logits: torch.Tensor) -> torch.Tensor:
-        return logits + ROUNDING * torch.randn(logits.shape, generator=generator)
+        noise = torch.randn(logits.shape, generator=generator)
+        return logits + (place.rounding * noise).to(logits)
 
     hook = head.register_forward_hook(add_noise)
     try:
-        return any(difference(expected, run("stock", call)) for _ in range(20))
+        return any(difference(expected, run("stock", call, place)) for _ in range(20))
     finally:
         hook.remove()
 

@@ -36,8 +36,9 @@ def test_captured_steps_choose_as_the_stock_class(call: GenerateCall) -> None:
 
 
 @_settings
-@given(calls(on_device=True))
+@given(calls(on_device=True) | calls())
 def test_tokens_computed_in_vain_are_not_seen(call: GenerateCall) -> None:
+    """Not in the outputs, and not by the user's objects."""
     check(call, run_ahead=True)
 
 
@@ -64,3 +65,13 @@ def test_what_no_graph_can_hold_is_not_captured(argument: dict[str, Any]) -> Non
     with gpu_paths() as keys:
         assert not difference(run("stock", call), run("fast loop", call))
     assert not keys
+
+
+@pytest.mark.parametrize("name", ["in place", "watcher", "half of them"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_users_objects_see_no_token_in_vain(name: str, beams: int) -> None:
+    arguments = {"max_new_tokens": 20, "num_beams": beams, "eos_token_id": [*range(20, 90)]}
+    arguments |= {"early_stopping": beams > 1}
+    call = GenerateCall("t5-1.1", 3, 2, None, 1, arguments, (name,))
+    assert run("stock", call)["sequences"].shape[1] < 18, "it is to end early"
+    check(call, run_ahead=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from fastgen.generation import plan as plans
-from fastgen.generation.plan import ProcessorPlan, reads_set_of_tokens
+from fastgen.generation.plan import ProcessorPlan, reads_set_of_tokens, runs_code_of_the_user
 from tests.generation.calls import one_of
 
 VOCABULARY = 40
@@ -202,7 +202,14 @@ def test_readers_of_sequences_are_refused(processor: Any) -> None:
     assert plan.obstacle == type(processor).__name__
 
 
-@fixed(300)
+def test_code_of_the_user_is_known() -> None:
+    prefixes = hf.PrefixConstrainedLogitsProcessor(lambda row, ids: [1], 1)
+    subclass = type("Mine", (hf.LogitNormalization,), {})()
+    assert all(map(runs_code_of_the_user, (prefixes, subclass, lambda ids, scores: scores)))
+    assert not any(map(runs_code_of_the_user, (hf.LogitNormalization(), hf.TopKLogitsWarper(3))))
+
+
+@fixed(150)
 @given(makers(ALLOWED), st.data())
 def test_signatures_are_equal_where_parameters_are(maker: Maker, data: Any) -> None:
     kind, parameters = maker
