@@ -89,6 +89,12 @@ def difference(expected: dict[str, Any], found: dict[str, Any], generator: bool 
     return ""
 
 
+def tokens(found: dict[str, Any]) -> dict[str, Any]:
+    """Of what a call did, that which is right or wrong whatever the dtype."""
+    names = ("error", "type", "sequences", "past length", "streamed")
+    return {name: value for name, value in found.items() if name in names}
+
+
 def _assert_close(expected: Any, found: Any, tolerance: dict[str, float]) -> None:
     if expected is None or found is None:
         assert expected is found
@@ -97,8 +103,13 @@ def _assert_close(expected: Any, found: Any, tolerance: dict[str, float]) -> Non
 
 
 def hangs_on_a_near_tie(call: GenerateCall, place: Place = CPU) -> bool:
-    """Whether noise as small as rounding changes what the stock model itself returns."""
-    expected, head = run("stock", call, place), models(call.variant, place)["stock"].lm_head
+    """Whether noise as small as rounding changes what the stock model itself returns.
+
+    Values are looked at on the CPU only: elsewhere the noise exceeds their tolerance.
+    """
+    head = models(call.variant, place)["stock"].lm_head
+    view = dict if place == CPU else tokens
+    expected = view(run("stock", call, place))
     generator = torch.Generator().manual_seed(0)
 
     def add_noise(module: Any, arguments: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -107,7 +118,7 @@ def hangs_on_a_near_tie(call: GenerateCall, place: Place = CPU) -> bool:
 
     hook = head.register_forward_hook(add_noise)
     try:
-        return any(difference(expected, run("stock", call, place)) for _ in range(20))
+        return any(difference(expected, view(run("stock", call, place))) for _ in range(20))
     finally:
         hook.remove()
 
