@@ -2,14 +2,14 @@
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastgen import cuda
-from fastgen.engines import Binding, Engine
+from fastgen.engines import Binding, Engine, NotFused
 from fastgen.kv_cache import Bucket, BucketPool, BucketSize, StaticKVCache
 from fastgen.options import EngineOptions
 from fastgen.seq2seq import DecoderShape
@@ -34,11 +34,16 @@ class Decoder:
         device: torch.device,
         cross: Engine,
         decoder: Callable[[bool], Engine],
+        fused: Engine | None,
         options: EngineOptions,
     ) -> None:
-        """``decoder(slot_mask)`` gives the decoder engine with or without a mask over slots."""
+        """
+        Args:
+            decoder: gives the decoder engine with (True) or without a mask over slots.
+            fused: runs steps of few rows in place of ``decoder``, where it can.
+        """
         self.shape, self.target, self.device, self.options = shape, target, device, options
-        self.cross, self.decoder = cross, decoder
+        self.cross, self.decoder, self.fused = cross, decoder, fused
         self.pool = BucketPool(
             lambda size: Bucket(shape, target, device, size), options.max_cached_graphs
         )
@@ -153,11 +158,16 @@ class Decoder:
         """The function that launches one step's kernels, which may be captured with others."""
 
         def bind() -> Callable[[], None]:
-            binding: Binding = self.decoder(bucket.size.queries > 1).bind(bucket.tensors)
-            return binding.run
+            return self._bind_step(bucket).run
 
         launch: Callable[[], None] = self._once(bucket, "launch", bind)
         return launch
+
+    def _bind_step(self, bucket: Bucket) -> Binding:
+        if self.fused is not None:
+            with suppress(NotFused):  # too many rows, say: the decoder engine serves every size
+                return self.fused.bind(bucket.tensors)
+        return self.decoder(bucket.size.queries > 1).bind(bucket.tensors)
 
     def step_with(
         self, bucket: Bucket, key: Hashable, after: Any, mutable: list[torch.Tensor]

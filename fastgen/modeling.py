@@ -178,15 +178,18 @@ class EngineModule(torch.nn.Module):
             graph = graphs.build(root, target, types, getattr(root, method), *specs)
             return Artifact(graph.onnx, graph.meta())
 
-        options = self.engine_options
         title = f"{type(self).__name__} {name} ({target.backend}, {target.device}, {target.dtype})"
-        if options.disk_cache:
+        if kept := self._engine_cache():
             key = {"graph": name, "parameters": types, **_engine_key(self, target)}
-            artifact = EngineCache(options.cache_dir).load_or_build(key, build, title=title)
+            artifact = kept.load_or_build(key, build, title=title)
         else:
             artifact = build()
         graph = Graph.from_meta(artifact.data, artifact.meta)
-        return OnnxRuntimeEngine(graph, target, own, options)
+        return OnnxRuntimeEngine(graph, target, own, self.engine_options)
+
+    def _engine_cache(self) -> EngineCache | None:
+        options = self.engine_options
+        return EngineCache(options.cache_dir) if options.disk_cache else None
 
     def _refuse_foreign_parts(self, roots: Sequence[graph_nn.Module], ignore: str) -> None:
         """Adapters and the like add modules and parameters that no graph knows: torch runs them.

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastgen.decoder import Decoder
 from fastgen.engines import Binding, Engine, NoEngine
+from fastgen.engines.fused import FusedEngine
 from fastgen.generation import OPTIONAL_OUTPUTS, FastGenerationMixin, as_torch
 from fastgen.kv_cache import StaticKVCache
 from fastgen.modeling import EngineModule
@@ -154,7 +155,12 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
             return self._engine_for(name, self._decoder_root(), target, "decode", specs)
 
         decoder(False)
-        return Decoder(shape, target, self.device, cross, decoder, self.engine_options)
+        options, fused = self.engine_options, None
+        if target.device == "cuda" and options.fused_kernels:
+            step = self._decoder_root()
+            own = dict(self.named_parameters(remove_duplicate=False))
+            fused = FusedEngine(step, step.decode, target, own, self._engine_cache())
+        return Decoder(shape, target, self.device, cross, decoder, fused, options)
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a forward with these arguments goes to torch; None if the engine serves it."""

@@ -29,6 +29,8 @@ class EngineOptions:
     """Debug: run each ``generate`` through both loops and raise if a token differs."""
     cuda_graphs: bool = True
     """Capture one CUDA graph per bucket; False launches every kernel of every step."""
+    fused_kernels: bool = True
+    """Run steps of few rows by fastgen's own CUDA kernels; False runs ONNX Runtime's."""
     max_cached_graphs: int = 8
     """How many idle KV cache buckets (buffers and captured CUDA graph) a model keeps for reuse."""
     min_bucket: int = 64

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"errors", "target"},
     "graph": {"errors", "ops", "target"},
     "seq2seq": {"graph", "target"},
-    "engines": {"cuda", "errors", "graph", "options", "runtime", "target"},
+    "engines": {"cuda", "engine_cache", "errors", "graph", "options", "runtime", "target"},
     "kv_cache": {"engines", "errors", "seq2seq", "target"},
     "decoder": {"cuda", "engines", "errors", "kv_cache", "options", "seq2seq", "target"},
     "generation": {"cuda", "decoder", "engines", "errors", "kv_cache", "options"},

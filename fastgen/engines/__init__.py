@@ -6,7 +6,6 @@ from typing import Protocol
 import torch
 
 from fastgen.errors import FastgenError
-from fastgen.graph import Graph
 from fastgen.options import EngineOptions
 from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda
 
@@ -21,8 +20,6 @@ class Binding(Protocol):
 class Engine(Protocol):
     """A compiled graph whose weights are the model's own parameters, by pointer."""
 
-    graph: Graph
-
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> Binding:
         """Bind every input and output by name; a tensor bound as both is updated in place."""
 
@@ -32,6 +29,10 @@ class Engine(Protocol):
 
 class NoEngine(FastgenError):
     """No engine serves this device and dtype; the message says why."""
+
+
+class NotFused(FastgenError):
+    """The fused kernels do not serve this model or size; the decoder engine must."""
 
 
 def choose_target(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> Target:

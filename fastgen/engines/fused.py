@@ -1,12 +1,12 @@
 """The engine of fused CUDA kernels: a decoder step of few rows, one launch after the other."""
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
 
-from fastgen.engines import nvrtc
+from fastgen.engine_cache import EngineCache
+from fastgen.engines import NotFused, nvrtc
 from fastgen.engines.fused_ops import HEAD_SIZES, MAX_ROWS, MAX_SLOTS, FusedOps
 from fastgen.engines.nvrtc import PreparedLaunch, Program
 from fastgen.target import Target
@@ -39,14 +39,16 @@ class FusedEngine:
         call: Callable[..., Mapping[str, Any]],
         target: Target,
         parameters: Mapping[str, torch.Tensor],
+        engine_cache: EngineCache | None = None,
     ) -> None:
         """
         Args:
             root: the family's graph module.
             call: its method that builds the step.
             parameters: the model's parameters by name; they must stay alive and in place.
+            engine_cache: where compiled kernels are kept; None compiles them in every process.
         """
-        self.target, self._call = target, call
+        self.target, self._call, self._engine_cache = target, call, engine_cache
         self._parameters = {}
         for name, parameter in root.named_parameters():
             parameter.name, parameter._realized = name, True  # onnxscript would rename it
@@ -61,18 +63,23 @@ class FusedEngine:
         Raises:
             NotFused: some size or operation is not served.
         """
+        batch, queries = tensors["input_ids"].shape
+        slots = tensors["slot_positions"].shape[1]
+        head_size = self._call.__self__.shape.head_size  # type: ignore[attr-defined]
+        device = tensors["input_ids"].device
+        if reason := supports(self.target, device, batch, queries, slots, head_size):
+            raise NotFused(reason)
         ops = FusedOps(self.target, self._parameters, tensors)
         inputs = {name: tensor for name, tensor in tensors.items() if name != "logits"}
         results = self._call(ops, **inputs)
         ops.store(results["logits"], tensors["logits"])
-        return FusedBinding(ops)
+        return FusedBinding(ops, nvrtc.program(ops.source(), ops.device, self._engine_cache))
 
 
 class FusedBinding:
     """All launches of one step, ready to run."""
 
-    def __init__(self, ops: FusedOps) -> None:
-        program = _program(ops.source(), ops.device)
+    def __init__(self, ops: FusedOps, program: Program) -> None:
         self._launches: list[PreparedLaunch] = [program.prepare(launch) for launch in ops.launches]
         self._keep = ops  # and with it every tensor
         self._device = ops.device
@@ -83,8 +90,3 @@ class FusedBinding:
         with torch.cuda.device(self._device):
             for launch in self._launches:
                 launch(stream)
-
-
-@cache
-def _program(source: str, device: torch.device) -> Program:
-    return Program(source, device)

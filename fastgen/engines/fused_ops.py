@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from fastgen.engines import NotFused
 from fastgen.engines.nvrtc import Launch
-from fastgen.errors import FastgenError
 from fastgen.target import Target
 
 MAX_ROWS = 16  # one side of a tensor core product
@@ -32,10 +32,6 @@ _ACTIVATIONS = {
     "silu": "SILU",
     "swish": "SILU",
 }
-
-
-class NotFused(FastgenError):
-    """The fused kernels do not serve this model or size; another engine must."""
 
 
 # What an operation gives before its numbers are needed

@@ -6,11 +6,11 @@ The CUDA builds of torch bring both libraries used here: NVRTC and cuda-bindings
 import ctypes
 import importlib.util
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 
+from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.errors import EngineError
 
 
@@ -43,13 +43,14 @@ class Launch:
 class Program:
     """Compiled kernels by name, loaded on one device."""
 
-    def __init__(self, source: str, device: torch.device) -> None:
+    def __init__(self, code: bytes, device: torch.device) -> None:
+        """``code`` is what ``compiled`` gave for the device's architecture."""
         from cuda.bindings import driver
 
         self._device = device
         self._overlap = torch.cuda.get_device_capability(device) >= (9, 0)
         with torch.cuda.device(device):
-            self._module = _checked(driver.cuModuleLoadData(compiled(source, _arch(device))))
+            self._module = _checked(driver.cuModuleLoadData(code))
         self._functions: dict[str, Any] = {}
 
     def prepare(self, launch: Launch) -> "PreparedLaunch":
@@ -100,7 +101,28 @@ class PreparedLaunch:
         _checked(self._launch(self._config, self._function, self._parameters, 0))
 
 
-@cache
+_programs: dict[tuple[str, torch.device], Program] = {}
+
+
+def program(
+    source: str, device: torch.device, engine_cache: EngineCache | None = None
+) -> Program:
+    """Kernels of CUDA source: compiled once a process, and with an engine cache once a machine."""
+    if (source, device) not in _programs:
+        arch = architecture(device)
+
+        def build() -> Artifact:
+            return Artifact(compiled(source, arch), {})
+
+        if engine_cache is None:
+            artifact = build()
+        else:
+            key = {"kernels": source, "arch": arch, "nvrtc": version()}
+            artifact = engine_cache.load_or_build(key, build, title=f"CUDA kernels ({arch})")
+        _programs[source, device] = Program(artifact.data, device)
+    return _programs[source, device]
+
+
 def compiled(source: str, arch: str) -> bytes:
     """Machine code of CUDA source for an architecture such as ``sm_90``.
 
@@ -124,13 +146,23 @@ def compiled(source: str, arch: str) -> bytes:
     return code
 
 
-def _arch(device: torch.device) -> str:
+def version() -> str:
+    """Version of the NVRTC that compiles."""
+    from cuda.bindings import nvrtc
+
+    return ".".join(map(str, _checked(nvrtc.nvrtcVersion(), all_values=True)))
+
+
+def architecture(device: torch.device) -> str:
+    """What to compile for, such as ``sm_90``."""
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def _checked(results: tuple[Any, ...]) -> Any:
-    """The value of a cuda-bindings call, or an EngineError."""
+def _checked(results: tuple[Any, ...], all_values: bool = False) -> Any:
+    """The value (or all values) of a cuda-bindings call, or an EngineError."""
     error, *values = results
     if error.value:
         raise EngineError(f"CUDA failed: {error.name}")
+    if all_values:
+        return values
     return values[0] if values else None
