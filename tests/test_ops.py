@@ -1,0 +1,312 @@
+"""Each operation of the vocabulary against torch: computed for the CPU, lowered for the GPU."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnxscript import nn
+from transformers.activations import ACT2FN
+
+from fastgen import graph as graphs
+from fastgen.engines.onnxruntime import OnnxRuntimeEngine
+from fastgen.errors import UnsupportedConfigError
+from fastgen.graph import Graph, TensorSpec
+from fastgen.ops import KVSlots, Ops
+from fastgen.options import EngineOptions
+from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda
+
+CPU = onnxruntime_cpu()
+CUDA = [onnxruntime_cuda(dtype) for dtype in ("float32", "float16", "bfloat16")]
+Call = Callable[..., Any]  # (op, weights, **inputs) -> output or outputs by name
+F = torch.nn.functional
+
+
+class Weights(nn.Module):
+    """A module that holds weights and nothing else."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(list(shape)))
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build(
+    call: Call,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    target: Target = CPU,
+) -> Graph:
+    """The graph of one operation; floats take the target's dtype, all axes are free."""
+
+    def spec(name: str, tensor: torch.Tensor) -> TensorSpec:
+        dtype = target.dtype if tensor.is_floating_point() else str(tensor.dtype)[len("torch.") :]
+        return TensorSpec(name, dtype, tuple(f"{name}_{i}" for i in range(tensor.ndim)))
+
+    module = Weights({name: weight.shape for name, weight in weights.items()})
+
+    def traced(op: Ops, **values: Any) -> Mapping[str, Any]:
+        found = call(op, module, **values)
+        return found if isinstance(found, Mapping) else {"y": found}
+
+    types = {name: (target.dtype, tuple(weight.shape)) for name, weight in weights.items()}
+    specs = [[spec(*item) for item in tensors.items()] for tensors in (inputs, outputs)]
+    return graphs.build(module, target, types, traced, *specs)
+
+
+def check(
+    call: Call,
+    inputs: Mapping[str, torch.Tensor],
+    expected: torch.Tensor | Mapping[str, torch.Tensor],
+    **weights: torch.Tensor,
+) -> None:
+    """The operation gives the expected values on the CPU, and a sound graph for the GPU."""
+    outputs = expected if isinstance(expected, Mapping) else {"y": expected}
+    weights = weights or {"unused": torch.zeros(1)}
+    engine = OnnxRuntimeEngine(build(call, inputs, outputs, weights), CPU, weights, EngineOptions())
+    found = {name: torch.full_like(value, torch.nan) for name, value in outputs.items()}
+    engine.bind({**inputs, **found}).run()
+    torch.testing.assert_close(found, dict(outputs), rtol=1e-5, atol=1e-5)
+    for target in CUDA:
+        assert_sound(build(call, inputs, outputs, weights, target))
+
+
+def assert_sound(graph: Graph) -> list[onnx.NodeProto]:
+    """Every value is made before it is used, once; the nodes in order."""
+    model = onnx.load_from_string(graph.onnx)
+    known = {value.name for value in model.graph.input}
+    known |= {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        assert {name for name in node.input if name} <= known, node.name
+        made = {name for name in node.output if name}
+        assert not made & known, node.name
+        known |= made
+    assert {value.name for value in model.graph.output} <= known
+    return list(model.graph.node)
+
+
+def names(graph: Graph) -> list[str]:
+    return [node.op_type for node in assert_sound(graph)]
+
+
+# Layers
+
+
+def test_embedding() -> None:
+    ids, weight = torch.tensor([[2, 0, 1], [4, 4, 3]]), random(5, 6)
+    check(lambda op, w, ids: op.embedding(ids, w.table), {"ids": ids}, weight[ids], table=weight)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.125])
+def test_linear(scale: float) -> None:
+    x, weight = random(2, 3, 6), random(4, 6, seed=1)
+    expected = scale * x @ weight.T
+    check(lambda op, w, x: op.linear(x, w.weight, scale), {"x": x}, expected, weight=weight)
+
+
+def test_wide_linear() -> None:
+    x, weight = random(2, 3, 6), random(4, 6, seed=1)
+    check(lambda op, w, x: op.wide_linear(x, w.weight), {"x": x}, x @ weight.T, weight=weight)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return weight * x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_rms_norm(eps: float) -> None:
+    x, weight = random(2, 3, 6), random(6, seed=1)
+    expected = rms_norm(x, weight, eps)
+    check(lambda op, w, x: op.rms_norm(x, w.weight, eps), {"x": x}, expected, weight=weight)
+
+
+def test_add_rms_norm() -> None:
+    x, y, weight = random(2, 3, 6), random(2, 3, 6, seed=2), random(6, seed=1)
+
+    def call(op: Ops, w: Any, x: Any, y: Any) -> Mapping[str, Any]:
+        total, normed = op.add_rms_norm(x, y, w.weight, 0.1)
+        return {"total": total, "normed": normed}
+
+    expected = {"total": x + y, "normed": rms_norm(x + y, weight, 0.1)}
+    check(call, {"x": x, "y": y}, expected, weight=weight)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish"])
+def test_activation(name: str) -> None:
+    x = 3 * random(2, 3, 6)
+    check(lambda op, w, x: op.activation(x, name), {"x": x}, ACT2FN[name](x))
+
+
+def test_an_unknown_activation_is_refused_by_name() -> None:
+    x = random(2, 3)
+    with pytest.raises(UnsupportedConfigError, match=r"dense_act_fn='mish'.*relu.*swish"):
+        check(lambda op, w, x: op.activation(x, "mish"), {"x": x}, x)
+
+
+def test_multiply_and_add() -> None:
+    x, y = random(2, 3, 6), random(2, 3, 6, seed=1)
+    check(lambda op, w, a, b: op.multiply(a, b), {"a": x, "b": y}, x * y)
+    check(lambda op, w, a, b: op.add(a, b), {"a": x, "b": y}, x + y)
+
+
+# Attention
+
+
+def test_mask_bias_hides_what_is_masked_and_stays_finite() -> None:
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    expected = torch.where(mask.bool(), 0.0, torch.finfo(torch.float32).min / 2)[:, None, None]
+    check(lambda op, w, mask: op.mask_bias(mask), {"mask": mask}, expected)
+
+
+def test_position_table_and_bias() -> None:
+    """Distances key - query from -3 to 3, clipped there; distance 1 hidden on request."""
+    buckets = [0, 1, 2, 3, 5, 4, 2]  # distances 0, 1, 2, 3, then -3, -2, -1
+    weight = random(6, 2)  # [buckets, heads]
+    queries, keys = torch.arange(3, 6)[:, None], torch.arange(9)[None]
+    distance = (keys - queries).clamp(-3, 3)
+    expected = weight[torch.tensor(buckets)[distance]].permute(2, 0, 1)[None].contiguous()
+
+    def call(op: Ops, w: Any, queries: Any, keys: Any) -> Any:
+        table = op.position_table(w.weight, buckets, None)
+        return op.position_bias(table, queries, keys, -3, 3)
+
+    inputs = {"queries": queries, "keys": keys}
+    check(call, inputs, expected, weight=weight)
+
+    def causal(op: Ops, w: Any, queries: Any, keys: Any) -> Any:
+        table = op.position_table(w.weight, buckets, future=1)
+        return op.position_bias(table, queries, keys, -3, 1)
+
+    hidden = expected.masked_fill(keys > queries, float("-inf"))
+    check(causal, inputs, hidden, weight=weight)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """[B, Q, H*D] queries over [B, H, K, D] keys and values."""
+    heads = k.shape[1]
+    split = q.unflatten(-1, (heads, -1)).transpose(1, 2)
+    y = F.scaled_dot_product_attention(split, k, v, attn_mask=bias, scale=1.0)
+    return y.transpose(1, 2).flatten(2)
+
+
+def test_attention() -> None:
+    q, k, v = (random(2, n, 12, seed=i) for i, n in enumerate((4, 5, 5)))
+    bias = random(2, 3, 4, 5, seed=3)
+    heads = [x.unflatten(-1, (3, 4)).transpose(1, 2) for x in (k, v)]
+    check(
+        lambda op, w, q, k, v, bias: op.attention(q, k, v, bias, 3),
+        {"q": q, "k": k, "v": v, "bias": bias},
+        attend(q, *heads, bias),
+    )
+
+
+def test_as_kv() -> None:
+    x = random(2, 5, 12)
+    expected = x.unflatten(-1, (3, 4)).transpose(1, 2).contiguous()
+    check(lambda op, w, x: op.as_kv(x, 3, 4), {"x": x}, expected)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("filled", [0, 2])
+def test_cached_attention_appends_in_place(queries: int, filled: int) -> None:
+    """On the CPU attention reads the filled slots and the new ones, and leaves the rest alone."""
+    slots, length = 8, filled + queries
+    q, k, v = (random(2, queries, 12, seed=i) for i in range(3))
+    buffers = [random(2, 3, slots, 4, seed=i) for i in (5, 6)]
+    bias = random(1, 3, queries, length, seed=7)
+    expected = [buffer.clone() for buffer in buffers]
+    for buffer, new in zip(expected, (k, v), strict=True):
+        buffer[:, :, filled:length] = new.unflatten(-1, (3, 4)).transpose(1, 2)
+    y = attend(q, *(buffer[:, :, :length] for buffer in expected), bias)
+
+    def call(op: Ops, w: Any, q: Any, k: Any, v: Any, key: Any, value: Any, **rest: Any) -> Any:
+        kv = KVSlots(key, value, rest["first_slot"])
+        y, key, value = op.cached_attention(q, k, v, kv, rest["bias"], 3)
+        return {"y": y, "new_key": key, "new_value": value}
+
+    inputs = {"q": q, "k": k, "v": v, "key": buffers[0], "value": buffers[1]}
+    inputs |= {"first_slot": torch.tensor([filled], dtype=torch.int32), "bias": bias}
+    outputs = {"y": torch.empty_like(y), "new_key": buffers[0], "new_value": buffers[1]}
+    weights = {"unused": torch.zeros(1)}
+    graph = build(call, inputs, outputs, weights)
+    OnnxRuntimeEngine(graph, CPU, weights, EngineOptions()).bind(inputs | outputs).run()
+    torch.testing.assert_close(outputs["y"], y, rtol=1e-5, atol=1e-5)
+    for found, right in zip(buffers, expected, strict=True):
+        torch.testing.assert_close(found, right)
+
+
+def test_visible_slots() -> None:
+    x, ids = random(2, 1, 3, 8), torch.zeros(2, 3, dtype=torch.int64)
+    inputs = {"x": x, "ids": ids, "first": torch.tensor([4], dtype=torch.int32)}
+    call: Call = lambda op, w, x, ids, first: op.visible_slots(x, ids, first, axis=3)  # noqa: E731
+    outputs, weights = {"y": x[..., :7].contiguous()}, {"unused": torch.zeros(1)}
+    engine = OnnxRuntimeEngine(build(call, inputs, outputs, weights), CPU, weights, EngineOptions())
+    found = torch.empty_like(outputs["y"])
+    engine.bind(inputs | {"y": found}).run()
+    assert torch.equal(found, outputs["y"])
+
+    def all_slots(op: Ops, w: Any, x: Any, ids: Any, first: Any) -> Any:
+        assert op.visible_slots(x, ids, first, axis=3) is x  # a GPU reads the whole buffer
+        return op.add(x, x)
+
+    for target in CUDA:
+        assert names(build(all_slots, inputs, outputs, weights, target)) == ["Add"]
+
+
+# Lowering for a GPU
+
+
+@pytest.mark.parametrize("target", CUDA, ids=[target.dtype for target in CUDA])
+def test_a_gpu_scatters_keys_and_values_and_reads_what_was_scattered(target: Target) -> None:
+    row = random(2, 1, 12)
+    inputs = {"q": row, "k": row, "v": row, "key": random(2, 8, 12), "value": random(2, 8, 12)}
+    inputs |= {"first_slot": torch.zeros(2, dtype=torch.int64), "bias": random(1, 3, 1, 8)}
+
+    def call(op: Ops, w: Any, q: Any, k: Any, v: Any, key: Any, value: Any, **rest: Any) -> Any:
+        kv = KVSlots(key, value, rest["first_slot"])
+        y, key, value = op.cached_attention(q, k, v, kv, rest["bias"], 3)
+        return {"y": y, "new_key": key, "new_value": value}
+
+    outputs = {"y": row, "new_key": inputs["key"], "new_value": inputs["value"]}
+    graph = build(call, inputs, outputs, {"unused": torch.zeros(1)}, target)
+    nodes = assert_sound(graph)
+    assert [node.op_type for node in nodes] == [
+        "TensorScatter",
+        "TensorScatter",
+        "MultiHeadAttention",
+    ]
+    assert list(nodes[2].input[1:3]) == [nodes[0].output[0], nodes[1].output[0]]
+
+
+def test_float16_keeps_a_wide_result_in_float32() -> None:
+    """Beyond 65504 nothing may pass through float16."""
+    x, weight = {"x": random(2, 3, 6)}, {"weight": random(4, 6)}
+    call: Call = lambda op, w, x: op.cast(op.wide_linear(x, w.weight), x.dtype)  # noqa: E731
+    outputs = {"y": random(2, 3, 4)}
+    nodes = assert_sound(build(call, x, outputs, weight, onnxruntime_cuda("float16")))
+    alpha = onnx.helper.get_node_attr_value(nodes[0], "alpha")
+    assert [node.op_type for node in nodes] == ["FusedMatMul", "Cast", "Mul", "Cast"]
+    assert alpha == np.float32(2.0**-10)
+    for dtype in ("float32", "bfloat16"):
+        assert names(build(call, x, outputs, weight, onnxruntime_cuda(dtype))) == ["FusedMatMul"]
+
+
+def test_float16_clamps_products_and_activations() -> None:
+    x = {"x": random(2, 3)}
+    for call in (lambda op, w, x: op.multiply(x, x), lambda op, w, x: op.activation(x, "relu")):
+        graph = build(
+            call, x, {"y": x["x"]}, {"unused": torch.zeros(1)}, onnxruntime_cuda("float16")
+        )
+        assert names(graph)[-1] == "Clip"
+        for dtype in ("float32", "bfloat16"):
+            plain = build(
+                call, x, {"y": x["x"]}, {"unused": torch.zeros(1)}, onnxruntime_cuda(dtype)
+            )
+            assert "Clip" not in names(plain)
