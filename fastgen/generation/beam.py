@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
 
+from fastgen.generation.kernels import BeamTail, beam_obstacle
 from fastgen.generation.loop import Call, Loop, keeps, records
 from fastgen.kv_cache import Bucket, StaticKVCache
 
@@ -125,11 +126,21 @@ class Advance:
         """Earlier tokens' scores, if the caller keeps them: criteria see them and this token's."""
         self.logits: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
+        self._tail: BeamTail | None = None
+        options = call.decoder.options
+        if call.plain and beam_obstacle(state, bucket, options, self._candidates) is None:
+            self._tail = BeamTail(state, bucket, self._candidates, self._early)
 
     def __call__(self) -> None:
+        top, indices = self._top(self._log_probs())
+        if self._tail is not None:
+            return self._tail(top, indices)
+        vocabulary = self._bucket.tensors["logits"].shape[-1]
+        self._advance(top, indices // vocabulary, indices % vocabulary)
+
+    def _advance(self, top: torch.Tensor, beams: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Make the best of the [B, C] continuations the next beams."""
         state = self._state
-        log_probs = self._log_probs()
-        top, beams, tokens = self._top(log_probs)
         sequences = _gather(state.running, beams)
         sequences.scatter_(2, state.index.expand(*tokens.shape, 1), tokens[:, :, None])
         parents = _gather(state.running_parents, beams)
@@ -154,16 +165,15 @@ class Advance:
         log_probs = log_probs.view(state.batch, state.beams, -1)
         return (log_probs + state.running_scores[:, :, None]).view(state.batch, -1)
 
-    def _top(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The [B, C] best (or drawn) continuations: log-probability, beam and token."""
+    def _top(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The [B, C] best (or drawn) continuations: log-probability, and place in a row's N * V."""
         if self._do_sample:
             probabilities = torch.nn.functional.softmax(log_probs, dim=-1)
             indices = torch.multinomial(probabilities, num_samples=self._candidates)
             top = torch.gather(log_probs, 1, indices)
         else:
             top, indices = torch.topk(log_probs, k=self._candidates)
-        vocabulary = log_probs.shape[-1] // self._state.beams
-        return top, indices // vocabulary, indices % vocabulary
+        return top, indices
 
     def _stopped(self, sequences: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """[B, C]: which continuations end here."""

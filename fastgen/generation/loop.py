@@ -14,7 +14,9 @@ from transformers import MaxLengthCriteria
 from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
+from fastgen import cuda
 from fastgen.decoder import Decoder
+from fastgen.generation.kernels import GreedyTail, greedy_obstacle
 from fastgen.generation.plan import ProcessorPlan, runs_code_of_the_user
 from fastgen.kv_cache import Bucket, StaticKVCache
 
@@ -106,8 +108,14 @@ class Choose:
         self._records = records(call)
         self.logits: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
+        self._tail: GreedyTail | None = None
+        plain = process is None and not self._do_sample and not self._records
+        if plain and greedy_obstacle(state, bucket, call.decoder.options) is None:
+            self._tail = GreedyTail(state, bucket, self._has_eos, self._eos)
 
     def __call__(self) -> None:
+        if self._tail is not None:
+            return self._tail()
         state, tensors = self._state, self._bucket.tensors
         scores = tensors["logits"][:, -1]
         if self._process is not None or self._do_sample or self._records:
@@ -139,6 +147,7 @@ class Loop:
         self.length = call.prompt
         self.plan = call.plan()
         self.captures = call.decoder.captures and call.plain and self.plan.obstacle is None
+        self.captures = self.captures and self.plan.signature not in call.decoder.not_captured
         self.beams = beams
         self.hidden = call.hidden[::beams]  # generate() repeats each row for its beams
         self.mask = None if call.mask is None else call.mask[::beams]
@@ -213,9 +222,17 @@ class Loop:
         if self.length * self.beams > self.bucket.size.slots:
             self._grow()
         phase = self.plan.phase(self.length) if self.captures else None
-        chosen = self._eager() if phase is None else self._captured(phase)
+        chosen = self._eager() if phase is None else self._captured_or_eager(phase)
         self.length += 1
         return chosen
+
+    def _captured_or_eager(self, phase: tuple[bool, ...]) -> Any:
+        try:
+            return self._captured(phase)
+        except cuda.NotCapturable:  # a processor of this transformers version waits for the GPU
+            self.call.decoder.not_captured.add(self.plan.signature)
+            self.captures = False
+            return self._eager()
 
     def _eager(self) -> Any:
         raise NotImplementedError
