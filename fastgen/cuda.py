@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from fastgen.errors import FastgenError
+
 # One thread at a time uses an engine stream: what another launched on it while a graph is being
 # captured would become part of that graph.
 _lock = threading.RLock()
@@ -39,6 +41,25 @@ def on_engine_stream(device: torch.device) -> Iterator[None]:
             caller.wait_stream(stream)
 
 
+class NotCapturable(FastgenError):
+    """A function asks the GPU for a value, which a graph cannot hold."""
+
+
+@contextmanager
+def _waits_refused() -> Iterator[None]:
+    """Find out before a capture whether the body would break it: that cannot be mended after."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        raise NotCapturable(str(error)) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 class CapturedGraph:
     """A function's kernels as one CUDA graph; its memory is given back with this object."""
 
@@ -48,12 +69,17 @@ class CapturedGraph:
         """Run ``function`` twice to allocate and tune, then capture it on the engine stream.
 
         ``undo()`` follows each of the three: so the function may change its own inputs.
+
+        Raises:
+            NotCapturable: the function waits for the GPU; nothing was captured or changed.
         """
         self._device = device
         with on_engine_stream(device):
-            for _ in range(2):
+            function()
+            undo()
+            with _waits_refused():
                 function()
-                undo()
+            undo()
             torch.cuda.current_stream(device).synchronize()
             self._graph = torch.cuda.CUDAGraph()
             # "thread_local": an allocation on another thread must not break this capture

@@ -50,6 +50,8 @@ class Decoder:
         self.lock = threading.RLock()
         self.states: dict[Hashable, list[Any]] = {}
         """What decoding loops keep on the device between calls, by kind and size."""
+        self.not_captured: set[Hashable] = set()
+        """Signatures of processors that turned out to wait for the GPU."""
         self._key = object()  # marks this decoder's bindings in buckets that outlive it
 
     # Buckets

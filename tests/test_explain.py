@@ -70,7 +70,6 @@ def test_generate_takes_the_path_that_explain_names(
     assert bool(runs) == (explanation.path == "torch")
 
 
-@pytest.mark.xfail(strict=True, reason="explain takes a torch encoder for a torch decoder")
 def test_embeddings_are_encoded_by_torch_and_decoded_by_the_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

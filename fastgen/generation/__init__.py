@@ -66,6 +66,7 @@ class FastGenerationMixin(GenerationMixin):
         if config.cache_implementation not in (None, "dynamic"):
             reasons.append(f"cache_implementation={config.cache_implementation!r} asks for torch's")
         arguments = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
+        arguments["inputs_embeds"] = None  # the encoder's affair: the decoder runs on the engine
         refusal = self.refusal(**{"decoder_input_ids": ..., **model_kwargs, **arguments})
         return reasons + ([refusal] if refusal else [])
 

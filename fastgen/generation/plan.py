@@ -18,7 +18,6 @@ _SCORES_ONLY = (
     hf.MinPLogitsWarper,
     hf.TypicalLogitsWarper,
     hf.EpsilonLogitsWarper,
-    hf.EtaLogitsWarper,
     hf.SuppressTokensLogitsProcessor,
     hf.InfNanRemoveLogitsProcessor,
     hf.LogitNormalization,

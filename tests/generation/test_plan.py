@@ -30,7 +30,6 @@ SCORES_ONLY: dict[type, dict[str, st.SearchStrategy[Any]]] = {
     hf.MinPLogitsWarper: {"min_p": _fraction, **_keep},
     hf.TypicalLogitsWarper: {"mass": _fraction, **_keep},
     hf.EpsilonLogitsWarper: {"epsilon": _fraction, **_keep},
-    hf.EtaLogitsWarper: {"epsilon": _fraction, **_keep},
     hf.SuppressTokensLogitsProcessor: {"suppress_tokens": _tokens},
     hf.InfNanRemoveLogitsProcessor: {},
     hf.LogitNormalization: {},
