@@ -104,9 +104,7 @@ class PreparedLaunch:
 _programs: dict[tuple[str, torch.device], Program] = {}
 
 
-def program(
-    source: str, device: torch.device, engine_cache: EngineCache | None = None
-) -> Program:
+def program(source: str, device: torch.device, engine_cache: EngineCache | None = None) -> Program:
     """Kernels of CUDA source: compiled once a process, and with an engine cache once a machine."""
     if (source, device) not in _programs:
         arch = architecture(device)
