@@ -1,0 +1,85 @@
+"""What one generated token costs: device time by kernel, host time by function.
+
+python benchmarks/profile_token.py t5-small@random --dtype bfloat16
+"""
+
+import cProfile
+import io
+import pstats
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch.profiler import ProfilerActivity, profile
+
+from fastgen import FastAutoModelForSeq2SeqLM
+from fastgen.bench.shapes import write_random_checkpoint
+
+TOKENS = 64
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or NAME@random.")],
+    dtype: str = "bfloat16",
+    prompt_tokens: int = 32,
+    beams: int = 1,
+) -> None:
+    """Print the two profiles of a whole ``generate`` call, per token."""
+    kind = getattr(torch, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        source = model
+        if model.endswith("@random"):
+            name, source = model.removesuffix("@random"), folder
+            write_random_checkpoint(name, Path(folder), dtype=kind, device="cuda")
+        fast = FastAutoModelForSeq2SeqLM.from_pretrained(source, dtype=kind)
+    fast = fast.to("cuda").eval()
+    fast.generation_config.eos_token_id = fast.config.vocab_size  # never chosen: exact length
+    ids = torch.randint(2, fast.config.vocab_size, (1, prompt_tokens), device="cuda")
+
+    def call() -> None:
+        fast.generate(ids, max_new_tokens=TOKENS, num_beams=beams)
+        torch.cuda.synchronize()
+
+    for _ in range(3):
+        call()
+    start = time.perf_counter()
+    for _ in range(10):
+        call()
+    print(
+        f"{model} {dtype}, {beams} beams: {(time.perf_counter() - start) / 10 / TOKENS * 1e6:.1f}"
+        " us per token, whole generate call"
+    )
+    _device(call)
+    _host(call)
+
+
+def _device(call: Any) -> None:
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        call()
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for event in recorded.events():
+        kernels[event.name.split("<")[0].split("(")[0][:60]].append(event.device_time_total)
+    print("\ndevice, us per token | launches per token | us each | kernel")
+    for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:16]:
+        total, count = sum(times), len(times)
+        print(f"{total / TOKENS:8.2f} {count / TOKENS:8.2f} {total / count:8.2f}  {name}")
+    print(f"{sum(map(sum, kernels.values())) / TOKENS:8.2f} in all")
+
+
+def _host(call: Any) -> None:
+    recorded = cProfile.Profile()
+    recorded.enable()
+    call()
+    recorded.disable()
+    text = io.StringIO()
+    pstats.Stats(recorded, stream=text).sort_stats("tottime").print_stats(14)
+    print("\nhost, one call of", TOKENS, "tokens")
+    print("\n".join(text.getvalue().splitlines()[2:]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
