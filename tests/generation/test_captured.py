@@ -57,6 +57,34 @@ def test_a_captured_step_serves_later_calls(beams: int) -> None:
     assert not found[0] & found[2]
 
 
+def keys_of(arguments: dict[str, Any]) -> set[Any]:
+    """The captured steps that a beam search takes; it must do what the stock class does."""
+    call = GenerateCall("t5-1.1", 1, 2, None, 1, {"max_new_tokens": 9, "num_beams": 3} | arguments)
+    with gpu_paths() as keys:
+        assert not difference(run("stock", call), run("fast loop", call))
+    return set(keys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"early_stopping": True},
+        {"do_sample": True, "top_k": 0},
+        {"eos_token_id": [1, 7]},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"suppress_tokens": [9]},
+        {"num_beams": 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_changes_a_step_makes_another(change: dict[str, Any]) -> None:
+    assert not keys_of({}) & keys_of(change)
+
+
+def test_length_penalties_are_data() -> None:
+    assert keys_of({}) & keys_of({"length_penalty": 2.0})
+
+
 @pytest.mark.parametrize(
     "argument", [{"no_repeat_ngram_size": 2}, {"max_time": 3600.0}], ids=lambda a: next(iter(a))
 )
