@@ -132,7 +132,10 @@ class Advance:
             self._tail = BeamTail(state, bucket, self._candidates, self._early)
 
     def __call__(self) -> None:
-        top, indices = self._top(self._log_probs())
+        log_probs = self._log_probs()
+        if self._tail is not None and self._tail.select is not None and not self._do_sample:
+            return self._tail(*self._tail.select(log_probs))
+        top, indices = self._top(log_probs)
         if self._tail is not None:
             return self._tail(top, indices)
         vocabulary = self._bucket.tensors["logits"].shape[-1]
@@ -154,7 +157,7 @@ class Advance:
         self._check_done(stopped)
 
     def _log_probs(self) -> torch.Tensor:
-        """[B, N * V] log-probabilities of every continuation of every running beam."""
+        """[B * N, V] log-probabilities of every token behind every running beam."""
         state = self._state
         logits = self._bucket.tensors["logits"].to(torch.float32, copy=True)
         logits = logits.view(state.batch * state.beams, -1)
@@ -162,11 +165,13 @@ class Advance:
         if self._process is not None:
             log_probs = self._process(log_probs)
         self.logits, self.scores = logits, log_probs
-        log_probs = log_probs.view(state.batch, state.beams, -1)
-        return (log_probs + state.running_scores[:, :, None]).view(state.batch, -1)
+        return log_probs
 
     def _top(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The [B, C] best (or drawn) continuations: log-probability, and place in a row's N * V."""
+        state = self._state
+        log_probs = log_probs.view(state.batch, state.beams, -1)
+        log_probs = (log_probs + state.running_scores[:, :, None]).view(state.batch, -1)
         if self._do_sample:
             probabilities = torch.nn.functional.softmax(log_probs, dim=-1)
             indices = torch.multinomial(probabilities, num_samples=self._candidates)

@@ -1,85 +1,9 @@
-// Beam bookkeeping after torch.topk over the scores; follows select.cu.
+// Beam bookkeeping after torch.topk over the scores; follows top.cu.
 //
 // The reference is beam.py's Advance: the results are equal bit for bit. So products and sums must
 // not become one instruction where torch rounds both.
 //
 // Axes: B rows, N beams, C candidates, T capacity in tokens, P cached positions.
-
-// ---------------------------------------------------------------------------------------------
-// torch.topk of short rows
-
-// Order of torch's radix selection, which tells -0 from 0.
-INLINE unsigned radix(float x) {
-    const unsigned bits = __float_as_uint(x);
-    return x != x ? ~0u : bits & 0x80000000 ? ~bits : bits | 0x80000000;
-}
-
-INLINE bool above(float a, float b) { return (a != a && b == b) || a > b; }
-
-// Places of the k <= 32 greatest of ``count`` items in shared memory, found by one warp. Equal items
-// come in torch's order: those above the k-th greatest and then those equal to it, each by place,
-// go through a bitonic network of 32, which is not stable.
-INLINE void top(const float* items, int count, int k, int* places) {
-    const int lane = threadIdx.x % 32;
-    unsigned limit = 0, below = 0;  // the k-th greatest, and how many are above it
-    bool mine = false;
-    for (int i = lane; i < count; i += 32) {
-        const unsigned key = radix(items[i]);
-        int higher = 0, before = 0;
-#pragma unroll 1
-        for (int j = 0; j < count; j++) {
-            higher += radix(items[j]) > key;
-            before += j < i && radix(items[j]) == key;
-        }
-        if (higher + before == k - 1) limit = key, below = higher, mine = true;
-    }
-    const int owner = __ffs(__ballot_sync(~0u, mine)) - 1;
-    limit = __shfl_sync(~0u, limit, owner);
-    below = __shfl_sync(~0u, below, owner);
-    for (int i = lane; i < count; i += 32) {
-        const unsigned key = radix(items[i]);
-        if (key < limit) continue;
-        int place = key == limit ? below : 0;
-#pragma unroll 1
-        for (int j = 0; j < i; j++)
-            place += key == limit ? radix(items[j]) == limit : radix(items[j]) > limit;
-        if (place < k) places[place] = i;
-    }
-    __syncwarp();
-    int place = lane < k ? places[lane] : -1;
-    float item = lane < k ? items[place] : 0.f;
-    for (int size = 2; size <= 32; size *= 2)
-        for (int stride = size / 2; stride; stride /= 2) {
-            const float other = __shfl_xor_sync(~0u, item, stride);
-            const int from = __shfl_xor_sync(~0u, place, stride);
-            const bool low = !(lane & stride);
-            const bool ordered = low ? (above(item, other) && place >= 0) || from < 0
-                                     : (above(other, item) && from >= 0) || place < 0;
-            if (ordered == (bool)(lane & size & 31)) item = other, place = from;
-        }
-    if (lane < k) places[lane] = place;
-}
-
-struct TopArgs {
-    const float* items;  // [gridDim.x, count], count <= 256
-    int64* places;       // [gridDim.x, k]
-    int count, k;
-};
-
-// The above for every row, to be compared with torch.topk.
-extern "C" __global__ void top_rows(TopArgs args) {
-    __shared__ float items[256];
-    __shared__ int places[32];
-    wait_for_inputs();
-    for (int i = threadIdx.x; i < args.count; i += 32)
-        items[i] = args.items[blockIdx.x * args.count + i];
-    __syncwarp();
-    top(items, args.count, args.k, places);
-    if (threadIdx.x < args.k) args.places[blockIdx.x * args.k + threadIdx.x] = places[threadIdx.x];
-}
-
-// ---------------------------------------------------------------------------------------------
-// The beams
 
 constexpr int MAX_BEAMS = 16, MAX_CANDIDATES = 256;
 constexpr float NEVER = -1.0e9f;  // transformers' score of what must not be chosen
@@ -117,7 +41,8 @@ struct Columns {
     int column, stride, count;
 };
 
-template <class E> INLINE void load(const E* from, int* to, const Columns& c, int t, const BeamArgs& a) {
+template <class E>
+INLINE void load(const E* from, int* to, const Columns& c, int t, const BeamArgs& a) {
     if (t >= c.count) return;
 #pragma unroll 4
     for (int n = 0; n < a.beams; n++) to[n * c.stride] = (int)from[n * a.capacity + t];

@@ -43,7 +43,8 @@ INLINE uint64 block_argmax(const T* logits, const GreedyArgs& args) {
         Pack pack[LOADS];
 #pragma unroll
         for (int i = 0; i < LOADS; i++)
-            if (start + i * stride < args.packs) pack[i] = ((const Pack*)logits)[start + i * stride];
+            if (start + i * stride < args.packs)
+                pack[i] = ((const Pack*)logits)[start + i * stride];
 #pragma unroll
         for (int i = 0; i < LOADS; i++)
             if (start + i * stride < args.packs)

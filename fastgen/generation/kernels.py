@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from fastgen.generation.beam import BeamState
     from fastgen.generation.loop import SampleState
 
-# As in greedy.cu and beams.cu
+# As in greedy.cu, beams.cu and top.cu
 MAX_ENDS = 32
 MAX_BEAMS = 16
 MAX_CANDIDATES = 256
+MAX_SELECTED = 32
 
 _GREEDY_THREADS = 256
-_GREEDY_SHARE = 4096  # logits that a block looks through
+_SELECT_THREADS = 512
+_SHARE = 4096  # of a row's vocabulary, what one block looks through
 _MAX_SHARES = 32  # blocks of one row
 _TILE_BYTES = 40 * 1024  # shared memory for token tables; with static arrays within 48 KB
 _ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -54,6 +56,10 @@ class BeamArgs(ctypes.Structure):
     )
 
 
+class SelectArgs(ctypes.Structure):
+    _fields_ = _fields("log_probs running_scores kept arrived top indices", "vocabulary beams k")
+
+
 class TopArgs(ctypes.Structure):
     _fields_ = _fields("items places", "count k")
 
@@ -61,8 +67,8 @@ class TopArgs(ctypes.Structure):
 @cache
 def program(name: str, dtype: torch.dtype, device: torch.device) -> Program:
     """``greedy`` or ``beams``, compiled for logits of a dtype."""
-    folder = files("fastgen.generation")
-    sources = [(folder / f"{part}.cu").read_text() for part in ("select", name)]
+    parts = ("select", "greedy") if name == "greedy" else ("select", "top", "beams")
+    sources = [(files("fastgen.generation") / f"{part}.cu").read_text() for part in parts]
     return nvrtc.program("\n".join([f"#define T {_ELEMENTS[dtype]}", *sources]), device)
 
 
@@ -76,6 +82,13 @@ def _obstacle(bucket: Bucket, options: EngineOptions, ends: int) -> str | None:
         return f"kernels do not serve {bucket.dtype} on this Target"
     if ends > MAX_ENDS:
         return f"{ends} end-of-sequence tokens: kernels serve {MAX_ENDS}"
+    return _machine_obstacle(bucket.device)
+
+
+@cache
+def _machine_obstacle(device: torch.device) -> str | None:
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0"
     return nvrtc.missing()
 
 
@@ -142,7 +155,7 @@ class GreedyTail(_Tail):
         tensors, logits = bucket.tensors, bucket.tensors["logits"]
         rows, vocabulary = bucket.size.batch, logits.shape[-1]
         per_pack = 16 // logits.element_size()
-        shares = min(-(-vocabulary // _GREEDY_SHARE), _MAX_SHARES)
+        shares = min(-(-vocabulary // _SHARE), _MAX_SHARES)
         arguments = GreedyArgs(
             logits=address(logits, bucket.dtype),
             pad=address(state.pad),
@@ -168,6 +181,68 @@ class GreedyTail(_Tail):
         return kernels.prepare(Launch("greedy", (shares, rows), _GREEDY_THREADS, arguments))
 
 
+class Selection(_Tail):
+    """``torch.topk`` over all continuations of each row's beams."""
+
+    def __init__(
+        self,
+        running_scores: torch.Tensor,
+        vocabulary: int,
+        k: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """
+        Args:
+            running_scores: float32 [B, N].
+            k: how many continuations of a row to keep.
+            dtype: of the program whose kernel this is.
+        """
+        super().__init__(running_scores.device)
+        (batch, beams), device = running_scores.shape, running_scores.device
+        self.top = torch.empty(batch, k, dtype=torch.float32, device=device)
+        self.indices = torch.empty(batch, k, dtype=torch.int64, device=device)
+        shares = -(-vocabulary // _SHARE)
+        self._grid, self._dtype = (shares, batch * beams), dtype
+        self._arguments = SelectArgs(
+            running_scores=self._address(running_scores, torch.float32),
+            kept=self._scratch(batch * beams * shares * k),
+            arrived=self._scratch(batch),
+            top=self.top.data_ptr(),
+            indices=self.indices.data_ptr(),
+            vocabulary=vocabulary,
+            beams=beams,
+            k=k,
+        )
+
+    def __call__(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and places in N * V, [B, k], of the best of float32 [B * N, V]; overwritten by
+        the next call."""
+        self._log_probs = log_probs.contiguous()  # a captured graph reads it again
+        self._arguments.log_probs = self._log_probs.data_ptr()
+        self._queue(self._prepare)
+        return self.top, self.indices
+
+    def _prepare(self) -> PreparedLaunch:
+        launch = Launch("select_best", self._grid, _SELECT_THREADS, self._arguments)
+        return program("beams", self._dtype, self._device).prepare(launch)
+
+
+@cache
+def selects_as_torch(
+    batch: int, beams: int, vocabulary: int, k: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether ``Selection`` serves rows of this size, with the order that equal scores have in
+    torch's topk, which promises none."""
+    if k > MAX_SELECTED or beams * vocabulary >= 2**31 or batch * beams >= 2**16:
+        return False
+    generator = torch.Generator(device).manual_seed(0)
+    shape, scores = (batch * beams, vocabulary), torch.zeros(batch, beams, device=device)
+    high = max(1, beams * vocabulary // 4)  # about four of each value
+    items = torch.randint(high, shape, generator=generator, device=device, dtype=torch.float32)
+    expected = torch.topk(items.view(batch, -1), k)[1]
+    return torch.equal(Selection(scores, vocabulary, k, dtype)(items)[1], expected)
+
+
 class BeamTail(_Tail):
     """All that ``Advance`` does with the best candidates."""
 
@@ -180,6 +255,15 @@ class BeamTail(_Tail):
         super().__init__(bucket.device)
         self._state, self._bucket = state, bucket
         self._candidates, self._early = candidates, early
+
+    @cached_property
+    def select(self) -> Selection | None:
+        """What serves for torch.topk, if it can. First asked for outside a capture."""
+        scores, dtype = self._state.running_scores, self._bucket.dtype
+        vocabulary, k = self._bucket.tensors["logits"].shape[-1], self._candidates
+        if not selects_as_torch(*scores.shape, vocabulary, k, dtype, scores.device):
+            return None
+        return Selection(scores, vocabulary, k, dtype)
 
     def __call__(self, top: torch.Tensor, indices: torch.Tensor) -> None:
         """

@@ -1,6 +1,6 @@
-// What greedy.cu and beams.cu share: each follows a decoder step as one launch.
+// What greedy.cu, top.cu and beams.cu share: kernels that follow a decoder step.
 //
-// kernels.py puts one definition in front of this file, and one of the two behind it:
+// kernels.py puts one definition in front of this file:
 //   T        type of logits and masks: bf16, fp16 or float
 
 struct bf16 { unsigned short bits; };
@@ -25,6 +25,12 @@ INLINE void mask_out(bool hidden, float& x) { x = __uint_as_float(hidden ? 0xff8
 INLINE void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+INLINE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -17,7 +17,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from fastgen import EngineOptions
 from fastgen.generation.beam import Advance, BeamState
-from fastgen.generation.kernels import top_places
+from fastgen.generation.kernels import Selection, selects_as_torch, top_places
 from fastgen.generation.loop import Call, Choose, SampleState
 from fastgen.kv_cache import Bucket, BucketSize, StaticKVCache
 from fastgen.seq2seq import DecoderShape
@@ -181,6 +181,29 @@ def test_equal_items_come_in_the_order_of_torch(count: int) -> None:
         items = items.to(DEVICE)
         for k in {1, 2, 3, 4, 5, 8, 16, 32, count} & set(range(1, min(count, 32) + 1)):
             assert torch.equal(top_places(items, k, torch.float32), torch.topk(items, k)[1]), k
+
+
+@pytest.mark.parametrize("batch", [1, 2, 11])
+@pytest.mark.parametrize(
+    ("beams", "vocabulary", "k"),
+    [(2, 61, 4), (4, 5000, 8), (4, 32_128, 8), (5, 9001, 15), (16, 4097, 32)],
+)
+def test_selection_is_topk_with_its_order(batch: int, beams: int, vocabulary: int, k: int) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(k)
+    float32 = torch.float32
+    assert selects_as_torch(batch, beams, vocabulary, k, float32, DEVICE)
+    scores = torch.randn(batch, beams, generator=generator, device=DEVICE).round()
+    select = Selection(scores, vocabulary, k, float32)
+    for values in (1, 2, beams * vocabulary // 8, 10**6):
+        shape = (batch * beams, vocabulary)
+        items = torch.randint(values, shape, generator=generator, device=DEVICE, dtype=float32)
+        items /= values
+        for hidden in (0.0, 0.9, 1.0):
+            items[torch.rand(shape, generator=generator, device=DEVICE) < hidden] = float("-inf")
+            totals = (items.view(batch, beams, -1) + scores[:, :, None]).view(batch, -1)
+            expected, places = torch.topk(totals, k)
+            found = select(items)
+            assert torch.equal(found[0], expected) and torch.equal(found[1], places), values
 
 
 def disturb(twins: list[Twin], generator: torch.Generator) -> None:
