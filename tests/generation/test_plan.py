@@ -192,6 +192,7 @@ def test_subclasses_are_refused(kind: type) -> None:
         hf.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=2),
         hf.EncoderRepetitionPenaltyLogitsProcessor(1.5, torch.ones(1, 2, dtype=torch.int64)),
         hf.ExponentialDecayLengthPenalty((2, 1.1), torch.tensor([1]), 1),
+        hf.EtaLogitsWarper(0.1),  # its check of probabilities waits for the GPU
         hf.PrefixConstrainedLogitsProcessor(lambda row, ids: [1], 1),
     ],
     ids=lambda processor: type(processor).__name__,
