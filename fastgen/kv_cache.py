@@ -310,7 +310,7 @@ class StaticKVCache(EncoderDecoderCache):
         if old is not None and not fresh:
             for name in ("cross_mask", *old.bucket.shape.tables):
                 lease.bucket.tensors[name].copy_(old.bucket.tensors[name])
-            self._copy_into(lease.bucket, self.cross_attention_cache.layers)
+            lease.bucket.cross_kv.copy_(old.bucket.cross_kv)  # padding too: it must be finite
         self._copy_into(lease.bucket, self.self_attention_cache.layers)
         self._slots.lease = lease
         return lease.bucket

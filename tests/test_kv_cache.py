@@ -70,6 +70,21 @@ def test_what_a_gpu_reads_beyond_the_tokens_is_finite() -> None:
     assert buckets.lease(SIZE).bucket.self_kv.isfinite().all()
 
 
+def test_growing_keeps_padded_sources_finite() -> None:
+    """A bucket may hold more source tokens than the call has; attention reads them all the same."""
+
+    def make(size: BucketSize) -> Bucket:
+        bucket = Bucket(SHAPE, TARGETS["cuda layout"], CPU, size)
+        bucket.cross_kv.fill_(torch.nan)  # as memory may be that others have used
+        return bucket
+
+    buckets, cache = BucketPool(make, 2), StaticKVCache(SHAPE.layers)
+    cache.lease(buckets, SIZE, fresh=True).cross_kv.normal_()
+    cache.fill(length=3, sources=SIZE.sources - 2)
+    grown = cache.lease(buckets, SIZE._replace(slots=16))
+    assert grown.size.slots == 16 and grown.cross_kv.isfinite().all()
+
+
 def test_a_bucket_is_used_again_once_its_lease_ends() -> None:
     buckets = pool()
     lease = buckets.lease(SIZE)
