@@ -4,8 +4,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgen.errors import FastgenError
 
@@ -45,19 +47,30 @@ class NotCapturable(FastgenError):
     """A function asks the GPU for a value, which a graph cannot hold."""
 
 
-@contextmanager
-def _waits_refused() -> Iterator[None]:
-    """Find out before a capture whether the body would break it: that cannot be mended after."""
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    except RuntimeError as error:
-        if "synchronizing" not in str(error):
-            raise
-        raise NotCapturable(str(error)) from error
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+class RefuseWaits(TorchDispatchMode):
+    """Finds out, in this thread only, whether torch code would wait for a value of the GPU.
+
+    That breaks a capture, and a broken capture cannot be mended: so it is looked at before.
+    """
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.overloadpacket.__name__
+        if name in _WAITING:
+            raise NotCapturable(f"torch.{name} gives the host a value of the GPU")
+        return function(*args, **(kwargs or {}))
+
+
+# What .item(), bool(), boolean indexing and unique() come down to
+_WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")
+
+
+@cache
+def _graph_pool(index: int) -> Any:
+    """Memory that all graphs of a device share: they run one after the other."""
+    with torch.cuda.device(index):
+        return torch.cuda.graph_pool_handle()
 
 
 class CapturedGraph:
@@ -71,19 +84,20 @@ class CapturedGraph:
         ``undo()`` follows each of the three: so the function may change its own inputs.
 
         Raises:
-            NotCapturable: the function waits for the GPU; nothing was captured or changed.
+            NotCapturable: the function waits for the GPU; nothing was captured.
         """
         self._device = device
         with on_engine_stream(device):
             function()
             undo()
-            with _waits_refused():
+            with RefuseWaits():
                 function()
             undo()
             torch.cuda.current_stream(device).synchronize()
             self._graph = torch.cuda.CUDAGraph()
             # "thread_local": an allocation on another thread must not break this capture
-            self._graph.capture_begin(capture_error_mode="thread_local")
+            pool = _graph_pool(engine_stream(device).device_index)
+            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 function()
             finally:

