@@ -123,7 +123,7 @@ class EngineModule(torch.nn.Module):
         """
         if id(self) in _steady.modules and self._engine is not None:
             return self._engine
-        weights = _weights_state(self)
+        weights = _weights_state(self, self.engine_options.prepack)
         if weights != self._engine_weights:
             self._engine = self._refusal = None
             self._engine_weights = weights
@@ -135,7 +135,8 @@ class EngineModule(torch.nn.Module):
             except (NoEngine, UnsupportedConfigError) as error:
                 self._refusal = str(error)
                 raise NoEngine(self._refusal) from error
-            self._engine_weights = _weights_state(self)  # making them contiguous may move weights
+            # once more: making weights contiguous may have moved them
+            self._engine_weights = _weights_state(self, self.engine_options.prepack)
         return self._engine
 
     def _choose_target(self) -> Target:
@@ -236,8 +237,9 @@ def _modules(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
         stack.extend(child for child in module._modules.values() if child is not None)
 
 
-def _weights_state(root: torch.nn.Module) -> tuple[Any, ...]:
-    """Types of all modules, place and layout of all parameters, in a fixed order.
+def _weights_state(root: torch.nn.Module, versions: bool) -> tuple[Any, ...]:
+    """Types of all modules, place and layout of all parameters, in a fixed order; ``versions``
+    adds how often each was edited in place, for engines that copy them.
 
     Raises:
         NoEngine: a module does what only torch can do; the message says what.
@@ -256,6 +258,8 @@ def _weights_state(root: torch.nn.Module) -> tuple[Any, ...]:
         for parameter in module._parameters.values():
             if parameter is not None:
                 state += (parameter.data_ptr(), parameter.shape, parameter.stride())
+                if versions and not parameter.is_inference():
+                    state.append(parameter._version)
     return tuple(state)
 
 

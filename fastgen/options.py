@@ -37,6 +37,10 @@ class EngineOptions:
     """Smallest number of KV cache slots (tokens) per sequence; buckets double from here."""
     intra_op_threads: int | None = None
     """CPU threads of an engine; None takes ``torch.get_num_threads()``."""
+    prepack: bool = False
+    """On the CPU, keep a second copy of the weights in the layout of its matrix kernels: faster,
+    most of all with beams and in the encoder. After editing weights through ``.data``, call
+    ``model.invalidate_engine()``."""
     disk_cache: bool = True
     """Keep compiled engines in the engine cache on disk."""
     cache_dir: Path | None = None

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 import fastgen
 from fastgen.engines import NoEngine
 from tests.configs import TINY, build_pair, fast_class, stock_class
-from tests.helpers import (
+from tests.helpers import CLOSE, (
     assert_equal_logits,
     assert_left_to_torch,
     assert_served,
@@ -386,3 +386,14 @@ def test_an_encoder_model_runs_on_the_engine(name: str) -> None:
 def test_a_model_is_an_instance_of_its_stock_class() -> None:
     for name in ("t5-1.0", "mt5", "umt5"):
         assert issubclass(fast_class(name), stock_class(name))
+
+
+def test_packed_weights_follow_an_edit_in_place() -> None:
+    pair = copies()
+    pair.fast.engine_options = {"prepack": True}
+    torch.testing.assert_close(logits(pair.fast), logits(pair.stock), **CLOSE)
+    for model in (pair.fast, pair.stock):
+        with torch.no_grad():
+            model.encoder.block[0].layer[0].SelfAttention.q.weight.mul_(2)
+            model.lm_head.weight.add_(0.01)
+    torch.testing.assert_close(logits(pair.fast), logits(pair.stock), **CLOSE)

@@ -116,8 +116,12 @@ def _session_options(target: Target, options: EngineOptions) -> Any:
     )
     if target.device == "cpu":
         settings.intra_op_num_threads = options.intra_op_threads or torch.get_num_threads()
-        # Prepacking would copy every weight matrix once per session
-        settings.add_session_config_entry("session.disable_prepacking", "1")
+        # Its idle threads would spin on the cores that torch's threads need between two steps
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Prepacking copies every weight matrix once per session
+        settings.add_session_config_entry(
+            "session.disable_prepacking", str(int(not options.prepack))
+        )
     return settings
 
 
