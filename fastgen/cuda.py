@@ -66,13 +66,6 @@ class RefuseWaits(TorchDispatchMode):
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")
 
 
-@cache
-def _graph_pool(index: int) -> Any:
-    """Memory that all graphs of a device share: they run one after the other."""
-    with torch.cuda.device(index):
-        return torch.cuda.graph_pool_handle()
-
-
 class CapturedGraph:
     """A function's kernels as one CUDA graph; its memory is given back with this object."""
 
@@ -96,8 +89,7 @@ class CapturedGraph:
             torch.cuda.current_stream(device).synchronize()
             self._graph = torch.cuda.CUDAGraph()
             # "thread_local": an allocation on another thread must not break this capture
-            pool = _graph_pool(engine_stream(device).device_index)
-            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            self._graph.capture_begin(capture_error_mode="thread_local")
             try:
                 function()
             finally:
