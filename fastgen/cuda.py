@@ -77,15 +77,17 @@ class CapturedGraph:
         ``undo()`` follows each of the three: so the function may change its own inputs.
 
         Raises:
-            NotCapturable: the function waits for the GPU; nothing was captured.
+            NotCapturable: the function waits for the GPU; nothing was captured or changed.
         """
         self._device = device
         with on_engine_stream(device):
             function()
             undo()
-            with RefuseWaits():
-                function()
-            undo()
+            try:
+                with RefuseWaits():
+                    function()
+            finally:
+                undo()
             torch.cuda.current_stream(device).synchronize()
             self._graph = torch.cuda.CUDAGraph()
             # "thread_local": an allocation on another thread must not break this capture

@@ -172,20 +172,27 @@ class Decoder:
         return self.decoder(bucket.size.queries > 1).bind(bucket.tensors)
 
     def step_with(
-        self, bucket: Bucket, key: Hashable, after: Any, mutable: list[torch.Tensor]
+        self,
+        bucket: Bucket,
+        key: Hashable,
+        make_after: Callable[[], Any],
+        mutable: list[torch.Tensor],
     ) -> "Step":
-        """One step followed by ``after()``, as one captured graph.
+        """One step followed by what ``make_after()`` makes, as one captured graph.
 
         Args:
-            key: names what ``after`` does; the Step captured first under it serves later calls.
-            mutable: tensors that ``after`` changes (capturing runs it, and undoes that).
+            key: names what follows; the Step captured first under it serves later calls.
+            make_after: called only when there is no Step under ``key``: not once a token.
+            mutable: tensors that what follows changes (capturing runs it, and undoes that).
         """
 
-        def both() -> None:
-            launch()
-            after()
-
         def capture() -> Step:
+            after = make_after()
+
+            def both() -> None:
+                launch()
+                after()
+
             return Step(self._captured(both, [*mutable, *bucket.mutable()]), after)
 
         launch = self.launch(bucket)

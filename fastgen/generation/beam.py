@@ -303,9 +303,6 @@ class BeamLoop(Loop):
             if position < prompt - 1:
                 self.call.decoder.step(bucket)()
 
-    def _next_token(self) -> None:
-        self._record(self._choose())
-
     def _grow(self) -> None:
         super()._grow()
         show_ancestors(self.state, self.bucket)
@@ -332,20 +329,23 @@ class BeamLoop(Loop):
         """Step and choice as one graph replay, captured on first use of its bucket and phase."""
         call, state, bucket = self.call, self.state, self.bucket
         config = call.config
-        process = None
-        if self.plan.processors:
+
+        def make_after() -> Advance:
+            if not self.plan.processors:
+                return Advance(call, state, bucket, None)
             flat = state.running.view(-1, state.capacity)
             places = torch.arange(state.capacity, device=flat.device)
 
             def as_set() -> torch.Tensor:
                 return torch.where(places < state.index, flat, flat[:, :1])
 
-            process = self.plan.process(flat[:, : self.length], as_set)
+            return Advance(call, state, bucket, self.plan.process(flat[:, : self.length], as_set))
+
         settings = (config.do_sample, config.early_stopping, candidates(call), records(call))
         step = call.decoder.step_with(
             bucket,
             key=("beams", state, settings, self.plan.signature, phase),
-            after=Advance(call, state, bucket, process),
+            make_after=make_after,
             mutable=[*state.mutable(), bucket.tensors["slot_mask"]],
         )
         step.run()

@@ -74,7 +74,7 @@ def program(name: str, dtype: torch.dtype, device: torch.device) -> Program:
 
 def _obstacle(bucket: Bucket, options: EngineOptions, ends: int) -> str | None:
     """Why no kernel serves this bucket; None if one can."""
-    if not getattr(options, "fused_kernels", True):
+    if not options.fused_kernels:
         return "EngineOptions.fused_kernels=False"
     if bucket.device.type != "cuda":
         return "kernels need a GPU"

@@ -165,7 +165,7 @@ class Loop:
             self.state.begin(self.call)
             self._prefill()
             while not self._finished():
-                self._next_token()
+                self._record(self._choose())
             return self._output()
         finally:
             self.state.busy = False
@@ -175,9 +175,6 @@ class Loop:
 
     def _prefill(self) -> None:
         """Run the prompt, and leave its last token to the step that chooses the first new one."""
-        raise NotImplementedError
-
-    def _next_token(self) -> None:
         raise NotImplementedError
 
     def _finished(self) -> bool:
@@ -282,9 +279,6 @@ class SampleLoop(Loop):
         self.bucket.seek(call.prompt - 1)
         self.bucket.tensors["input_ids"].copy_(call.input_ids[:, -1:])
 
-    def _next_token(self) -> None:
-        self._record(self._choose())
-
     def _eager(self) -> Choose:
         """Step, then choose with the installed processors as transformers calls them."""
         call, state, length = self.call, self.state, self.length
@@ -304,14 +298,18 @@ class SampleLoop(Loop):
         """Step and choice as one graph replay, captured on first use of its bucket and phase."""
         call, state, bucket = self.call, self.state, self.bucket
         settings = (call.config.do_sample, call.has_eos, records(call))
-        process = None
-        if self.plan.processors:
-            sequences = state.sequences
-            process = self.plan.process(sequences[:, : self.length], lambda: sequences)
+
+        def make_after() -> Choose:
+            process = None
+            if self.plan.processors:
+                sequences = state.sequences
+                process = self.plan.process(sequences[:, : self.length], lambda: sequences)
+            return Choose(call, state, bucket, process)
+
         step = call.decoder.step_with(
             bucket,
             key=("sample", state, settings, self.plan.signature, phase),
-            after=Choose(call, state, bucket, process),
+            make_after=make_after,
             mutable=state.mutable(),
         )
         step.run()

@@ -54,9 +54,9 @@ def gpu_paths(run_ahead: bool = False) -> Iterator[list[Any]]:
     keys: list[Any] = []
     step_with = Decoder.step_with
 
-    def spy(self: Decoder, bucket: Any, key: Any, after: Any, mutable: Any) -> Any:
+    def spy(self: Decoder, bucket: Any, key: Any, make_after: Any, mutable: Any) -> Any:
         keys.append(key)
-        return step_with(self, bucket, key, after, mutable)
+        return step_with(self, bucket, key, make_after, mutable)
 
     with ExitStack() as stack:
         for patch in (
