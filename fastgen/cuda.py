@@ -1,6 +1,7 @@
 """CUDA streams and graphs: the engine's stream, and one captured graph per bucket."""
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -66,11 +67,31 @@ class RefuseWaits(TorchDispatchMode):
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")
 
 
+class GraphPool:
+    """Scratch memory that captured graphs share, since they run one after the other.
+
+    Given back with the last of the pool's graphs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        # torch frees a pool for good with its last graph: an empty one keeps it
+        with on_engine_stream(device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*graph is empty")
+            self._keeper = torch.cuda.CUDAGraph()
+            self._keeper.capture_begin(pool=self.handle, capture_error_mode="thread_local")
+            self._keeper.capture_end()
+
+
 class CapturedGraph:
-    """A function's kernels as one CUDA graph; its memory is given back with this object."""
+    """A function's kernels as one CUDA graph."""
 
     def __init__(
-        self, function: Callable[[], None], device: torch.device, undo: Callable[[], None]
+        self,
+        function: Callable[[], None],
+        device: torch.device,
+        undo: Callable[[], None],
+        pool: GraphPool,
     ) -> None:
         """Run ``function`` twice to allocate and tune, then capture it on the engine stream.
 
@@ -79,7 +100,7 @@ class CapturedGraph:
         Raises:
             NotCapturable: the function waits for the GPU; nothing was captured or changed.
         """
-        self._device = device
+        self._device, self._pool = device, pool
         with on_engine_stream(device):
             function()
             undo()
@@ -91,7 +112,7 @@ class CapturedGraph:
             torch.cuda.current_stream(device).synchronize()
             self._graph = torch.cuda.CUDAGraph()
             # "thread_local": an allocation on another thread must not break this capture
-            self._graph.capture_begin(capture_error_mode="thread_local")
+            self._graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
             try:
                 function()
             finally:

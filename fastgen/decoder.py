@@ -52,6 +52,7 @@ class Decoder:
         """What decoding loops keep on the device between calls, by kind and size."""
         self.not_captured: set[Hashable] = set()
         """Signatures of processors that turned out to wait for the GPU."""
+        self._graph_pool: cuda.GraphPool | None = None
         self._key = object()  # marks this decoder's bindings in buckets that outlive it
 
     # Buckets
@@ -223,5 +224,7 @@ class Decoder:
         """``function``, as the replay of a graph on a GPU; ``mutable`` is what it changes."""
         if not self.captures:
             return function
+        if self._graph_pool is None:
+            self._graph_pool = cuda.GraphPool(self.device)
         undo = cuda.restorer(list(mutable), self.device)
-        return cuda.CapturedGraph(function, self.device, undo).replay
+        return cuda.CapturedGraph(function, self.device, undo, self._graph_pool).replay

@@ -19,7 +19,11 @@ class EagerGraph:
     """In place of ``cuda.CapturedGraph``: the runs before a capture, then plain calls."""
 
     def __init__(
-        self, function: Callable[[], None], device: torch.device, undo: Callable[[], None]
+        self,
+        function: Callable[[], None],
+        device: torch.device,
+        undo: Callable[[], None],
+        pool: None,
     ) -> None:
         for _ in range(2):
             function()
@@ -63,6 +67,7 @@ def gpu_paths(run_ahead: bool = False) -> Iterator[list[Any]]:
             mock.patch.object(Decoder, "captures", property(lambda self: True)),
             mock.patch.object(Decoder, "step_with", spy),
             mock.patch.object(cuda, "CapturedGraph", EagerGraph),
+            mock.patch.object(cuda, "GraphPool", lambda device: None),
             mock.patch.object(cuda, "restorer", _restorer),
         ):
             stack.enter_context(patch)
