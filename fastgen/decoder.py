@@ -147,6 +147,9 @@ class Decoder:
             "cross_mask": cross_mask.contiguous(),
             "logits": logits,
         }
+        if self.target.always_masked:
+            shape = batch, 1, queries, bucket.size.slots
+            tensors["slot_mask"] = torch.zeros(shape, dtype=bucket.dtype, device=self.device)
         self.decoder(False).bind(tensors).run()
         return logits
 

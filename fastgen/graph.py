@@ -73,7 +73,7 @@ def build(
         parameters: dtype and shape of the HF module's parameters, by name.
         call: builds the computation; returns the graph's outputs by name.
     """
-    opsets = {"": target.opset, "com.microsoft": 1}
+    opsets = {"": target.opset} | ({"com.microsoft": 1} if target.contrib else {})
     graph = ir.Graph([], [], nodes=[], name="fastgen", opset_imports=opsets)
     _name_parameters(module, parameters)
     builder = GraphBuilder(graph)

@@ -47,8 +47,8 @@ class Bucket:
             "cross_mask": self._empty(batch, 1, queries, sources),
             "logits": self._empty(batch, queries, shape.vocab_size),
         }
-        if queries > 1:
-            self.tensors["slot_mask"] = self._empty(batch, 1, queries, slots)
+        if queries > 1 or target.always_masked:  # zero until beams say what hides what
+            self.tensors["slot_mask"] = self._empty(batch, 1, queries, slots).zero_()
         self.tensors |= {name: self._empty(*axes) for name, axes in shape.tables.items()}
         self.tensors |= self._kv_tensors("self", self.self_kv)
         self.tensors |= self._kv_tensors("present", self.self_kv)  # updated in place

@@ -149,10 +149,13 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         shape = replace(root.shape, vocab_size=self.get_output_embeddings().weight.shape[0])
 
         @cache
-        def decoder(slot_mask: bool) -> Engine:
+        def build_decoder(slot_mask: bool) -> Engine:
             name = "decoder-masked" if slot_mask else "decoder"
             specs = decoder_specs(target, shape, slot_mask)
             return self._engine_for(name, self._decoder_root(), target, "decode", specs)
+
+        def decoder(slot_mask: bool) -> Engine:
+            return build_decoder(slot_mask or target.always_masked)
 
         options, fused = self.engine_options, None
         if target.device == "cuda" and options.fused_kernels:

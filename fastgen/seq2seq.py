@@ -64,7 +64,8 @@ def cross_specs(target: Target, shape: DecoderShape) -> tuple[list[TensorSpec], 
 def decoder_specs(
     target: Target, shape: DecoderShape, slot_mask: bool
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Inputs and outputs of the decoder graph; ``slot_mask`` adds a mask over KV cache slots."""
+    """Inputs and outputs of the decoder graph; ``slot_mask`` adds a mask over KV cache slots (as
+    some Targets always do)."""
     first_slot = ("int32", (1,)) if target.appends_in_attention else ("int64", ("B",))
     inputs = [
         TensorSpec("input_ids", "int64", ("B", "Q")),
@@ -73,7 +74,7 @@ def decoder_specs(
         TensorSpec("first_slot", *first_slot),
         TensorSpec("cross_mask", target.dtype, ("B", 1, "Q", "S")),
     ]
-    if slot_mask:
+    if slot_mask or target.always_masked:
         inputs.append(TensorSpec("slot_mask", target.dtype, ("B", 1, "Q", "L")))
     inputs += [TensorSpec(name, target.dtype, axes) for name, axes in shape.tables.items()]
     self_axes, cross_axes = shape.kv_axes(target, "L"), shape.kv_axes(target, "S")

@@ -26,6 +26,11 @@ class Target:
     otherwise TensorScatter writes them and attention reads the whole buffer."""
     opset: int
     """Version of the standard ONNX operator set."""
+    contrib: bool
+    """ONNX Runtime's own operators (com.microsoft) exist; otherwise standard ones only."""
+    always_masked: bool
+    """One decoder graph serves beams too: every step and prefill reads a mask over KV slots, which
+    is all zeros without beams. For engines that would hold the weights once per graph."""
 
     @property
     def residual_dtype(self) -> str:
@@ -41,9 +46,47 @@ class Target:
 
 def onnxruntime_cpu() -> Target:
     """ONNX Runtime's CPU provider: attention appends to the KV buffer; float32 only."""
-    return Target("onnxruntime", "cpu", "float32", "BHLD", True, 21)
+    return Target(
+        "onnxruntime",
+        "cpu",
+        "float32",
+        kv_layout="BHLD",
+        appends_in_attention=True,
+        opset=21,
+        contrib=True,
+        always_masked=False,
+    )
 
 
 def onnxruntime_cuda(dtype: str) -> Target:
     """ONNX Runtime's CUDA provider: TensorScatter (opset 24) writes the KV buffer in place."""
-    return Target("onnxruntime", "cuda", dtype, "BLHD", False, 24)
+    return Target(
+        "onnxruntime",
+        "cuda",
+        dtype,
+        kv_layout="BLHD",
+        appends_in_attention=False,
+        opset=24,
+        contrib=True,
+        always_masked=False,
+    )
+
+
+def tensorrt(dtype: str, backend: str = "tensorrt") -> Target:
+    """TensorRT, or TensorRT for RTX (``backend="tensorrt-rtx"``): standard operators alone, typed
+    strongly. INT8 and FP8 weights will be a field here, as what a backend can multiply by."""
+    return Target(
+        backend,
+        "cuda",
+        dtype,
+        kv_layout="BHLD",
+        appends_in_attention=False,
+        opset=24,
+        contrib=False,
+        always_masked=True,
+    )
+
+
+def onnxruntime_tensorrt(dtype: str) -> Target:
+    """ONNX Runtime's TensorRT provider, its CUDA provider for what TensorRT does not take."""
+    return tensorrt(dtype, backend="onnxruntime-tensorrt")

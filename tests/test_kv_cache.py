@@ -17,7 +17,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from fastgen.kv_cache import Bucket, BucketPool, BucketSize, StaticKVCache
 from fastgen.seq2seq import DecoderShape
-from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda
+from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
 from tests.configs import build_pair
 from tests.helpers import CLOSE, tokens
 
@@ -28,6 +28,7 @@ SIZE = BucketSize(batch=2, queries=1, slots=8, sources=6)
 CPU = torch.device("cpu")
 #: The buffers of a GPU's layout are plain tensors: their bookkeeping can be tested on the CPU.
 TARGETS = {"cpu": onnxruntime_cpu(), "cuda layout": onnxruntime_cuda("float32")}
+TARGETS["tensorrt"] = tensorrt("float32")
 
 
 def pool(limit: int = 2, target: Target = TARGETS["cpu"]) -> BucketPool:
@@ -50,6 +51,13 @@ def test_a_bucket_holds_every_tensor_of_its_size(target: Target) -> None:
     assert bucket.layer(bucket.self_kv, 3, 5).shape == (2, 3, 5, 4)
     assert bucket.tensors["logits"].shape == (2, 1, 11)
     assert bucket.tensors["position_table.0"].shape == (1, 3, 5)
+
+
+def test_where_one_graph_serves_all_a_step_without_beams_hides_no_slot() -> None:
+    assert "slot_mask" not in Bucket(SHAPE, TARGETS["cuda layout"], CPU, SIZE).tensors
+    mask = Bucket(SHAPE, TARGETS["tensorrt"], CPU, SIZE).tensors["slot_mask"]
+    assert mask.shape == (2, 1, 1, 8)
+    assert not mask.any()
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
