@@ -30,7 +30,7 @@ class DecoderShape:
             yield f"{prefix}_key.{layer}"
             yield f"{prefix}_value.{layer}"
 
-    def kv_axes(self, target: Target, slots: str) -> tuple[int | str, ...]:
+    def kv_axes(self, target: Target, slots: int | str) -> tuple[int | str, ...]:
         """A KV buffer as graphs see it: attention in BLHD layout wants H and D merged."""
         if target.kv_layout == "BLHD":
             return "B", slots, self.heads * self.head_size
@@ -62,22 +62,30 @@ def cross_specs(target: Target, shape: DecoderShape) -> tuple[list[TensorSpec], 
 
 
 def decoder_specs(
-    target: Target, shape: DecoderShape, slot_mask: bool
+    target: Target, shape: DecoderShape, slot_mask: bool, slots: int | None = None
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Inputs and outputs of the decoder graph; ``slot_mask`` adds a mask over KV cache slots (as
-    some Targets always do)."""
+    """Inputs and outputs of the decoder graph.
+
+    Args:
+        slot_mask: adds a mask over KV cache slots, as some Targets always do.
+        slots: how many slots there are, which Targets of ``static_slots`` must know; None leaves
+            the axis free.
+    """
+    if target.static_slots and slots is None:
+        raise ValueError(f"{target.backend} compiles a decoder graph for one number of KV slots")
+    length = "L" if slots is None else slots
     first_slot = ("int32", (1,)) if target.appends_in_attention else ("int64", ("B",))
     inputs = [
         TensorSpec("input_ids", "int64", ("B", "Q")),
         TensorSpec("query_positions", "int64", ("Q", 1)),
-        TensorSpec("slot_positions", "int64", (1, "L")),
+        TensorSpec("slot_positions", "int64", (1, length)),
         TensorSpec("first_slot", *first_slot),
         TensorSpec("cross_mask", target.dtype, ("B", 1, "Q", "S")),
     ]
     if slot_mask or target.always_masked:
-        inputs.append(TensorSpec("slot_mask", target.dtype, ("B", 1, "Q", "L")))
+        inputs.append(TensorSpec("slot_mask", target.dtype, ("B", 1, "Q", length)))
     inputs += [TensorSpec(name, target.dtype, axes) for name, axes in shape.tables.items()]
-    self_axes, cross_axes = shape.kv_axes(target, "L"), shape.kv_axes(target, "S")
+    self_axes, cross_axes = shape.kv_axes(target, length), shape.kv_axes(target, "S")
     inputs += [TensorSpec(name, target.dtype, self_axes) for name in shape.kv_names("self")]
     inputs += [TensorSpec(name, target.dtype, cross_axes) for name in shape.kv_names("cross")]
     outputs = [TensorSpec("logits", target.dtype, ("B", "Q", shape.vocab_size))]

@@ -30,7 +30,9 @@ class Target:
     """ONNX Runtime's own operators (com.microsoft) exist; otherwise standard ones only."""
     always_masked: bool
     """One decoder graph serves beams too: every step and prefill reads a mask over KV slots, which
-    is all zeros without beams. For engines that would hold the weights once per graph."""
+    is all zeros without beams. For engines that take long to compile."""
+    static_slots: bool
+    """The number of KV slots is fixed when the decoder graph is built: one graph per number."""
 
     @property
     def residual_dtype(self) -> str:
@@ -55,6 +57,7 @@ def onnxruntime_cpu() -> Target:
         opset=21,
         contrib=True,
         always_masked=False,
+        static_slots=False,
     )
 
 
@@ -69,6 +72,7 @@ def onnxruntime_cuda(dtype: str) -> Target:
         opset=24,
         contrib=True,
         always_masked=False,
+        static_slots=False,
     )
 
 
@@ -84,6 +88,7 @@ def tensorrt(dtype: str, backend: str = "tensorrt") -> Target:
         opset=24,
         contrib=False,
         always_masked=True,
+        static_slots=True,
     )
 
 

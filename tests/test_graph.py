@@ -13,7 +13,7 @@ from fastgen.errors import UnsupportedConfigError
 from fastgen.graph import IR_DTYPES, WEIGHTS_FILE, Graph, TensorSpec
 from fastgen.models.t5 import Decoder, Encoder, distance_buckets
 from fastgen.seq2seq import cross_specs, decoder_specs, encoder_specs
-from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda
+from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
 from tests.configs import build_stock
 
 TARGETS = {"cpu": onnxruntime_cpu()}
@@ -142,6 +142,18 @@ def test_targets_differ_in_layout_only_where_they_say() -> None:
     assert cuda.kv_shape(2, 3, 8, 4) == (2, 8, 3, 4)
     assert replace(cuda, dtype="float16").residual_dtype == "float32"
     assert cuda.residual_dtype == "bfloat16"
+
+
+def test_a_target_that_needs_the_number_of_slots_gets_it_everywhere() -> None:
+    shape = Decoder(build_stock("t5-1.1").config, False).shape
+    with pytest.raises(ValueError, match=r"tensorrt-rtx compiles .* for one number of KV slots"):
+        decoder_specs(tensorrt("float16", "tensorrt-rtx"), shape, slot_mask=True)
+    specs = [s for side in decoder_specs(tensorrt("float16"), shape, False, 64) for s in side]
+    slots = ("slot_positions", "slot_mask", "self_", "present_")
+    assert [s.name for s in specs if 64 in s.shape] == [
+        s.name for s in specs if s.name.startswith(slots)
+    ]
+    assert not any("L" in s.shape for s in specs)
 
 
 # The table of relative positions that graphs hold
