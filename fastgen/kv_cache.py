@@ -56,6 +56,12 @@ class Bucket:
         self.steps: dict[Any, Any] = {}
         """Bindings and captured graphs of these buffers, by whatever made them."""
 
+    def without_steps(self) -> "Bucket":
+        """The same buffers for what a step itself keeps: with the steps, nothing would be freed."""
+        same = copy.copy(self)
+        same.steps = {}
+        return same
+
     def _counters(self, batch: int, queries: int) -> dict[str, torch.Tensor]:
         """Where the next query tokens stand. On a GPU one tensor, so that one kernel moves on."""
         if self.target.appends_in_attention:

@@ -1,5 +1,6 @@
 """Encoder-decoder models: which calls the engine serves, and how torch serves the others."""
 
+import weakref
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -147,12 +148,14 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         cross = self._engine_for("cross", root, target, "cross", cross_specs(target, root.shape))
         # a head that was replaced may have another size than the config says
         shape = replace(root.shape, vocab_size=self.get_output_embeddings().weight.shape[0])
+        model = weakref.proxy(self)  # or each would keep the other, and with it the GPU's memory
 
         @cache
         def build_decoder(slot_mask: bool) -> Engine:
             name = "decoder-masked" if slot_mask else "decoder"
             specs = decoder_specs(target, shape, slot_mask)
-            return self._engine_for(name, self._decoder_root(), target, "decode", specs)
+            engine: Engine = model._engine_for(name, model._decoder_root(), target, "decode", specs)
+            return engine
 
         def decoder(slot_mask: bool) -> Engine:
             return build_decoder(slot_mask or target.always_masked)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastgen import cuda, runtime
+from fastgen.engines import torch_memory
 from fastgen.errors import EngineError
 from fastgen.graph import WEIGHTS_FILE, Graph
 from fastgen.options import EngineOptions
@@ -128,12 +129,15 @@ def _session_options(target: Target, options: EngineOptions) -> Any:
 def _provider(target: Target, device: torch.device) -> str | tuple[str, dict[str, str]]:
     if target.device == "cpu":
         return "CPUExecutionProvider"
+    allocate, free, empty_cache = torch_memory.addresses()
     return (
         "CUDAExecutionProvider",
         {
             "device_id": str(device.index or 0),
             "user_compute_stream": str(cuda.engine_stream(device).cuda_stream),
-            "arena_extend_strategy": "kSameAsRequested",
+            "gpu_external_alloc": str(allocate),
+            "gpu_external_free": str(free),
+            "gpu_external_empty_cache": str(empty_cache),
             "use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32)),
         },
     )
@@ -157,6 +161,8 @@ def _with_memory(action: Callable[[], Any], device: torch.device) -> Any:
 
 def _translated(error: Exception, device: torch.device) -> Exception:
     """What a failure of ONNX Runtime means to a torch program."""
+    if (own := torch_memory.failure()) is not None:
+        return own
     text = str(error)
     requested = re.search(r"(?:requested buffer of size|bytes requested:?)\s*(\d+)", text)
     words = ("out of memory", "resource allocation failed", "alloc_failed")

@@ -331,15 +331,16 @@ class BeamLoop(Loop):
         config = call.config
 
         def make_after() -> Advance:
+            buffers = bucket.without_steps()
             if not self.plan.processors:
-                return Advance(call, state, bucket, None)
+                return Advance(call, state, buffers, None)
             flat = state.running.view(-1, state.capacity)
             places = torch.arange(state.capacity, device=flat.device)
 
             def as_set() -> torch.Tensor:
                 return torch.where(places < state.index, flat, flat[:, :1])
 
-            return Advance(call, state, bucket, self.plan.process(flat[:, : self.length], as_set))
+            return Advance(call, state, buffers, self.plan.process(flat[:, : self.length], as_set))
 
         settings = (config.do_sample, config.early_stopping, candidates(call), records(call))
         step = call.decoder.step_with(

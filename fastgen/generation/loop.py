@@ -304,7 +304,7 @@ class SampleLoop(Loop):
             if self.plan.processors:
                 sequences = state.sequences
                 process = self.plan.process(sequences[:, : self.length], lambda: sequences)
-            return Choose(call, state, bucket, process)
+            return Choose(call, state, bucket.without_steps(), process)
 
         step = call.decoder.step_with(
             bucket,

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -30,13 +32,17 @@ def generate(model: Any, rows: int, length: int = 32, **arguments: Any) -> torch
     return model.generate(ids(rows, length, seed=rows), **call)
 
 
-class Ballast:
-    """Fills the GPU but for some bytes, as long as it lives."""
-
-    def __init__(self, leave: int) -> None:
-        used()
-        free, _ = torch.cuda.mem_get_info(DEVICE)
-        self.tensor = torch.empty(free - leave, dtype=torch.uint8, device=DEVICE)
+@contextmanager
+def all_but(leave: int) -> Iterator[None]:
+    """Fill the GPU but for some bytes during the body."""
+    used()
+    free, _ = torch.cuda.mem_get_info(DEVICE)
+    ballast = torch.empty(free - leave, dtype=torch.uint8, device=DEVICE)
+    try:
+        yield
+    finally:
+        del ballast
+        torch.cuda.empty_cache()  # or torch would cut small tensors from this block, and keep it
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -46,14 +52,11 @@ def test_running_out_of_memory_leaves_the_model_usable(beams: int) -> None:
     small = {"num_beams": beams, "max_new_tokens": 6}
     expected = generate(pair.stock, 2, **small).tolist()
     assert generate(pair.fast, 2, **small).tolist() == expected
-    ballast = Ballast(leave=400 * MIB)
-    try:
+    with all_but(400 * MIB):
         for rows, length in ((4096, 512), (8192, 256)):
             with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate .*[KMG]iB"):
                 generate(pair.fast, rows, length, num_beams=beams)
             assert generate(pair.fast, 2, **small).tolist() == expected
-    finally:
-        del ballast
     assert generate(pair.fast, 2, **small).tolist() == expected
     assert generate(pair.fast, 600, 64, num_beams=beams).shape == (600, 5)
 
@@ -71,12 +74,9 @@ def test_running_out_of_memory_in_a_step_keeps_the_kv_cache_usable() -> None:
             "decoder_input_ids": prompt[:, 1020:1030],
             "past_key_values": first.past_key_values,
         }
-        ballast = Ballast(leave=24 * MIB)  # the bucket of 2,048 slots takes 64 MiB and more
-        try:
-            with pytest.raises(torch.OutOfMemoryError):
-                pair.fast(**step)
-        finally:
-            del ballast
+        # the bucket of 2,048 slots takes 64 MiB and more
+        with all_but(24 * MIB), pytest.raises(torch.OutOfMemoryError):
+            pair.fast(**step)
         assert first.past_key_values.get_seq_length() == 1020
         found = pair.fast(**step).logits
         expected = pair.stock(input_ids=source, decoder_input_ids=prompt).logits[:, 1020:]
