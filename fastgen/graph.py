@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
-from fastgen.ops import Ops
+from fastgen.contrib_ops import lowering
 from fastgen.target import Target
 
 WEIGHTS_FILE = "weights"  # initializers name this (empty) file; their data comes by pointer
@@ -78,7 +78,7 @@ def build(
     _name_parameters(module, parameters)
     builder = GraphBuilder(graph)
     values = {s.name: builder.input(s.name, IR_DTYPES[s.dtype], list(s.shape)) for s in inputs}
-    results = call(Ops(builder, target), **values)
+    results = call(lowering(builder, target), **values)
     for spec in outputs:
         value = results[spec.name]
         value.type, value.shape = ir.TensorType(IR_DTYPES[spec.dtype]), ir.Shape(spec.shape)

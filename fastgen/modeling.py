@@ -13,13 +13,12 @@ import torch
 import transformers
 from onnxscript import nn as graph_nn
 
+from fastgen import engines
 from fastgen import graph as graphs
-from fastgen import runtime
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, choose_target
-from fastgen.engines.onnxruntime import OnnxRuntimeEngine
 from fastgen.errors import UnsupportedConfigError
-from fastgen.graph import Graph, TensorSpec
+from fastgen.graph import TensorSpec
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 
@@ -174,19 +173,23 @@ class EngineModule(torch.nn.Module):
         if missing := sorted(wanted - own.keys()):
             raise NoEngine(f"parameters were replaced: {missing[0]} is gone")
         types = {n: (str(own[n].dtype).removeprefix("torch."), tuple(own[n].shape)) for n in wanted}
+        options, backend = self.engine_options, engines.backend(target.backend)
+        device = next(iter(own.values())).device
+        backend.check(device)
 
         def build() -> Artifact:
             graph = graphs.build(root, target, types, getattr(root, method), *specs)
-            return Artifact(graph.onnx, graph.meta())
+            return backend.compile(graph, name, options, device)
 
         title = f"{type(self).__name__} {name} ({target.backend}, {target.device}, {target.dtype})"
         if kept := self._engine_cache():
             key = {"graph": name, "parameters": types, **_engine_key(self, target)}
+            key |= {"inputs": [asdict(spec) for spec in specs[0]]}
+            key |= {"backend": backend.key(target, options, device)}
             artifact = kept.load_or_build(key, build, title=title)
         else:
             artifact = build()
-        graph = Graph.from_meta(artifact.data, artifact.meta)
-        return OnnxRuntimeEngine(graph, target, own, self.engine_options)
+        return backend.load(artifact, target, own, options)
 
     def _engine_cache(self) -> EngineCache | None:
         options = self.engine_options
@@ -267,7 +270,7 @@ def _weights_state(root: torch.nn.Module, versions: bool) -> tuple[Any, ...]:
 def _sources_digest() -> str:
     """Digest of the code that writes graphs: when it changes, so do they."""
     folder = Path(__file__).parent
-    files = [folder / f"{name}.py" for name in ("graph", "ops", "seq2seq", "target")]
+    files = [folder / f"{name}.py" for name in ("contrib_ops", "graph", "ops", "seq2seq", "target")]
     digest = hashlib.sha256()
     for file in [*files, *sorted((folder / "models").glob("*.py"))]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -277,16 +280,10 @@ def _sources_digest() -> str:
 def _engine_key(module: EngineModule, target: Target) -> dict[str, Any]:
     """Everything besides parameters that changes a compiled graph: no path, no time."""
     config = module.config.to_dict()
-    generation = ""
-    if target.device == "cuda":
-        major, minor = torch.cuda.get_device_capability(next(module.parameters()).device)
-        generation = f"sm{major}{minor}"
     return {
         "class": type(module).__name__,
         "config": {k: v for k, v in config.items() if k not in _NOT_COMPUTATION},
         "target": asdict(target),
         "sources": _sources_digest(),
-        "backend_version": runtime.onnxruntime().__version__,
         "transformers": transformers.__version__,
-        "gpu": generation,
     }

@@ -1,4 +1,6 @@
-"""The vocabulary families are written in; the only file that knows contrib operators.
+"""The vocabulary families are written in, lowered to standard ONNX.
+
+``contrib_ops.py`` lowers the same vocabulary to ONNX Runtime's own operators, where there are any.
 
 Shapes: B batch rows, Q query tokens, L KV cache slots, K keys read, H heads, D head size, E model
 width. Every value carries its dtype, so that casts appear only where dtypes really differ.
@@ -17,9 +19,15 @@ from fastgen.target import Target
 
 Value: TypeAlias = Any  # an onnx_ir.Value, whose package carries no types
 
-# FusedMatMul scales inside its float32 accumulator: up to 16 million fits float16 afterwards, and
-# what small results lose (8e-6) is far below the residual stream they are added to.
+# A wide result is scaled before it becomes float16: up to 16 million fits, and what small ones lose
+# (8e-6) is far below the residual stream they are added to.
 _WIDE_SCALE = 2.0**-8
+
+_TORCH_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,6 @@ class Ops:
         self.builder = builder
         self.target = target
         self.onnx = builder.op
-        self.contrib = builder.opset("com.microsoft")
         self._compute = ir.DataType[_ir_name(target.dtype)]
         self._residual = ir.DataType[_ir_name(target.residual_dtype)]
 
@@ -50,9 +57,9 @@ class Ops:
         name = f"constant_{len(self.builder.graph.initializers)}"
         return self.builder.initializer(ir.tensor(tensor, name=name), qualify=False)
 
-    def scalar(self, value: float) -> Value:
-        """A scalar of the compute dtype."""
-        return self.constant(value, getattr(torch, self.target.dtype))
+    def scalar(self, value: float, dtype: ir.DataType | None = None) -> Value:
+        """A scalar; of the compute dtype unless said."""
+        return self.constant(value, _TORCH_DTYPES[dtype or self._compute])
 
     def cast(self, x: Value, dtype: ir.DataType) -> Value:
         if x.dtype == dtype:
@@ -72,9 +79,23 @@ class Ops:
 
     def linear(self, x: Value, weight: Value, scale: float = 1.0) -> Value:
         """``scale * x @ weight.T`` with torch's [out, in] weight, in the weight's dtype."""
-        x = self.cast(x, weight.dtype or self._compute)
-        y = self.contrib.FusedMatMul(x, weight, transB=1, alpha=scale)
-        return self._typed(y, weight.dtype)
+        dtype = weight.dtype or self._compute
+        x = self.cast(x, dtype)
+        if scale != 1.0:
+            x = self._typed(self.onnx.Mul(x, self.scalar(scale, dtype)), dtype)
+        rows = self._typed(self.onnx.Flatten(x, axis=2), dtype)
+        wide = ir.DataType.FLOAT if dtype == ir.DataType.FLOAT16 else dtype
+        # TensorRT takes such casts around a product as: float16, accumulated in float32. They must
+        # be next to the Gemm, or it would really cast the weight.
+        y = self.onnx.Gemm(self.cast(rows, wide), self.cast(weight, wide), transB=1)
+        y = self.cast(self._typed(y, wide), dtype)
+        return self._typed(self._unflatten(y, x, weight.shape[0]), dtype)
+
+    def _unflatten(self, rows: Value, x: Value, width: int) -> Value:
+        """[B * Q, width] rows back to [B, Q, width], as in ``x``."""
+        batch = self.onnx.Shape(x, start=0, end=2)
+        shape = self.onnx.Concat(batch, self.constant([width], torch.int64), axis=0)
+        return self.onnx.Reshape(rows, shape)
 
     def wide_linear(self, x: Value, weight: Value) -> Value:
         """A linear whose result may exceed float16's range; given in the residual dtype."""
@@ -86,18 +107,14 @@ class Ops:
 
     def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
         """Root-mean-square norm, computed in float32; from residual to compute dtype."""
-        normed = self.onnx.SimplifiedLayerNormalization(x, weight, epsilon=eps, axis=-1)
-        return self._typed(normed, weight.dtype)
+        wide = [self.cast(value, ir.DataType.FLOAT) for value in (x, weight)]
+        normed = self.onnx.RMSNormalization(*wide, epsilon=eps, axis=-1)
+        return self.cast(self._typed(normed, ir.DataType.FLOAT), weight.dtype)
 
     def add_rms_norm(
         self, residual: Value, x: Value, weight: Value, eps: float
     ) -> tuple[Value, Value]:
-        """``residual + x`` and its norm; one kernel where both share a dtype."""
-        if x.dtype == residual.dtype == weight.dtype:
-            normed, _, _, total = self.contrib.SkipSimplifiedLayerNormalization(
-                x, residual, weight, epsilon=eps, _outputs=4
-            )
-            return self._typed(total, residual.dtype), self._typed(normed, weight.dtype)
+        """``residual + x`` and its norm."""
         total = self.onnx.Add(residual, self.cast(x, self._residual))
         total = self._typed(total, self._residual)
         return total, self.rms_norm(total, weight, eps)
@@ -111,8 +128,6 @@ class Ops:
         if name == "relu":
             return self.onnx.Relu(x)
         if name in ("gelu_new", "gelu_pytorch_tanh"):
-            if self.target.device == "cuda":
-                return self.contrib.FastGelu(x)
             return self.onnx.Gelu(x, approximate="tanh")
         if name == "gelu":
             return self.onnx.Gelu(x)
@@ -172,41 +187,40 @@ class Ops:
     def visible_slots(self, x: Value, ids: Value, first_slot: Value, axis: int) -> Value:
         """The part of [.., L] that attention reads: all slots, or where attention appends, those
         up to the last query token's."""
-        if not self.target.appends_in_attention:
-            return x
-        length = self.onnx.Shape(ids, start=1, end=2)
-        end = self.onnx.Add(self.onnx.Cast(first_slot, to=ir.DataType.INT64), length)
-        zero, axes = self.constant([0], torch.int64), self.constant([axis], torch.int64)
-        return self._typed(self.onnx.Slice(x, zero, end, axes), x.dtype)
+        return x
 
     def attention(self, q: Value, k: Value, v: Value, bias: Value, heads: int) -> Value:
         """Unscaled attention of [B, Q, H*D] queries over keys and values held as [B, K, H*D], or
         as [B, H, K, D] KV buffers; bias [B or 1, 1 or H, Q, K]."""
-        y = self.contrib.MultiHeadAttention(q, k, v, None, None, bias, num_heads=heads, scale=1.0)
-        return self._typed(y, self._compute)
+        k, v = (x if _rank(x) == 4 else self._split(x, heads) for x in (k, v))
+        y = self.onnx.Attention(self._split(q, heads), k, v, bias, scale=1.0)
+        merged = self.onnx.Reshape(
+            self.onnx.Transpose(y, perm=[0, 2, 1, 3]), self.constant([0, 0, -1], torch.int64)
+        )
+        return self._typed(merged, self._compute)
 
     def cached_attention(
         self, q: Value, k: Value, v: Value, slots: KVSlots, bias: Value, heads: int
     ) -> tuple[Value, Value, Value]:
         """Write k and v [B, Q, H*D] into their slots, then attend; also gives the KV buffers."""
-        if self.target.appends_in_attention:
-            y, key, value = self.contrib.MultiHeadAttention(
-                *(q, k, v, None, None, bias, slots.key, slots.value, slots.first_slot),
-                num_heads=heads,
-                scale=1.0,
-                _outputs=3,
-            )
-            return self._typed(y, self._compute), key, value
-        key = self.onnx.TensorScatter(slots.key, k, slots.first_slot, axis=1)
-        value = self.onnx.TensorScatter(slots.value, v, slots.first_slot, axis=1)
+        rows = self._split(k, heads), self._split(v, heads)
+        key = self.onnx.TensorScatter(slots.key, rows[0], slots.first_slot, axis=-2)
+        value = self.onnx.TensorScatter(slots.value, rows[1], slots.first_slot, axis=-2)
+        key.shape, value.shape = slots.key.shape, slots.value.shape
         return self.attention(q, key, value, bias, heads), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         """[B, K, H*D] -> the layout of a KV buffer."""
-        if self.target.kv_layout == "BLHD":
-            return x
+        return self._split(x, heads, head_size)
+
+    def _split(self, x: Value, heads: int, head_size: int = -1) -> Value:
+        """[B, K, H*D] -> [B, H, K, D]."""
         split = self.onnx.Reshape(x, self.constant([0, 0, heads, head_size], torch.int64))
         return self._typed(self.onnx.Transpose(split, perm=[0, 2, 1, 3]), self._compute)
+
+
+def _rank(x: Value) -> int | None:
+    return None if x.shape is None else len(x.shape)
 
 
 def _ir_name(dtype: str) -> str:

@@ -22,7 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine_cache": {"errors"},
     "cuda": {"errors"},
     "ops": {"errors", "target"},
-    "graph": {"errors", "ops", "target"},
+    "contrib_ops": {"ops", "target"},
+    "graph": {"contrib_ops", "errors", "target"},
     "seq2seq": {"graph", "target"},
     "engines": {"cuda", "engine_cache", "errors", "graph", "options", "runtime", "target"},
     "kv_cache": {"engines", "errors", "seq2seq", "target"},
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 #: Libraries that only these parts may import.
 ONLY_IN: dict[str, set[str]] = {
     "onnxruntime": {"engines", "runtime"},
-    "onnxscript": {"graph", "modeling", "models", "ops"},
+    "onnxscript": {"contrib_ops", "graph", "modeling", "models", "ops"},
     "tensorrt": {"engines"},
     "tensorrt_rtx": {"engines"},
     "ctranslate2": {"bench"},

@@ -1,0 +1,79 @@
+"""The vocabulary of ``ops.py`` in ONNX Runtime's own operators; the only file that knows them."""
+
+import torch
+from onnx_ir import DataType
+from onnxscript import GraphBuilder
+
+from fastgen.ops import KVSlots, Ops, Value
+from fastgen.target import Target
+
+
+def lowering(builder: GraphBuilder, target: Target) -> Ops:
+    """The vocabulary, lowered to what the Target has."""
+    return ContribOps(builder, target) if target.contrib else Ops(builder, target)
+
+
+class ContribOps(Ops):
+    """Fused operators of com.microsoft, and norms that ONNX Runtime had before the standard."""
+
+    def __init__(self, builder: GraphBuilder, target: Target) -> None:
+        super().__init__(builder, target)
+        self.contrib = builder.opset("com.microsoft")
+
+    def linear(self, x: Value, weight: Value, scale: float = 1.0) -> Value:
+        """See ``Ops.linear``; scales inside the float32 accumulator."""
+        x = self.cast(x, weight.dtype or self._compute)
+        y = self.contrib.FusedMatMul(x, weight, transB=1, alpha=scale)
+        return self._typed(y, weight.dtype)
+
+    def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
+        normed = self.onnx.SimplifiedLayerNormalization(x, weight, epsilon=eps, axis=-1)
+        return self._typed(normed, weight.dtype)
+
+    def add_rms_norm(
+        self, residual: Value, x: Value, weight: Value, eps: float
+    ) -> tuple[Value, Value]:
+        """See ``Ops.add_rms_norm``; one kernel where all share a dtype."""
+        if not x.dtype == residual.dtype == weight.dtype:
+            return super().add_rms_norm(residual, x, weight, eps)
+        normed, _, _, total = self.contrib.SkipSimplifiedLayerNormalization(
+            x, residual, weight, epsilon=eps, _outputs=4
+        )
+        return self._typed(total, residual.dtype), self._typed(normed, weight.dtype)
+
+    def _activation(self, x: Value, name: str) -> Value:
+        if name in ("gelu_new", "gelu_pytorch_tanh") and self.target.device == "cuda":
+            return self.contrib.FastGelu(x)
+        return super()._activation(x, name)
+
+    def visible_slots(self, x: Value, ids: Value, first_slot: Value, axis: int) -> Value:
+        """See ``Ops.visible_slots``; where attention appends, up to the last query token's."""
+        if not self.target.appends_in_attention:
+            return x
+        length = self.onnx.Shape(ids, start=1, end=2)
+        end = self.onnx.Add(self.onnx.Cast(first_slot, to=DataType.INT64), length)
+        zero, axes = self.constant([0], torch.int64), self.constant([axis], torch.int64)
+        return self._typed(self.onnx.Slice(x, zero, end, axes), x.dtype)
+
+    def attention(self, q: Value, k: Value, v: Value, bias: Value, heads: int) -> Value:
+        y = self.contrib.MultiHeadAttention(q, k, v, None, None, bias, num_heads=heads, scale=1.0)
+        return self._typed(y, self._compute)
+
+    def cached_attention(
+        self, q: Value, k: Value, v: Value, slots: KVSlots, bias: Value, heads: int
+    ) -> tuple[Value, Value, Value]:
+        """See ``Ops.cached_attention``; attention itself may write what it is given."""
+        if self.target.appends_in_attention:
+            y, key, value = self.contrib.MultiHeadAttention(
+                *(q, k, v, None, None, bias, slots.key, slots.value, slots.first_slot),
+                num_heads=heads,
+                scale=1.0,
+                _outputs=3,
+            )
+            return self._typed(y, self._compute), key, value
+        key = self.onnx.TensorScatter(slots.key, k, slots.first_slot, axis=1)
+        value = self.onnx.TensorScatter(slots.value, v, slots.first_slot, axis=1)
+        return self.attention(q, key, value, bias, heads), key, value
+
+    def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
+        return x if self.target.kv_layout == "BLHD" else super().as_kv(x, heads, head_size)
