@@ -101,6 +101,7 @@ class CapturedGraph:
             NotCapturable: the function waits for the GPU; nothing was captured or changed.
         """
         self._device, self._pool = device, pool
+        self._function = function  # and with it the memory that its kernels use
         with on_engine_stream(device):
             function()
             undo()
