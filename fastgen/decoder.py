@@ -33,13 +33,14 @@ class Decoder:
         target: Target,
         device: torch.device,
         cross: Engine,
-        decoder: Callable[[bool], Engine],
+        decoder: Callable[[bool, int], Engine],
         fused: Engine | None,
         options: EngineOptions,
     ) -> None:
         """
         Args:
-            decoder: gives the decoder engine with (True) or without a mask over slots.
+            decoder: gives the decoder engine with (True) or without a mask over slots, for a number
+                of slots.
             fused: runs steps of few rows in place of ``decoder``, where it can.
         """
         self.shape, self.target, self.device, self.options = shape, target, device, options
@@ -150,7 +151,7 @@ class Decoder:
         if self.target.always_masked:
             shape = batch, 1, queries, bucket.size.slots
             tensors["slot_mask"] = torch.zeros(shape, dtype=bucket.dtype, device=self.device)
-        self.decoder(False).bind(tensors).run()
+        self.decoder(False, bucket.size.slots).bind(tensors).run()
         return logits
 
     def step(self, bucket: Bucket) -> Callable[[], None]:
@@ -173,7 +174,8 @@ class Decoder:
         if self.fused is not None:
             with suppress(NotFused):  # too many rows, say: the decoder engine serves every size
                 return self.fused.bind(bucket.tensors)
-        return self.decoder(bucket.size.queries > 1).bind(bucket.tensors)
+        size = bucket.size
+        return self.decoder(size.queries > 1, size.slots).bind(bucket.tensors)
 
     def step_with(
         self,

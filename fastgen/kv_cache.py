@@ -68,10 +68,11 @@ class Bucket:
             first_slot = torch.zeros(1, dtype=torch.int32, device=self.device)
             positions = torch.zeros(queries, 1, dtype=torch.int64, device=self.device)
             return {"query_positions": positions, "first_slot": first_slot}
-        self._counts = torch.zeros(queries + batch, dtype=torch.int64, device=self.device)
-        steps = [1] * queries + [queries] * batch
+        slot = -(-queries // 32) * 32  # TensorRT wants tensors to begin at multiples of 256 bytes
+        self._counts = torch.zeros(slot + batch, dtype=torch.int64, device=self.device)
+        steps = [1] * slot + [queries] * batch
         self._steps = torch.tensor(steps, dtype=torch.int64, device=self.device)
-        positions, first_slot = self._counts[:queries], self._counts[queries:]
+        positions, first_slot = self._counts[:queries], self._counts[slot:]
         return {"query_positions": positions[:, None], "first_slot": first_slot}
 
     def seek(self, length: int) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastgen.decoder import Decoder
-from fastgen.engines import Binding, Engine, NoEngine
+from fastgen.engines import Binding, Engine, NoEngine, too_large
 from fastgen.engines.fused import FusedEngine
 from fastgen.generation import OPTIONAL_OUTPUTS, FastGenerationMixin, as_torch
 from fastgen.kv_cache import StaticKVCache
@@ -44,6 +44,8 @@ class FastEncoder(EngineModule):
             return "use_cache=True: torch reports that an encoder has no KV cache"
         mask = kwargs.get("attention_mask")
         if reason := _ids_refusal(self, input_ids) or _mask_refusal(mask, input_ids.shape):
+            return reason
+        if reason := too_large(self.engine_options, *input_ids.shape):
             return reason
         try:
             self._current_engine()
@@ -151,27 +153,30 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         model = weakref.proxy(self)  # or each would keep the other, and with it the GPU's memory
 
         @cache
-        def build_decoder(slot_mask: bool) -> Engine:
+        def build_decoder(slot_mask: bool, slots: int | None) -> Engine:
             name = "decoder-masked" if slot_mask else "decoder"
-            specs = decoder_specs(target, shape, slot_mask)
+            name += "" if slots is None else f"-{slots}"
+            specs = decoder_specs(target, shape, slot_mask, slots)
             engine: Engine = model._engine_for(name, model._decoder_root(), target, "decode", specs)
             return engine
 
-        def decoder(slot_mask: bool) -> Engine:
-            return build_decoder(slot_mask or target.always_masked)
+        def decoder(slot_mask: bool, slots: int) -> Engine:
+            return build_decoder(
+                slot_mask or target.always_masked, slots if target.static_slots else None
+            )
 
         options, fused = self.engine_options, None
-        if target.device == "cuda" and options.fused_kernels:
+        if target.device == "cuda" and target.contrib and options.fused_kernels:
             step = self._decoder_root()
             own = dict(self.named_parameters(remove_duplicate=False))
             fused = FusedEngine(step, step.decode, target, own, self._engine_cache())
         if fused is None:  # else it serves long prompts and large batches only, and can wait
-            decoder(False)
+            decoder(False, options.min_bucket)
         return Decoder(shape, target, self.device, cross, decoder, fused, options)
 
     def compile_engine(self) -> None:
         super().compile_engine()
-        self._engine.decoder(False)
+        self._engine.decoder(False, self.engine_options.min_bucket)
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a forward with these arguments goes to torch; None if the engine serves it."""
@@ -207,7 +212,8 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
             return "gradients of encoder_outputs may be asked for"
         if isinstance(ids, torch.Tensor) and len(ids) != len(source):
             return f"decoder_input_ids have {len(ids)} rows, the encoder's {len(source)}"
-        return _mask_refusal(kwargs.get("attention_mask"), source.shape)
+        size = too_large(self.engine_options, *source.shape[:2])
+        return size or _mask_refusal(kwargs.get("attention_mask"), source.shape)
 
     def _engine_refusal(self, past: StaticKVCache | None) -> str | None:
         try:

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fastgen.errors import OptionError
 
 ENVIRONMENT_VARIABLE = "FASTGEN_ENGINE_OPTIONS"
+_AT_LEAST_1: tuple[str, ...] = ("max_cached_graphs", "min_bucket", "intra_op_threads")
+_AT_LEAST_1 += ("max_batch", "max_source_tokens", "build_memory_mb", "build_seconds")
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,11 @@ class EngineOptions:
     that an explicit option overrides.
     """
 
-    backend: Literal["auto", "onnxruntime", "torch"] = "auto"
-    """Which engine runs the graphs; ``torch`` switches engines off (the slow reference)."""
+    backend: Literal[
+        "auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt", "torch"
+    ] = "auto"
+    """Which engine runs the graphs; ``auto`` is ``onnxruntime``, ``torch`` switches engines off
+    (the slow reference)."""
     fast_loop: bool = True
     """Decode with fastgen's own loop where it is proven equal; False always takes the HF loop."""
     check_fast_loop: bool = False
@@ -41,6 +46,16 @@ class EngineOptions:
     """On the CPU, keep a second copy of the weights in the layout of its matrix kernels: faster,
     most of all with beams and in the encoder. After editing weights through ``.data``, call
     ``model.invalidate_engine()``."""
+    max_batch: int = 64
+    """TensorRT: most rows (batch, times the beams of the HF loop) of a call; torch serves more."""
+    max_source_tokens: int = 1024
+    """TensorRT: most tokens of a source (prompt of an encoder); torch serves longer ones."""
+    build_level: int = 3
+    """TensorRT: how long its builder searches for faster kernels, from 0 to 5."""
+    build_memory_mb: int | None = None
+    """TensorRT: most scratch memory (MiB) of one operation; None leaves it to TensorRT."""
+    build_seconds: int | None = None
+    """TensorRT: seconds after which building one graph is given up with an error."""
     disk_cache: bool = True
     """Keep compiled engines in the engine cache on disk."""
     cache_dir: Path | None = None
@@ -52,11 +67,13 @@ class EngineOptions:
             object.__setattr__(self, "cache_dir", Path(folder))
         for name, kind in get_type_hints(type(self)).items():
             _check(name, getattr(self, name), kind)
-        for name in ("max_cached_graphs", "min_bucket", "intra_op_threads"):
+        for name in _AT_LEAST_1:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise OptionError(
                     f"EngineOptions.{name}={getattr(self, name)}: must be at least 1."
                 )
+        if not 0 <= self.build_level <= 5:
+            raise OptionError(f"EngineOptions.build_level={self.build_level}: allowed are 0 to 5.")
 
     @classmethod
     def resolve(cls, value: "EngineOptions | Mapping[str, Any] | None" = None) -> "EngineOptions":

@@ -33,8 +33,8 @@ def engines(model: Any) -> dict[str, Any]:
     return {
         "encoder": model.encoder._current_engine(),
         "cross": decoder.cross,
-        "decoder": decoder.decoder(False),
-        "decoder with slot mask": decoder.decoder(True),
+        "decoder": decoder.decoder(False, 64),
+        "decoder with slot mask": decoder.decoder(True, 64),
     }
 
 

@@ -50,8 +50,16 @@ def test_a_name_near_to_nothing_is_refused_with_all_names() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("backend", "tensorflow", "'auto', 'onnxruntime', 'torch'"),
-        ("backend", ["torch"], "'auto', 'onnxruntime', 'torch'"),
+        (
+            "backend",
+            "tensorflow",
+            "'auto', 'onnxruntime', 'tensorrt', 'tensorrt-rtx', 'onnxruntime-tensorrt', 'torch'",
+        ),
+        (
+            "backend",
+            ["torch"],
+            "'auto', 'onnxruntime', 'tensorrt', 'tensorrt-rtx', 'onnxruntime-tensorrt', 'torch'",
+        ),
         ("fast_loop", 1, "bool"),
         ("fast_loop", "true", "bool"),
         ("max_cached_graphs", "8", "int"),
@@ -60,6 +68,12 @@ def test_a_name_near_to_nothing_is_refused_with_all_names() -> None:
         ("max_cached_graphs", 0, "at least 1"),
         ("min_bucket", -4, "at least 1"),
         ("intra_op_threads", 0, "at least 1"),
+        ("max_batch", 0, "at least 1"),
+        ("max_source_tokens", 0, "at least 1"),
+        ("build_memory_mb", 0, "at least 1"),
+        ("build_seconds", 0, "at least 1"),
+        ("build_level", 6, "0 to 5"),
+        ("build_level", -1, "0 to 5"),
         ("intra_op_threads", "2", "int or None"),
         ("cache_dir", 3, "Path or None"),
     ],
@@ -107,7 +121,7 @@ def test_explicit_options_win_over_the_environment(monkeypatch: pytest.MonkeyPat
         ("min_bucket=many", "min_bucket='many': expected a whole number"),
         ("min_bucket=0", "must be at least 1"),
         ("backends=torch", "Did you mean 'backend'"),
-        ("backend=tpu", "allowed are 'auto', 'onnxruntime', 'torch'"),
+        ("backend=tpu", "allowed are 'auto', 'onnxruntime', 'tensorrt'"),
     ],
 )
 def test_a_wrong_environment_is_refused(

@@ -1,13 +1,18 @@
-"""The Engine protocol, and the choice of an engine for a device and dtype."""
+"""The Engine and Backend protocols, and the choice of an engine for a device and dtype."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from fastgen import target as targets
+from fastgen.engine_cache import Artifact
 from fastgen.errors import FastgenError
+from fastgen.graph import Graph
 from fastgen.options import EngineOptions
-from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda
+from fastgen.target import Target
+
+TENSORRT = ("tensorrt", "tensorrt-rtx")
 
 
 class Binding(Protocol):
@@ -27,12 +32,53 @@ class Engine(Protocol):
         """Address of each parameter as the engine reads it."""
 
 
+class Backend(Protocol):
+    """A library that compiles Graphs for a Target and runs them."""
+
+    def check(self, device: torch.device) -> None:
+        """Find out whether it runs on ``device``.
+
+        Raises:
+            MissingRuntimeError: it is not installed as it should be; the message holds the one
+                command that mends it.
+            NoEngine: it does not serve this GPU.
+        """
+
+    def key(self, target: Target, options: EngineOptions, device: torch.device) -> dict[str, Any]:
+        """Everything besides the Graph that changes what ``compile`` gives: JSON-able."""
+
+    def compile(
+        self, graph: Graph, title: str, options: EngineOptions, device: torch.device
+    ) -> Artifact:
+        """Compile a Graph for the GPU or CPU ``device``; no weight is in the artifact."""
+
+    def load(
+        self,
+        artifact: Artifact,
+        target: Target,
+        parameters: Mapping[str, torch.Tensor],
+        options: EngineOptions,
+    ) -> Engine:
+        """An engine over the model's own parameters, which stay alive and in place."""
+
+
 class NoEngine(FastgenError):
     """No engine serves this device and dtype; the message says why."""
 
 
 class NotFused(FastgenError):
     """The fused kernels do not serve this model or size; the decoder engine must."""
+
+
+def backend(name: str) -> Backend:
+    """The Backend of a Target, by ``Target.backend``."""
+    if name in TENSORRT:
+        from fastgen.engines.tensorrt import TensorRT
+
+        return TensorRT(name)
+    from fastgen.engines.onnxruntime import OnnxRuntime
+
+    return OnnxRuntime(name)
 
 
 def choose_target(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> Target:
@@ -45,13 +91,31 @@ def choose_target(options: EngineOptions, device: torch.device, dtype: torch.dty
     if options.backend == "torch":
         raise NoEngine("EngineOptions(backend='torch') switches engines off")
     if device.type == "cpu":
+        if options.backend not in ("auto", "onnxruntime"):
+            raise NoEngine(f"{options.backend} runs on NVIDIA GPUs: model.to('cuda')")
         if name != "float32":
             raise NoEngine(f"on the CPU the engine computes in float32, the model is in {name}")
-        return onnxruntime_cpu()
+        return targets.onnxruntime_cpu()
     if device.type == "cuda":
         if name not in ("float32", "float16", "bfloat16"):
             raise NoEngine(
                 f"no engine computes in {name}: float32, float16 and bfloat16 are served"
             )
-        return onnxruntime_cuda(name)
+        if options.backend in TENSORRT:
+            return targets.tensorrt(name, options.backend)
+        if options.backend == "onnxruntime-tensorrt":
+            return targets.onnxruntime_tensorrt(name)
+        return targets.onnxruntime_cuda(name)
     raise NoEngine(f"no engine runs on device {device.type!r}: cpu and cuda are served")
+
+
+def too_large(options: EngineOptions, batch: int, sources: int) -> str | None:
+    """Why a call of ``batch`` rows of ``sources`` tokens exceeds what engines are compiled for."""
+    if options.backend not in TENSORRT:
+        return None  # the others serve every size
+    if batch > options.max_batch:
+        return f"{batch} rows are more than EngineOptions(max_batch={options.max_batch})"
+    if sources > options.max_source_tokens:
+        allowed = f"EngineOptions(max_source_tokens={options.max_source_tokens})"
+        return f"{sources} source tokens are more than {allowed}"
+    return None

@@ -10,11 +10,47 @@ from typing import Any
 import torch
 
 from fastgen import cuda, runtime
-from fastgen.engines import torch_memory
+from fastgen.engine_cache import Artifact
+from fastgen.engines import onnxruntime_tensorrt, torch_memory
+from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.errors import EngineError
 from fastgen.graph import WEIGHTS_FILE, Graph
 from fastgen.options import EngineOptions
 from fastgen.target import Target
+
+
+class OnnxRuntime:
+    """ONNX Runtime, with its TensorRT provider or without (see ``Backend``)."""
+
+    def __init__(self, name: str) -> None:
+        self._tensorrt = name == onnxruntime_tensorrt.NAME
+
+    def check(self, device: torch.device) -> None:
+        runtime.onnxruntime()
+        if self._tensorrt:
+            onnxruntime_tensorrt.check()
+
+    def key(self, target: Target, options: EngineOptions, device: torch.device) -> dict[str, Any]:
+        generation = ""
+        if device.type == "cuda":
+            generation = "sm{}{}".format(*torch.cuda.get_device_capability(device))
+        return {"version": runtime.onnxruntime().__version__, "gpu": generation}
+
+    def compile(
+        self, graph: Graph, title: str, options: EngineOptions, device: torch.device
+    ) -> Artifact:
+        """The graph itself: a session is made of it in milliseconds."""
+        return Artifact(graph.onnx, graph.meta())
+
+    def load(
+        self,
+        artifact: Artifact,
+        target: Target,
+        parameters: Mapping[str, torch.Tensor],
+        options: EngineOptions,
+    ) -> "OnnxRuntimeEngine":
+        graph = Graph.from_meta(artifact.data, artifact.meta)
+        return OnnxRuntimeEngine(graph, target, parameters, options)
 
 
 class OnnxRuntimeEngine:
@@ -41,12 +77,17 @@ class OnnxRuntimeEngine:
             name: ort.OrtValue.from_dlpack(parameters[name].detach()) for name in graph.parameters
         }
         settings = _session_options(target, options)
-        for name, value in self._weights.items():
-            settings.add_initializer(name, value)
-        providers = [_provider(target, self._device)]
+        onnx, self._inputs = graph.onnx, dict(self._weights)
+        if target.backend == onnxruntime_tensorrt.NAME:  # would copy initializers into its engines
+            onnx = weights_as_inputs(graph)
+        else:
+            self._inputs = {}
+            for name, value in self._weights.items():
+                settings.add_initializer(name, value)
+        providers = _providers(target, self._device, options)
 
         def compile_graph() -> Any:
-            return ort.InferenceSession(graph.onnx, settings, providers=providers)
+            return ort.InferenceSession(onnx, settings, providers=providers)
 
         self._session = _with_memory(compile_graph, self._device)
         self._run_options = ort.RunOptions()
@@ -58,11 +99,17 @@ class OnnxRuntimeEngine:
         """Bind contiguous tensors of the graph's device by pointer (see ``Engine.bind``)."""
         ort = runtime.onnxruntime()
         binding = self._session.io_binding()
+        for name, value in self._inputs.items():
+            binding.bind_ortvalue_input(name, value)
         for spec in self.graph.inputs:
             binding.bind_ortvalue_input(spec.name, ort.OrtValue.from_dlpack(tensors[spec.name]))
         for spec in self.graph.outputs:
             binding.bind_ortvalue_output(spec.name, ort.OrtValue.from_dlpack(tensors[spec.name]))
         return OnnxRuntimeBinding(self, binding, dict(tensors))
+
+    def partition(self) -> dict[str, dict[str, int]]:
+        """How many operators of each kind each execution provider runs."""
+        return onnxruntime_tensorrt.partition(self._session)
 
     def weight_pointers(self) -> dict[str, int]:
         return {name: value.data_ptr() for name, value in self._weights.items()}
@@ -112,6 +159,7 @@ def _session_options(target: Target, options: EngineOptions) -> Any:
     settings.log_severity_level = 3
     # Graphs are authored with fused operators: there is nothing left to optimize at load
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     settings.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", _weights_folder()
     )
@@ -126,11 +174,12 @@ def _session_options(target: Target, options: EngineOptions) -> Any:
     return settings
 
 
-def _provider(target: Target, device: torch.device) -> str | tuple[str, dict[str, str]]:
+def _providers(target: Target, device: torch.device, options: EngineOptions) -> list[Any]:
+    """Execution providers, the preferred first: names, or pairs of name and options."""
     if target.device == "cpu":
-        return "CPUExecutionProvider"
+        return ["CPUExecutionProvider"]
     allocate, free, empty_cache = torch_memory.addresses()
-    return (
+    cuda_provider = (
         "CUDAExecutionProvider",
         {
             "device_id": str(device.index or 0),
@@ -141,6 +190,9 @@ def _provider(target: Target, device: torch.device) -> str | tuple[str, dict[str
             "use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32)),
         },
     )
+    if target.backend == onnxruntime_tensorrt.NAME:
+        return [onnxruntime_tensorrt.provider(target, device, options), cuda_provider]
+    return [cuda_provider]
 
 
 def _with_memory(action: Callable[[], Any], device: torch.device) -> Any:

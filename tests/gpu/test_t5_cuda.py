@@ -244,7 +244,7 @@ def test_engines_read_the_parameters_of_the_model(dtype: torch.dtype) -> None:
     for root, engine in (
         (model.encoder, model.encoder._current_engine()),
         (model, decoder.cross),
-        (model, decoder.decoder(False)),
+        (model, decoder.decoder(False, 64)),
     ):
         places = dict(root.named_parameters(remove_duplicate=False))
         pointers = engine.weight_pointers()
