@@ -144,6 +144,11 @@ def parse(trt: Any, logger: Any, graph: Graph) -> tuple[Any, Any]:
             f"node {e.node()} {e.node_name()!r} ({e.node_operator()}): {e.desc()}" for e in found
         )
         raise EngineError(f"TensorRT {trt.__version__} does not take the graph: {nodes}")
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # networks give every layer as an ILayer
+            # Head sizes without a fused kernel are served by several, not refused
+            layer.attention.decomposable = True
     return builder, network
 
 
@@ -163,21 +168,28 @@ def configure(trt: Any, builder: Any, graph: Graph, build: Build) -> Any:
         config.set_memory_pool_limit(pool, options.build_memory_mb * 2**20)
     config.builder_optimization_level = options.build_level
     for ranges in profiles(graph, options):
-        profile = builder.create_optimization_profile()
-        for spec in graph.inputs:
-            ends = [
-                tuple(ranges[axis][end] if isinstance(axis, str) else axis for axis in spec.shape)
-                for end in range(3)
-            ]
-            profile.set_shape(spec.name, *ends)
+        profile = make_profile(builder, graph, ranges)
         if config.add_optimization_profile(profile) < 0:
             raise EngineError(f"TensorRT {trt.__version__} refuses the profile {dict(ranges)}")
     if build.flavour.names_gpu:
         name = "SM{}{}".format(*build.capability)
+        generation = getattr(trt.ComputeCapability, name, None)
         config.num_compute_capabilities = 1
-        if not config.set_compute_capability(getattr(trt.ComputeCapability, name), 0):
+        if generation is None or not config.set_compute_capability(generation, 0):
             raise EngineError(f"{build.flavour.name} {trt.__version__} does not build for {name}")
     return config
+
+
+def make_profile(builder: Any, graph: Graph, ranges: Profile) -> Any:
+    """TensorRT's profile of a Graph's inputs; parameters, whose shapes are fixed, need none."""
+    profile = builder.create_optimization_profile()
+    for spec in graph.inputs:
+        ends = [
+            tuple(ranges[axis][end] if isinstance(axis, str) else axis for axis in spec.shape)
+            for end in range(3)
+        ]
+        profile.set_shape(spec.name, *ends)
+    return profile
 
 
 def build_plan(graph: Graph, build: Build, title: str, timings: bytes) -> tuple[bytes, bytes]:
@@ -267,7 +279,7 @@ def progress_monitor(trt: Any, title: str, seconds: int | None) -> Iterator[Any]
             return not self.cancelled
 
         def phase_finish(self, phase: str) -> None:
-            bar.refresh()
+            pass  # it may have had fewer steps than announced
 
     try:
         yield Monitor()
