@@ -14,6 +14,12 @@ from fastgen.errors import FastgenError
 from fastgen.options import EngineOptions
 
 ENGINES = ("onnxruntime", "torch")
+#: On a GPU, and only where the options ask for one: name, and the package whose version matters.
+ON_REQUEST = {
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt-rtx",
+    "onnxruntime-tensorrt": "onnxruntime-gpu",
+}
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,18 @@ def choices(options: EngineOptions | None = None) -> list[EngineChoice]:
     found = []
     for device in ("cuda", "cpu"):
         problem = _torch_problem() or (_cuda_problem() if device == "cuda" else None)
+        on_request = tuple(ON_REQUEST) if device == "cuda" else ()
         if problem:
-            found += [EngineChoice(name, device, False, problem) for name in ENGINES]
+            names = ENGINES + on_request
+            found += [EngineChoice(name, device, False, problem) for name in names]
             continue
-        found.append(_onnxruntime_choice(options, device))
         version = runtime.versions()["torch"]
+        others = [_choice_on_request(name) for name in on_request]
+        asked = [choice for choice in others if choice.name == options.backend]
+        found += asked
+        found.append(_onnxruntime_choice(options, device))
         found.append(EngineChoice("torch", device, True, f"torch {version}, in every dtype"))
+        found += [choice for choice in others if choice not in asked]
     return found
 
 
@@ -94,8 +106,33 @@ def _cuda_problem() -> str | None:
     return f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no NVIDIA GPU or driver"
 
 
+def _choice_on_request(name: str) -> EngineChoice:
+    """An engine of ON_REQUEST on the GPU that torch has."""
+    if problem := _backend_problem(name):
+        return EngineChoice(name, "cuda", False, problem)
+    package = ON_REQUEST[name]
+    reason = f"{package} {runtime.versions()[package]}, for EngineOptions(backend={name!r})"
+    return EngineChoice(name, "cuda", True, reason)
+
+
+def _backend_problem(name: str) -> str | None:
+    """Why a backend does not run on this GPU, with the remedy; None if it does."""
+    import torch
+
+    from fastgen import engines
+
+    try:
+        engines.backend(name).check(torch.device("cuda"))
+    except FastgenError as error:
+        return str(error)
+    return None
+
+
 def _onnxruntime_choice(options: EngineOptions, device: str) -> EngineChoice:
     """ONNX Runtime on a device that torch has: the dtypes it serves there, or what is missing."""
+    if device == "cuda" and options.backend in ON_REQUEST:
+        reason = f"EngineOptions(backend={options.backend!r}) asks for another"
+        return EngineChoice("onnxruntime", device, False, reason)
     import torch
 
     from fastgen.engines import choose_target

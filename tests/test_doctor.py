@@ -15,6 +15,7 @@ from fastgen.errors import MissingRuntimeError, OptionError
 
 NO_GPU = "torch 2.13.0 (CUDA 13.0) finds no NVIDIA GPU or driver"
 NOT_INSTALLED = 'ONNX Runtime is not installed. Run: pip install "fastgen[cpu]"'
+NO_TENSORRT = 'tensorrt is not installed. Run: pip install "fastgen[tensorrt]"'
 CPU_BUILD = "the installed ONNX Runtime 1.31.1 is a CPU build."
 
 
@@ -24,6 +25,7 @@ def machine(
     gpu: str | None = None,
     onnxruntime: str | None = None,
     cuda_provider: str | None = None,
+    tensorrt: str | None = NO_TENSORRT,
 ) -> None:
     """Imitate a machine by its problems; None where all is well."""
 
@@ -35,10 +37,7 @@ def machine(
     monkeypatch.setattr(doctor, "_cuda_problem", lambda: gpu)
     monkeypatch.setattr(runtime, "onnxruntime", module)
     monkeypatch.setattr(runtime, "cuda_provider_problem", lambda: cuda_provider)
-
-
-def names(found: list[EngineChoice]) -> list[tuple[str, str, bool]]:
-    return [(choice.name, choice.device, choice.available) for choice in found]
+    monkeypatch.setattr(doctor, "_backend_problem", lambda name: tensorrt)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +61,9 @@ def test_choice_by_machine(
     assert [(choice.name, choice.device) for choice in found] == [
         ("onnxruntime", "cuda"),
         ("torch", "cuda"),
+        ("tensorrt", "cuda"),
+        ("tensorrt-rtx", "cuda"),
+        ("onnxruntime-tensorrt", "cuda"),
         ("onnxruntime", "cpu"),
         ("torch", "cpu"),
     ]
@@ -70,14 +72,38 @@ def test_choice_by_machine(
         assert (choice and choice.name) == expected
     # Whatever is not available says which of the machine's problems is to blame.
     reasons = {choice.reason for choice in found if not choice.available}
-    assert reasons == set(problems.values()) - ({CPU_BUILD} if "gpu" in problems else set())
+    expected = {"tensorrt": NO_TENSORRT, **problems}
+    assert reasons == set(expected.values()) - (
+        {CPU_BUILD, NO_TENSORRT} if "gpu" in problems else set()
+    )
+
+
+def test_tensorrt_is_picked_where_the_options_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, tensorrt=None)
+    found = choices(EngineOptions())
+    best = picked("cuda", found)
+    assert best is not None and best.name == "onnxruntime"
+    for name in doctor.ON_REQUEST:
+        found = choices(EngineOptions(backend=name))  # type: ignore[arg-type]
+        best = picked("cuda", found)
+        assert best is not None and best.name == name and repr(name) in best.reason
+        on_cpu = next(c for c in found if c.device == "cpu" and c.name == "onnxruntime")
+        assert not on_cpu.available and "NVIDIA" in on_cpu.reason
+
+
+def test_missing_tensorrt_leaves_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch)
+    found = choices(EngineOptions(backend="tensorrt"))
+    best = picked("cuda", found)
+    assert best is not None and best.name == "torch"
+    assert found[0].name == "tensorrt" and found[0].reason == NO_TENSORRT
 
 
 def test_reason_of_an_available_engine_names_version_and_dtypes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine(monkeypatch)
-    cuda, _, cpu, reserve = choices(EngineOptions())
+    cuda, *_, cpu, reserve = choices(EngineOptions())
     assert cuda.reason == "ONNX Runtime 1.31.1, for models in float32, float16, bfloat16"
     assert cpu.reason == "ONNX Runtime 1.31.1, for models in float32"
     assert reserve.reason == f"torch {runtime.versions()['torch']}, in every dtype"
@@ -86,7 +112,12 @@ def test_reason_of_an_available_engine_names_version_and_dtypes(
 def test_options_can_rule_the_engine_out(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
     for found in (choices(EngineOptions(backend="torch")), _choices_by_environment(monkeypatch)):
-        assert [choice.available for choice in found] == [False, True, False, True]
+        assert [c.available for c in found if c.name in doctor.ENGINES] == [
+            False,
+            True,
+            False,
+            True,
+        ]
         assert "backend='torch'" in found[0].reason
         best = picked("cpu", found)
         assert best is not None and best.name == "torch"
@@ -106,12 +137,7 @@ def test_unknown_option_in_the_environment_is_an_error(monkeypatch: pytest.Monke
 def test_torch_that_does_not_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     found = choices(EngineOptions())
-    assert names(found) == [
-        ("onnxruntime", "cuda", False),
-        ("torch", "cuda", False),
-        ("onnxruntime", "cpu", False),
-        ("torch", "cpu", False),
-    ]
+    assert len(found) == 7 and not any(choice.available for choice in found)
     assert all("torch does not import" in choice.reason for choice in found)
 
 
