@@ -150,6 +150,12 @@ def test_plans_build_for_a_gpu_that_is_not_here(
         assert plan and not timings  # kernels are compiled when they run
 
 
+def test_plans_build_in_float32(trt: Any) -> None:
+    graphs, _ = recorded("t5-1.1", "float32")
+    for name, graph in graphs.items():
+        assert tensorrt_build.build_plan(graph, Build(RTX, (8, 9), OPTIONS, False), name, b"")[0]
+
+
 def test_weights_are_no_part_of_what_tensorrt_reads() -> None:
     graphs, _ = recorded("t5-1.1", "float16")
     for graph in graphs.values():
