@@ -221,7 +221,7 @@ class Decoder:
     @property
     def captures(self) -> bool:
         """Whether steps are replayed as CUDA graphs."""
-        return self.target.device == "cuda" and self.options.cuda_graphs
+        return self.target.captured and self.options.cuda_graphs
 
     def _captured(
         self, function: Callable[[], None], mutable: Sequence[torch.Tensor] = ()

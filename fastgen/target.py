@@ -1,6 +1,6 @@
 """Target: what one backend, on one device, in one dtype can do. Capabilities are data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 KVLayout = Literal["BHLD", "BLHD"]
@@ -33,6 +33,8 @@ class Target:
     is all zeros without beams. For engines that take long to compile."""
     static_slots: bool
     """The number of KV slots is fixed when the decoder graph is built: one graph per number."""
+    captured: bool
+    """A run can be captured in a CUDA graph."""
 
     @property
     def residual_dtype(self) -> str:
@@ -58,6 +60,7 @@ def onnxruntime_cpu() -> Target:
         contrib=True,
         always_masked=False,
         static_slots=False,
+        captured=False,
     )
 
 
@@ -73,6 +76,7 @@ def onnxruntime_cuda(dtype: str) -> Target:
         contrib=True,
         always_masked=False,
         static_slots=False,
+        captured=True,
     )
 
 
@@ -89,9 +93,11 @@ def tensorrt(dtype: str, backend: str = "tensorrt") -> Target:
         contrib=False,
         always_masked=True,
         static_slots=True,
+        captured=True,
     )
 
 
 def onnxruntime_tensorrt(dtype: str) -> Target:
     """ONNX Runtime's TensorRT provider, its CUDA provider for what TensorRT does not take."""
-    return tensorrt(dtype, backend="onnxruntime-tensorrt")
+    # Nothing says that the provider's runs, which may build plans anew, can be captured
+    return replace(tensorrt(dtype, backend="onnxruntime-tensorrt"), captured=False)

@@ -108,7 +108,8 @@ class OnnxRuntimeEngine:
         return OnnxRuntimeBinding(self, binding, dict(tensors))
 
     def partition(self) -> dict[str, dict[str, int]]:
-        """How many operators of each kind each execution provider runs."""
+        """How many operators of each kind each execution provider runs: of the TensorRT provider's
+        graphs, which it divides."""
         return onnxruntime_tensorrt.partition(self._session)
 
     def weight_pointers(self) -> dict[str, int]:
@@ -159,7 +160,8 @@ def _session_options(target: Target, options: EngineOptions) -> Any:
     settings.log_severity_level = 3
     # Graphs are authored with fused operators: there is nothing left to optimize at load
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if target.backend == onnxruntime_tensorrt.NAME:
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     settings.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", _weights_folder()
     )

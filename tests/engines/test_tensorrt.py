@@ -34,7 +34,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
         return weights_as_inputs(graph), b""
 
     def choose(options: Any, device: torch.device, dtype: torch.dtype) -> Any:
-        return replace(tensorrt_target("float32", options.backend), device="cpu")
+        return replace(tensorrt_target("float32", options.backend), device="cpu", captured=False)
 
     monkeypatch.setattr(tensorrt_build, "load", lambda flavour: simulated_tensorrt.MODULE)
     monkeypatch.setattr(tensorrt_build, "build_plan", build_plan)
