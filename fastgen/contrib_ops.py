@@ -41,6 +41,10 @@ class ContribOps(Ops):
         )
         return self._typed(total, residual.dtype), self._typed(normed, weight.dtype)
 
+    def activation(self, x: Value, name: str) -> Value:
+        """See ``Ops.activation``; the kernels themselves compute in float32."""
+        return self._finite(self._typed(self._activation(x, name), x.dtype))
+
     def _activation(self, x: Value, name: str) -> Value:
         if name in ("gelu_new", "gelu_pytorch_tanh") and self.target.device == "cuda":
             return self.contrib.FastGelu(x)

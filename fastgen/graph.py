@@ -1,9 +1,11 @@
 """From a family's onnxscript module to a Graph: ONNX bytes, tensor specs, parameter names."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
@@ -47,6 +49,12 @@ class Graph:
             "outputs": [asdict(spec) for spec in self.outputs],
             "parameters": list(self.parameters),
         }
+
+    def operators(self) -> dict[str, int]:
+        """How many operators of each kind there are, the most frequent first."""
+        nodes = onnx.load_from_string(self.onnx).graph.node
+        kinds = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in nodes)
+        return dict(kinds.most_common())
 
     @classmethod
     def from_meta(cls, onnx: bytes, meta: Mapping[str, Any]) -> "Graph":

@@ -6,6 +6,7 @@ Shapes: B batch rows, Q query tokens, L KV cache slots, K keys read, H heads, D 
 width. Every value carries its dtype, so that casts appear only where dtypes really differ.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -22,6 +23,7 @@ Value: TypeAlias = Any  # an onnx_ir.Value, whose package carries no types
 # A wide result is scaled before it becomes float16: up to 16 million fits, and what small ones lose
 # (8e-6) is far below the residual stream they are added to.
 _WIDE_SCALE = 2.0**-8
+_CACHED_SCALE = 2.0**-2  # a power of two: rounds nothing
 
 _TORCH_DTYPES = {
     ir.DataType.FLOAT: torch.float32,
@@ -80,9 +82,7 @@ class Ops:
     def linear(self, x: Value, weight: Value, scale: float = 1.0) -> Value:
         """``scale * x @ weight.T`` with torch's [out, in] weight, in the weight's dtype."""
         dtype = weight.dtype or self._compute
-        x = self.cast(x, dtype)
-        if scale != 1.0:
-            x = self._typed(self.onnx.Mul(x, self.scalar(scale, dtype)), dtype)
+        x = self.cast(self._scaled(x, scale), dtype)
         rows = self._typed(self.onnx.Flatten(x, axis=2), dtype)
         wide = ir.DataType.FLOAT if dtype == ir.DataType.FLOAT16 else dtype
         # TensorRT takes such casts around a product as: float16, accumulated in float32. They must
@@ -90,6 +90,14 @@ class Ops:
         y = self.onnx.Gemm(self.cast(rows, wide), self.cast(weight, wide), transB=1)
         y = self.cast(self._typed(y, wide), dtype)
         return self._typed(self._unflatten(y, x, weight.shape[0]), dtype)
+
+    def _scaled(self, x: Value, scale: float) -> Value:
+        """``scale * x``: in float32, as a rounded scale would shift all results; but a power of two
+        in x's dtype, since TensorRT makes that a factor of the float32 accumulator."""
+        if scale == 1.0:
+            return x
+        dtype = x.dtype if math.frexp(scale)[0] == 0.5 else ir.DataType.FLOAT
+        return self._typed(self.onnx.Mul(self.cast(x, dtype), self.scalar(scale, dtype)), dtype)
 
     def _unflatten(self, rows: Value, x: Value, width: int) -> Value:
         """[B * Q, width] rows back to [B, Q, width], as in ``x``."""
@@ -120,9 +128,11 @@ class Ops:
         return total, self.rms_norm(total, weight, eps)
 
     def activation(self, x: Value, name: str) -> Value:
-        """An activation by its name in transformers' ACT2FN; float16 results stay finite."""
-        y = self._activation(x, name)
-        return self._finite(self._typed(y, x.dtype))
+        """An activation by its name in transformers' ACT2FN, computed in float32 as torch does;
+        float16 results stay finite."""
+        wide = x if name == "relu" else self.cast(x, ir.DataType.FLOAT)
+        y = self._typed(self._activation(wide, name), wide.dtype)
+        return self._finite(self.cast(y, x.dtype))
 
     def _activation(self, x: Value, name: str) -> Value:
         if name == "relu":
@@ -193,10 +203,13 @@ class Ops:
         """Unscaled attention of [B, Q, H*D] queries over keys and values held as [B, K, H*D], or
         as [B, H, K, D] KV buffers; bias [B or 1, 1 or H, Q, K]."""
         k, v = (x if _rank(x) == 4 else self._split(x, heads) for x in (k, v))
-        y = self.onnx.Attention(self._split(q, heads), k, v, bias, scale=1.0)
-        merged = self.onnx.Reshape(
-            self.onnx.Transpose(y, perm=[0, 2, 1, 3]), self.constant([0, 0, -1], torch.int64)
-        )
+        return self._attend(self._split(q, heads), k, v, bias)
+
+    def _attend(self, q: Value, k: Value, v: Value, bias: Value, scale: float = 1.0) -> Value:
+        """[B, H, Q, D] queries, scaled already by ``1 / scale``, over [B, H, K, D]."""
+        y = self.onnx.Attention(q, k, v, bias, scale=scale)
+        rows = self.onnx.Transpose(y, perm=[0, 2, 1, 3])
+        merged = self.onnx.Reshape(rows, self.constant([0, 0, -1], torch.int64))
         return self._typed(merged, self._compute)
 
     def cached_attention(
@@ -206,8 +219,9 @@ class Ops:
         rows = self._split(k, heads), self._split(v, heads)
         key = self.onnx.TensorScatter(slots.key, rows[0], slots.first_slot, axis=-2)
         value = self.onnx.TensorScatter(slots.value, rows[1], slots.first_slot, axis=-2)
-        key.shape, value.shape = slots.key.shape, slots.value.shape
-        return self.attention(q, key, value, bias, heads), key, value
+        # TensorRT would copy the whole key buffer at every step if the scale were 1
+        q = self.onnx.Mul(self._split(q, heads), self.scalar(1 / _CACHED_SCALE))
+        return self._attend(q, key, value, bias, _CACHED_SCALE), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         """[B, K, H*D] -> the layout of a KV buffer."""

@@ -106,6 +106,14 @@ def test_the_graphs_of_a_model_use_all_its_parameters() -> None:
         assert used == {p for p in own if not p.startswith(("shared.", "encoder."))}
 
 
+def test_operators_are_counted_with_their_domain() -> None:
+    """Of a layer of T5 1.1's decoder: projections, scatters, attentions, norms."""
+    found = build("t5-1.1", "decoder", TARGETS["float16"]).operators()
+    assert found["com.microsoft.FusedMatMul"] == 2 * (4 + 2 + 3) + 1
+    assert found["TensorScatter"] == 2 * 2
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
 def test_a_description_survives_json() -> None:
     graph = build("t5-1.1", "decoder", TARGETS["float16"])
     meta = json.loads(json.dumps(graph.meta()))

@@ -1,4 +1,5 @@
-"""Each operation of the vocabulary against torch: computed for the CPU, lowered for the GPU."""
+"""Each operation of the vocabulary against torch: computed on the CPU in ONNX Runtime's operators
+and in standard ones, lowered for the GPU."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,9 +17,11 @@ from fastgen.errors import UnsupportedConfigError
 from fastgen.graph import Graph, TensorSpec
 from fastgen.ops import KVSlots, Ops
 from fastgen.options import EngineOptions
-from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda
+from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
+from tests.standard import cpu_target
 
 CPU = onnxruntime_cpu()
+STANDARD = cpu_target("float32")  # the lowering that TensorRT gets
 CUDA = [onnxruntime_cuda(dtype) for dtype in ("float32", "float16", "bfloat16")]
 Call = Callable[..., Any]  # (op, weights, **inputs) -> output or outputs by name
 F = torch.nn.functional
@@ -70,12 +73,21 @@ def check(
     """The operation gives the expected values on the CPU, and a sound graph for the GPU."""
     outputs = expected if isinstance(expected, Mapping) else {"y": expected}
     weights = weights or {"unused": torch.zeros(1)}
-    engine = OnnxRuntimeEngine(build(call, inputs, outputs, weights), CPU, weights, EngineOptions())
-    found = {name: torch.full_like(value, torch.nan) for name, value in outputs.items()}
-    engine.bind({**inputs, **found}).run()
-    torch.testing.assert_close(found, dict(outputs), rtol=1e-5, atol=1e-5)
+    for target in (CPU, STANDARD):
+        found = {name: torch.full_like(value, torch.nan) for name, value in outputs.items()}
+        run(build(call, inputs, outputs, weights, target), {**inputs, **found}, weights, target)
+        torch.testing.assert_close(found, dict(outputs), rtol=1e-5, atol=1e-5)
     for target in CUDA:
         assert_sound(build(call, inputs, outputs, weights, target))
+
+
+def run(
+    graph: Graph,
+    tensors: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    target: Target = CPU,
+) -> None:
+    OnnxRuntimeEngine(graph, target, weights, EngineOptions()).bind(tensors).run()
 
 
 def assert_sound(graph: Graph) -> list[onnx.NodeProto]:
@@ -207,16 +219,28 @@ def test_attention() -> None:
     )
 
 
+def test_attention_over_kv_buffers() -> None:
+    q, k, v = random(2, 1, 12), random(2, 3, 5, 4, seed=1), random(2, 3, 5, 4, seed=2)
+    inputs, expected = {"q": q, "k": k, "v": v}, attend(q, k, v, torch.zeros(1, 1, 1, 5))
+
+    def call(op: Ops, w: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return op.attention(q, k, v, op.mask_bias(mask), 3)
+
+    check(call, inputs | {"mask": torch.ones(2, 5, dtype=torch.int64)}, expected)
+
+
 def test_as_kv() -> None:
     x = random(2, 5, 12)
     expected = x.unflatten(-1, (3, 4)).transpose(1, 2).contiguous()
     check(lambda op, w, x: op.as_kv(x, 3, 4), {"x": x}, expected)
 
 
+@pytest.mark.parametrize("target", [CPU, STANDARD], ids=["appends", "scatters"])
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("filled", [0, 2])
-def test_cached_attention_appends_in_place(queries: int, filled: int) -> None:
-    """On the CPU attention reads the filled slots and the new ones, and leaves the rest alone."""
+def test_cached_attention_appends_in_place(queries: int, filled: int, target: Target) -> None:
+    """Attention reads the filled slots and the new ones, and leaves the rest alone; where it reads
+    all, the bias hides the rest."""
     slots, length = 8, filled + queries
     q, k, v = (random(2, queries, 12, seed=i) for i in range(3))
     buffers = [random(2, 3, slots, 4, seed=i) for i in (5, 6)]
@@ -233,10 +257,12 @@ def test_cached_attention_appends_in_place(queries: int, filled: int) -> None:
 
     inputs = {"q": q, "k": k, "v": v, "key": buffers[0], "value": buffers[1]}
     inputs |= {"first_slot": torch.tensor([filled], dtype=torch.int32), "bias": bias}
+    if not target.appends_in_attention:
+        hidden = F.pad(bias, (0, slots - length), value=float("-inf"))
+        inputs |= {"first_slot": torch.full((2,), filled), "bias": hidden}
     outputs = {"y": torch.empty_like(y), "new_key": buffers[0], "new_value": buffers[1]}
     weights = {"unused": torch.zeros(1)}
-    graph = build(call, inputs, outputs, weights)
-    OnnxRuntimeEngine(graph, CPU, weights, EngineOptions()).bind(inputs | outputs).run()
+    run(build(call, inputs, outputs, weights, target), inputs | outputs, weights, target)
     torch.testing.assert_close(outputs["y"], y, rtol=1e-5, atol=1e-5)
     for found, right in zip(buffers, expected, strict=True):
         torch.testing.assert_close(found, right)
@@ -247,16 +273,15 @@ def test_visible_slots() -> None:
     inputs = {"x": x, "ids": ids, "first": torch.tensor([4], dtype=torch.int32)}
     call: Call = lambda op, w, x, ids, first: op.visible_slots(x, ids, first, axis=3)  # noqa: E731
     outputs, weights = {"y": x[..., :7].contiguous()}, {"unused": torch.zeros(1)}
-    engine = OnnxRuntimeEngine(build(call, inputs, outputs, weights), CPU, weights, EngineOptions())
     found = torch.empty_like(outputs["y"])
-    engine.bind(inputs | {"y": found}).run()
+    run(build(call, inputs, outputs, weights), inputs | {"y": found}, weights)
     assert torch.equal(found, outputs["y"])
 
     def all_slots(op: Ops, w: Any, x: Any, ids: Any, first: Any) -> Any:
         assert op.visible_slots(x, ids, first, axis=3) is x  # a GPU reads the whole buffer
         return op.add(x, x)
 
-    for target in CUDA:
+    for target in [*CUDA, tensorrt("float16")]:
         assert names(build(all_slots, inputs, outputs, weights, target)) == ["Add"]
 
 
@@ -310,3 +335,39 @@ def test_float16_clamps_products_and_activations() -> None:
                 call, x, {"y": x["x"]}, {"unused": torch.zeros(1)}, onnxruntime_cuda(dtype)
             )
             assert "Clip" not in names(plain)
+
+
+# Lowering to standard operators
+
+
+def made_by(graph: Graph) -> dict[str, onnx.NodeProto]:
+    return {name: node for node in assert_sound(graph) for name in node.output}
+
+
+@pytest.mark.parametrize("scale", [1.0, 192**-0.5])
+def test_standard_float16_products_accumulate_in_float32(scale: float) -> None:
+    """TensorRT sees it only in casts that are next to the Gemm: of the rows, weight and result."""
+    x, weight, y = {"x": random(2, 3, 6)}, {"weight": random(4, 6)}, {"y": random(2, 3, 4)}
+    call: Call = lambda op, w, x: op.linear(x, w.weight, scale)  # noqa: E731
+    nodes = made_by(build(call, x, y, weight, tensorrt("float16")))
+    (gemm,) = [node for node in nodes.values() if node.op_type == "Gemm"]
+    assert [nodes[name].op_type for name in gemm.input] == ["Cast", "Cast"]
+    assert nodes[gemm.input[1]].input[0] == "weight"
+    users = [node.op_type for node in nodes.values() if gemm.output[0] in node.input]
+    assert users == ["Cast"]
+    for dtype in ("float32", "bfloat16"):
+        plain = build(call, x, y, weight, tensorrt(dtype))
+        assert plain.operators()["Gemm"] == 1
+        assert ("Cast" in plain.operators()) == (dtype == "bfloat16" and scale != 1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_standard_scales_are_not_rounded(dtype: str) -> None:
+    """Or all logits would be off by the same part; a power of two is exact in every dtype."""
+    x, weight, y = {"x": random(2, 3, 6)}, {"weight": random(4, 6)}, {"y": random(2, 3, 4)}
+    for scale, kind in ((192**-0.5, onnx.TensorProto.FLOAT), (2.0**-4, None)):
+        call: Call = lambda op, w, x: op.linear(x, w.weight, scale)  # noqa: B023, E731
+        model = onnx.load_from_string(build(call, x, y, weight, tensorrt(dtype)).onnx)
+        constants = {t.name: t for t in model.graph.initializer}
+        (factor,) = [constants[n.input[1]] for n in model.graph.node if n.op_type == "Mul"]
+        assert factor.data_type == (kind or getattr(onnx.TensorProto, dtype.upper()))
