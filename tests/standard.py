@@ -20,7 +20,7 @@ def cpu_target(dtype: str) -> Target:
     """TensorRT's Target, but for who runs it: bfloat16 has no kernels in ONNX Runtime's CPU
     provider."""
     backend = "onnx reference" if dtype == "bfloat16" else "onnxruntime"
-    return replace(tensorrt(dtype), device="cpu", backend=backend)
+    return replace(tensorrt(dtype), device="cpu", backend=backend, captured=False)
 
 
 class Reference:
