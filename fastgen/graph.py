@@ -41,6 +41,8 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
     parameters: tuple[str, ...]
     """Names of the torch parameters (in the HF module) that are this graph's initializers."""
+    heads: tuple[str, ...] = ()
+    """Those of them that give logits: the largest that a step reads."""
 
     def meta(self) -> dict[str, Any]:
         """Everything but the bytes, as JSON-able data."""
@@ -48,6 +50,7 @@ class Graph:
             "inputs": [asdict(spec) for spec in self.inputs],
             "outputs": [asdict(spec) for spec in self.outputs],
             "parameters": list(self.parameters),
+            "heads": list(self.heads),
         }
 
     def operators(self) -> dict[str, int]:
@@ -63,7 +66,8 @@ class Graph:
         def specs(rows: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
             return tuple(TensorSpec(r["name"], r["dtype"], tuple(r["shape"])) for r in rows)
 
-        return cls(onnx, specs(meta["inputs"]), specs(meta["outputs"]), tuple(meta["parameters"]))
+        names = tuple(meta["parameters"]), tuple(meta["heads"])
+        return cls(onnx, specs(meta["inputs"]), specs(meta["outputs"]), *names)
 
 
 def build(
@@ -86,7 +90,8 @@ def build(
     _name_parameters(module, parameters)
     builder = GraphBuilder(graph)
     values = {s.name: builder.input(s.name, IR_DTYPES[s.dtype], list(s.shape)) for s in inputs}
-    results = call(lowering(builder, target), **values)
+    ops = lowering(builder, target)
+    results = call(ops, **values)
     for spec in outputs:
         value = results[spec.name]
         value.type, value.shape = ir.TensorType(IR_DTYPES[spec.dtype]), ir.Shape(spec.shape)
@@ -94,7 +99,7 @@ def build(
     used = _by_pointer(graph, module)
     model = ir.Model(graph, ir_version=11, producer_name="fastgen")
     onnx = ir.to_proto(model).SerializeToString()
-    return Graph(onnx, tuple(inputs), tuple(outputs), used)
+    return Graph(onnx, tuple(inputs), tuple(outputs), used, tuple(ops.heads))
 
 
 def _name_parameters(

@@ -122,7 +122,7 @@ class EngineModule(torch.nn.Module):
         """
         if id(self) in _steady.modules and self._engine is not None:
             return self._engine
-        weights = _weights_state(self, self.engine_options.prepack)
+        weights = _weights_state(self, self._copies_weights())
         if weights != self._engine_weights:
             self._engine = self._refusal = None
             self._engine_weights = weights
@@ -135,8 +135,12 @@ class EngineModule(torch.nn.Module):
                 self._refusal = str(error)
                 raise NoEngine(self._refusal) from error
             # once more: making weights contiguous may have moved them
-            self._engine_weights = _weights_state(self, self.engine_options.prepack)
+            self._engine_weights = _weights_state(self, self._copies_weights())
         return self._engine
+
+    def _copies_weights(self) -> bool:
+        """Whether engines hold weights a second time, and must be made anew after an edit."""
+        return self.engine_options.prepack != "none" and self.device.type == "cpu"
 
     def _choose_target(self) -> Target:
         parameters = dict(self.named_parameters())

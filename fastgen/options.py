@@ -42,10 +42,10 @@ class EngineOptions:
     """Smallest number of KV cache slots (tokens) per sequence; buckets double from here."""
     intra_op_threads: int | None = None
     """CPU threads of an engine; None takes ``torch.get_num_threads()``."""
-    prepack: bool = False
-    """On the CPU, keep a second copy of the weights in the layout of its matrix kernels: faster,
-    most of all with beams and in the encoder. After editing weights through ``.data``, call
-    ``model.invalidate_engine()``."""
+    prepack: Literal["none", "head", "all"] = "head"
+    """On the CPU, which weights to hold a second time in the layout of its matrix kernels, which
+    read them faster: none, the head (a quarter of T5-small), or all, most of all for beams and
+    long sources. After editing weights through ``.data``, call ``model.invalidate_engine()``."""
     max_batch: int = 64
     """TensorRT: most rows (batch, times the beams of the HF loop) of a call; torch serves more."""
     max_source_tokens: int = 1024

@@ -30,7 +30,7 @@ class Target:
     """ONNX Runtime's own operators (com.microsoft) exist; otherwise standard ones only."""
     always_masked: bool
     """One decoder graph serves beams too: every step and prefill reads a mask over KV slots, which
-    is all zeros without beams. For engines that take long to compile."""
+    is all zeros without beams. For engines that take long to compile, or that hold weights."""
     static_slots: bool
     """The number of KV slots is fixed when the decoder graph is built: one graph per number."""
     captured: bool
@@ -58,7 +58,7 @@ def onnxruntime_cpu() -> Target:
         appends_in_attention=True,
         opset=21,
         contrib=True,
-        always_masked=False,
+        always_masked=True,
         static_slots=False,
         captured=False,
     )

@@ -388,9 +388,10 @@ def test_a_model_is_an_instance_of_its_stock_class() -> None:
         assert issubclass(fast_class(name), stock_class(name))
 
 
-def test_packed_weights_follow_an_edit_in_place() -> None:
+@pytest.mark.parametrize("prepack", ["none", "head", "all"])
+def test_packed_weights_follow_an_edit_in_place(prepack: str) -> None:
     pair = copies()
-    pair.fast.engine_options = {"prepack": True}
+    pair.fast.engine_options = {"prepack": prepack}
     assert_served(pair)
     for model in (pair.fast, pair.stock):
         with torch.no_grad():

@@ -76,14 +76,12 @@ class OnnxRuntimeEngine:
         self._weights = {
             name: ort.OrtValue.from_dlpack(parameters[name].detach()) for name in graph.parameters
         }
+        constants = _constants(graph, target, options)
         settings = _session_options(target, options)
-        onnx, self._inputs = graph.onnx, dict(self._weights)
-        if target.backend == onnxruntime_tensorrt.NAME:  # would copy initializers into its engines
-            onnx = weights_as_inputs(graph)
-        else:
-            self._inputs = {}
-            for name, value in self._weights.items():
-                settings.add_initializer(name, value)
+        for name in constants:
+            settings.add_initializer(name, self._weights[name])
+        self._inputs = {n: value for n, value in self._weights.items() if n not in constants}
+        onnx = weights_as_inputs(graph, but=constants) if self._inputs else graph.onnx
         providers = _providers(target, self._device, options)
 
         def compile_graph() -> Any:
@@ -154,6 +152,15 @@ def _weights_folder() -> str:
 _KEEP: list[tempfile.TemporaryDirectory[str]] = []
 
 
+def _constants(graph: Graph, target: Target, options: EngineOptions) -> tuple[str, ...]:
+    """The parameters that a session knows when it is made; the others it gets with every run."""
+    if target.backend == onnxruntime_tensorrt.NAME:  # it would copy them into its engines
+        return ()
+    if target.device == "cpu":  # it holds those of matrix products a second time, prepacked
+        return {"none": (), "head": graph.heads, "all": graph.parameters}[options.prepack]
+    return graph.parameters
+
+
 def _session_options(target: Target, options: EngineOptions) -> Any:
     ort = runtime.onnxruntime()
     settings = ort.SessionOptions()
@@ -167,12 +174,8 @@ def _session_options(target: Target, options: EngineOptions) -> Any:
     )
     if target.device == "cpu":
         settings.intra_op_num_threads = options.intra_op_threads or torch.get_num_threads()
-        # Its idle threads would spin on the cores that torch's threads need between two steps
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Prepacking copies every weight matrix once per session
-        settings.add_session_config_entry(
-            "session.disable_prepacking", str(int(not options.prepack))
-        )
+        # Between two runs its threads must not spin on the cores that torch's threads need
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
     return settings
 
 

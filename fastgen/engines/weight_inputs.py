@@ -5,10 +5,14 @@ import onnx
 from fastgen.graph import Graph
 
 
-def weights_as_inputs(graph: Graph) -> bytes:
-    """The Graph's ONNX bytes with each parameter as an input of the same name, type and shape."""
+def weights_as_inputs(graph: Graph, but: tuple[str, ...] = ()) -> bytes:
+    """The Graph's ONNX bytes with each parameter as an input of the same name, type and shape.
+
+    Args:
+        but: parameters that remain initializers.
+    """
     model = onnx.load_from_string(graph.onnx)
-    weights = set(graph.parameters)
+    weights = set(graph.parameters) - set(but)
     kept = []
     for initializer in model.graph.initializer:
         if initializer.name in weights:
