@@ -25,6 +25,7 @@ TOKENS = 64
 def main(
     model: Annotated[str, typer.Argument(help="A hub id, a folder, or NAME@random.")],
     dtype: str = "bfloat16",
+    batch: int = 1,
     prompt_tokens: int = 32,
     beams: int = 1,
 ) -> None:
@@ -38,7 +39,7 @@ def main(
         fast = FastAutoModelForSeq2SeqLM.from_pretrained(source, dtype=kind)
     fast = fast.to("cuda").eval()
     fast.generation_config.eos_token_id = fast.config.vocab_size  # never chosen: exact length
-    ids = torch.randint(2, fast.config.vocab_size, (1, prompt_tokens), device="cuda")
+    ids = torch.randint(2, fast.config.vocab_size, (batch, prompt_tokens), device="cuda")
 
     def call() -> None:
         fast.generate(ids, max_new_tokens=TOKENS, num_beams=beams)
@@ -50,7 +51,7 @@ def main(
     for _ in range(10):
         call()
     print(
-        f"{model} {dtype}, {beams} beams: {(time.perf_counter() - start) / 10 / TOKENS * 1e6:.1f}"
+        f"{model} {dtype}, batch {batch}, {beams} beams: {(time.perf_counter() - start) / 10 / TOKENS * 1e6:.1f}"
         " us per token, whole generate call"
     )
     _device(call)
@@ -63,6 +64,7 @@ def _device(call: Any) -> None:
     kernels: dict[str, list[float]] = defaultdict(list)
     for event in recorded.events():
         kernels[event.name.split("<")[0].split("(")[0][:60]].append(event.device_time_total)
+    # fastgen's own kernels start before their predecessor ends, and wait for it: their times overlap
     print("\ndevice, us per token | launches per token | us each | kernel")
     for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:16]:
         total, count = sum(times), len(times)
