@@ -50,9 +50,9 @@ def main(
     start = time.perf_counter()
     for _ in range(10):
         call()
+    per_token = (time.perf_counter() - start) / 10 / TOKENS * 1e6
     print(
-        f"{model} {dtype}, batch {batch}, {beams} beams: {(time.perf_counter() - start) / 10 / TOKENS * 1e6:.1f}"
-        " us per token, whole generate call"
+        f"{model} {dtype}, batch {batch} x {prompt_tokens}, {beams} beams: {per_token:.1f} us/token"
     )
     _device(call)
     _host(call)
@@ -64,7 +64,7 @@ def _device(call: Any) -> None:
     kernels: dict[str, list[float]] = defaultdict(list)
     for event in recorded.events():
         kernels[event.name.split("<")[0].split("(")[0][:60]].append(event.device_time_total)
-    # fastgen's own kernels start before their predecessor ends, and wait for it: their times overlap
+    # fastgen's own kernels start before their predecessors end, and wait: their times overlap
     print("\ndevice, us per token | launches per token | us each | kernel")
     for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:16]:
         total, count = sum(times), len(times)
