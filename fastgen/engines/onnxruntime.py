@@ -11,7 +11,7 @@ import torch
 
 from fastgen import cuda, runtime
 from fastgen.engine_cache import Artifact
-from fastgen.engines import onnxruntime_tensorrt, torch_memory
+from fastgen.engines import onnxruntime_tensorrt
 from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.errors import EngineError
 from fastgen.graph import WEIGHTS_FILE, Graph
@@ -183,15 +183,12 @@ def _providers(target: Target, device: torch.device, options: EngineOptions) -> 
     """Execution providers, the preferred first: names, or pairs of name and options."""
     if target.device == "cpu":
         return ["CPUExecutionProvider"]
-    allocate, free, empty_cache = torch_memory.addresses()
     cuda_provider = (
         "CUDAExecutionProvider",
         {
             "device_id": str(device.index or 0),
             "user_compute_stream": str(cuda.engine_stream(device).cuda_stream),
-            "gpu_external_alloc": str(allocate),
-            "gpu_external_free": str(free),
-            "gpu_external_empty_cache": str(empty_cache),
+            "arena_extend_strategy": "kSameAsRequested",
             "use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32)),
         },
     )
@@ -218,8 +215,6 @@ def _with_memory(action: Callable[[], Any], device: torch.device) -> Any:
 
 def _translated(error: Exception, device: torch.device) -> Exception:
     """What a failure of ONNX Runtime means to a torch program."""
-    if (own := torch_memory.failure()) is not None:
-        return own
     text = str(error)
     requested = re.search(r"(?:requested buffer of size|bytes requested:?)\s*(\d+)", text)
     words = ("out of memory", "resource allocation failed", "alloc_failed")
