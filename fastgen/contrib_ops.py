@@ -4,12 +4,8 @@ import torch
 from onnx_ir import DataType
 from onnxscript import GraphBuilder
 
-from fastgen.ops import KVSlots, Ops, Value
+from fastgen.ops import KVSlots, Ops, Value, is_power_of_two
 from fastgen.target import Target
-
-# FusedMatMul scales inside its float32 accumulator: up to 16 million fits float16 afterwards, and
-# what small results lose (8e-6) is far below the residual stream they are added to.
-_WIDE_SCALE = 2.0**-8
 
 
 def lowering(builder: GraphBuilder, target: Target) -> Ops:
@@ -25,31 +21,12 @@ class ContribOps(Ops):
         self.contrib = builder.opset("com.microsoft")
 
     def linear(self, x: Value, weight: Value, scale: float = 1.0) -> Value:
-        x = self._scaled(self.cast(x, weight.dtype or self._compute), scale)
-        return self._product(x, weight)
-
-    def wide_linear(self, x: Value, weight: Value) -> Value:
-        """See ``Ops.wide_linear``; scales inside the float32 accumulator."""
-        if weight.dtype != DataType.FLOAT16:
-            return super().wide_linear(x, weight)
-        x = self.cast(x, DataType.FLOAT16)
-        scaled = self.cast(self._product(x, weight, alpha=_WIDE_SCALE), self._residual)
-        unscale = self.constant(1 / _WIDE_SCALE, torch.float32)
-        return self._typed(self.onnx.Mul(scaled, unscale), self._residual)
-
-    def _product(self, x: Value, weight: Value, alpha: float = 1.0) -> Value:
-        """``alpha * x @ weight.T``; an ``alpha`` that the compute dtype rounds would shift every
-        result, and on a CPU any but 1 leaves the kernel for single rows."""
+        """See ``Ops.linear``. FusedMatMul's alpha is rounded to the compute dtype, so only a power
+        of two is exact; on a CPU any but 1 leaves the kernel for single rows."""
+        alpha = scale if self.target.device == "cuda" and is_power_of_two(scale) else 1.0
+        x = self.cast(self._scaled(x, scale / alpha), weight.dtype or self._compute)
         y = self.contrib.FusedMatMul(x, weight, transB=1, alpha=alpha)
         return self._typed(y, weight.dtype)
-
-    def _scaled(self, x: Value, scale: float) -> Value:
-        """``scale * x``, multiplied in float32."""
-        if scale == 1.0:
-            return x
-        wide = self.cast(x, DataType.FLOAT)
-        factor = self.constant(scale, torch.float32)
-        return self.cast(self._typed(self.onnx.Mul(wide, factor), DataType.FLOAT), x.dtype)
 
     def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
         normed = self.onnx.SimplifiedLayerNormalization(x, weight, epsilon=eps, axis=-1)

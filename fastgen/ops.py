@@ -98,7 +98,7 @@ class Ops:
         in x's dtype, since TensorRT makes that a factor of the float32 accumulator."""
         if scale == 1.0:
             return x
-        dtype = x.dtype if math.frexp(scale)[0] == 0.5 else ir.DataType.FLOAT
+        dtype = x.dtype if is_power_of_two(scale) else ir.DataType.FLOAT
         return self._typed(self.onnx.Mul(self.cast(x, dtype), self.scalar(scale, dtype)), dtype)
 
     def _unflatten(self, rows: Value, x: Value, width: int) -> Value:
@@ -242,6 +242,11 @@ class Ops:
 
 def _rank(x: Value) -> int | None:
     return None if x.shape is None else len(x.shape)
+
+
+def is_power_of_two(scale: float) -> bool:
+    """Whether multiplying by it rounds nothing (but what becomes subnormal)."""
+    return math.frexp(scale)[0] == 0.5
 
 
 def _ir_name(dtype: str) -> str:

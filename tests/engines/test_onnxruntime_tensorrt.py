@@ -84,10 +84,7 @@ def test_without_the_engine_cache_nothing_is_stored(engine_stream: None) -> None
     assert not any("cache" in name for name in settings)
 
 
-def test_what_tensorrt_does_not_take_goes_to_cuda(
-    engine_stream: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnxruntime.torch_memory, "addresses", lambda: (1, 2, 3))
+def test_what_tensorrt_does_not_take_goes_to_cuda(engine_stream: None) -> None:
     target = provider_target("float16")
     names = [name for name, _ in onnxruntime._providers(target, DEVICE, EngineOptions())]
     assert names == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
