@@ -98,11 +98,10 @@ class Range(NamedTuple):
 Profile = Mapping[str, Range]
 """Range of each free axis of a Graph, by the axis's letter (see ``fastgen.seq2seq``)."""
 
-_STEP_QUERIES = 16  # beams of one step; more are a step of the prefill's profile
-
 
 def profiles(graph: Graph, options: EngineOptions) -> list[Profile]:
-    """The profiles of a Graph: one, or where it decodes, the step's and then the prefill's."""
+    """The profiles of a Graph: one, or where it decodes, that of a plain step and then that of
+    everything else: steps of several beams, and prefill."""
     batch = Range(1, 1, options.max_batch)
     sources = Range(1, min(128, options.max_source_tokens), options.max_source_tokens)
     axes = {"B": batch, "S": sources}
@@ -111,8 +110,10 @@ def profiles(graph: Graph, options: EngineOptions) -> list[Profile]:
         return [axes]
     shapes = {spec.name: spec.shape for spec in graph.inputs}
     slots = int(shapes[next(iter(pairs.values()))][-2])
-    step, prefill = min(_STEP_QUERIES, slots), Range(1, min(32, slots), slots)
-    return [{**axes, "Q": Range(1, 1, step)}, {**axes, "Q": prefill}]
+    # Exactly one query, or TensorRT for RTX 1.7 copies the KV buffers before each attention. Of the
+    # rest, steps of a few beams run most often
+    several = Range(1, min(4, slots), slots)
+    return [{**axes, "Q": Range(1, 1, 1)}, {**axes, "Q": several}]
 
 
 @dataclass(frozen=True)
