@@ -10,7 +10,7 @@ import torch
 
 from fastgen import cuda
 from fastgen.engine_cache import Artifact, EngineCache
-from fastgen.engines import NoEngine, tensorrt_build
+from fastgen.engines import NoEngine, tensorrt_build, weight_inputs
 from fastgen.engines.side_file import SideFile
 from fastgen.engines.tensorrt_build import FLAVOURS, Build, Flavour, Profile
 from fastgen.engines.weight_inputs import in_place
@@ -39,13 +39,13 @@ class TensorRT:
 
     def key(self, target: Target, options: EngineOptions, device: torch.device) -> dict[str, Any]:
         build = self._build(options, device)
-        source = Path(tensorrt_build.__file__).read_bytes()
+        sources = [Path(m.__file__).read_bytes() for m in (tensorrt_build, weight_inputs)]
         names = ("max_batch", "max_source_tokens", "build_level", "build_memory_mb")
         return {
             "version": tensorrt_build.load(self.flavour).__version__,
             "gpu": "sm{}{}".format(*build.capability),
             "tf32": build.tf32,
-            "builder": hashlib.sha256(source).hexdigest(),
+            "builder": hashlib.sha256(b"\0".join(sources)).hexdigest(),
             **{name: getattr(options, name) for name in names},
         }
 
