@@ -39,7 +39,8 @@ class TensorRT:
 
     def key(self, target: Target, options: EngineOptions, device: torch.device) -> dict[str, Any]:
         build = self._build(options, device)
-        sources = [Path(m.__file__).read_bytes() for m in (tensorrt_build, weight_inputs)]
+        files = tensorrt_build.__file__, weight_inputs.__file__
+        sources = [Path(str(file)).read_bytes() for file in files]
         names = ("max_batch", "max_source_tokens", "build_level", "build_memory_mb")
         return {
             "version": tensorrt_build.load(self.flavour).__version__,
