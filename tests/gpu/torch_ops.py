@@ -35,6 +35,8 @@ class TorchOps:
         w = self._weight(weight)
         return x.to(w.dtype) @ w.T * scale
 
+    head = linear
+
     def wide_linear(self, x: Tensor, weight: Any) -> Tensor:
         return (x.to(self.residual) @ self._weight(weight).to(self.residual).T).to(self.residual)
 
