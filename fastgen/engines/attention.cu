@@ -18,7 +18,7 @@ INLINE void embedding(const EmbeddingArgs& args) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Attention of one head and one query, unscaled: one pass, the softmax kept as maximum and sum
+// Attention of one head and one row's queries, unscaled: one pass, the softmax kept as maximum and sum
 
 struct AttentionArgs {
     const T* q;                        // [ROWS, stride]; SELF: new keys and values lie behind it
@@ -33,6 +33,11 @@ struct AttentionArgs {
 };
 
 INLINE Pack<T, 8> load8(const T* x) { return *(const Pack<T, 8>*)x; }
+
+INLINE void unpack(const Pack<T, 8>& from, float (&x)[8]) {
+#pragma unroll
+    for (int e = 0; e < 8; e++) x[e] = to_float(from.element[e]);
+}
 
 // What is added to the score of a slot: a bias by distance, indexed as Python lists are, and a mask.
 template <bool SELF> INLINE float bias_of(const AttentionArgs& args, int h, int row, int slot) {
@@ -53,12 +58,20 @@ INLINE float weight_under(float top, float highest) {  // exp, also of -inf - -i
 struct Softmax {
     float top = negative_infinity(), sum = 0.f, y[8] = {};
 
-    INLINE void add(float score, const Pack<T, 8>& v) {
-        const float highest = fmaxf(top, score), keep = weight_under(top, highest);
-        const float p = score == negative_infinity() ? 0.f : weight_under(score, highest);
-        sum = sum * keep + p;
+    // Turns scores into what their values count, under the highest score so far.
+    template <int COUNT> INLINE void weigh(float (&score)[COUNT]) {
+        float highest = top;
 #pragma unroll
-        for (int i = 0; i < 8; i++) y[i] = y[i] * keep + p * to_float(v.element[i]);
+        for (int i = 0; i < COUNT; i++) highest = fmaxf(highest, score[i]);
+        const float keep = weight_under(top, highest);
+        sum *= keep;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            score[i] = score[i] == negative_infinity() ? 0.f : weight_under(score[i], highest);
+            sum += score[i];
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e++) y[e] *= keep;
         top = highest;
     }
     INLINE void merge(int offset) {  // with the lane at this xor offset
@@ -100,15 +113,39 @@ INLINE float merge_parts(float (&parts)[COUNT][D + 2], float& top, float& sum) {
     return y;
 }
 
-template <int D, int WARPS, int SPLITS, int UNROLL, bool SELF>
+// Lists, in order, which of COUNT rows of bias have a finite number somewhere; gives how many.
+template <int TOGETHER>
+INLINE int list_seen(const float* bias, int stride, int count, unsigned short* seen) {
+    __shared__ int total;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        int listed = 0;
+        for (int base = 0; base < count; base += 32) {
+            const int s = base + threadIdx.x;
+            bool sees = false;
+            for (int r = 0; r < TOGETHER; r++)
+                sees |= s < count && bias[r * stride + s] != negative_infinity();
+            const unsigned votes = __ballot_sync(~0u, sees);
+            if (sees) seen[listed + __popc(votes & ((1u << threadIdx.x) - 1))] = s;
+            listed += __popc(votes);
+        }
+        if (threadIdx.x == 0) total = listed;
+    }
+    __syncthreads();
+    return total;
+}
+
+// A block computes TOGETHER queries of one row: they share its keys and values. With MASKED it
+// reads only the slots that one of them sees: of beams, each sees one slot of every position.
+template <int D, int WARPS, int SPLITS, int UNROLL, int TOGETHER, bool SELF, bool MASKED>
 INLINE void attention(const AttentionArgs& args) {
     constexpr int LANES = D / 8, GROUPS = WARPS * 32 / LANES;  // LANES hold one slot's key
-    extern __shared__ float bias[];  // [slots of this block]
+    extern __shared__ float bias[];  // [TOGETHER, slots of this block]; MASKED: the slots seen
     __shared__ float warp_parts[WARPS][D + 2], block_parts[SPLITS][D + 2];
 
     launch_dependents();
     cluster_arrive<SPLITS>();
-    const int split = blockIdx.x % SPLITS, h = blockIdx.x / SPLITS, row = blockIdx.y;
+    const int split = blockIdx.x % SPLITS, h = blockIdx.x / SPLITS, row = blockIdx.y * TOGETHER;
     const int b = row / QUERIES, width = args.heads * D, lane = threadIdx.x % 32;
     const int part = threadIdx.x % LANES * 8, group = threadIdx.x / LANES;
     const int old = SELF ? (int)args.first_slot[b] : args.slots;
@@ -117,70 +154,108 @@ INLINE void attention(const AttentionArgs& args) {
     const int begin = split * share, end = min(begin + share, total);
     T* key = args.key + (long long)b * args.slots * width + h * D;
     T* value = args.value + (long long)b * args.slots * width + h * D;
-    constexpr int LINES = (D * (int)sizeof(T) + 127) / 128;  // of 128 bytes, of one slot
-    for (int i = begin * LINES + threadIdx.x; i < min(end, old) * LINES; i += WARPS * 32) {
-        const long long place = (long long)(i / LINES) * width + i % LINES * (128 / (int)sizeof(T));
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(key + place));
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(value + place));
-    }
+    unsigned short* seen = (unsigned short*)(bias + TOGETHER * share);
+    const auto slot_at = [&](int i) { return begin + (MASKED ? seen[i] : i); };
+    const auto prefetch = [&](int count) {
+        constexpr int LINES = (D * (int)sizeof(T) + 127) / 128;  // of 128 bytes, of one slot
+        for (int i = threadIdx.x; i < count * LINES; i += WARPS * 32) {
+            const int slot = slot_at(i / LINES);
+            const long long place = (long long)slot * width + i % LINES * (128 / (int)sizeof(T));
+            if (slot >= old) continue;
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(key + place));
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(value + place));
+        }
+    };
+    int count = end - begin;
+    if constexpr (!MASKED) prefetch(count);
     for (int s = begin + threadIdx.x; s < end; s += WARPS * 32)
-        bias[s - begin] = bias_of<SELF>(args, h, row, s);
-    __syncthreads();
+#pragma unroll
+        for (int r = 0; r < TOGETHER; r++)
+            bias[r * share + s - begin] = bias_of<SELF>(args, h, row + r, s);
+    if constexpr (MASKED) prefetch(count = list_seen<TOGETHER>(bias, share, count, seen));
+    else __syncthreads();
     wait_for_inputs();
 
     // The new keys and values are read where the product left them, whichever block stores them
     const T* fresh = args.q + (long long)b * QUERIES * args.stride + h * D;
     const T* own = fresh + row % QUERIES * args.stride;
-    const long long slot_of_own = old + row % QUERIES;
-    if (SELF && split == 0 && threadIdx.x < D && slot_of_own < args.slots) {
-        key[slot_of_own * width + threadIdx.x] = own[width + threadIdx.x];
-        value[slot_of_own * width + threadIdx.x] = own[2 * width + threadIdx.x];
+    float q[TOGETHER][8];
+#pragma unroll
+    for (int r = 0; r < TOGETHER; r++) {
+        const long long slot_of_own = old + row % QUERIES + r;
+        if (SELF && split == 0 && threadIdx.x < D && slot_of_own < args.slots) {
+            const T* mine = own + r * args.stride + threadIdx.x;
+            key[slot_of_own * width + threadIdx.x] = mine[width];
+            value[slot_of_own * width + threadIdx.x] = mine[2 * width];
+        }
+        unpack(load8(own + r * args.stride + part), q[r]);
     }
-    const Pack<T, 8> q = load8(own + part);
-    Softmax softmax;
-    for (int base = begin; base < end; base += UNROLL * GROUPS) {  // all lanes of a warp stay in the loop
+    Softmax softmax[TOGETHER];
+    for (int base = 0; base < count; base += UNROLL * GROUPS) {  // all lanes of a warp stay in the loop
         Pack<T, 8> k[UNROLL], v[UNROLL];
+        int place[UNROLL];
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
-            const int slot = min(base + i * GROUPS + group, end - 1);
+            const int slot = slot_at(min(base + i * GROUPS + group, count - 1));
             const bool stored = !SELF || slot < old;
             const T* new_row = fresh + (long long)(slot - old) * args.stride;
             k[i] = load8((stored ? key + (long long)slot * width : new_row + width) + part);
             v[i] = load8((stored ? value + (long long)slot * width : new_row + 2 * width) + part);
+            place[i] = slot - begin;
         }
+        float score[TOGETHER][UNROLL], x[8];
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
-            const int slot = base + i * GROUPS + group;
-            float score = 0.f;
+            const bool real = base + i * GROUPS + group < count;
+            unpack(k[i], x);
 #pragma unroll
-            for (int e = 0; e < 8; e++) score += to_float(q.element[e]) * to_float(k[i].element[e]);
+            for (int r = 0; r < TOGETHER; r++) {
+                float sum = 0.f;
 #pragma unroll
-            for (int o = LANES / 2; o; o /= 2) score += __shfl_xor_sync(~0u, score, o);
-            score = slot < end ? score + bias[slot - begin] : negative_infinity();
-            softmax.add(score, v[i]);
+                for (int e = 0; e < 8; e++) sum += q[r][e] * x[e];
+#pragma unroll
+                for (int o = LANES / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+                score[r][i] = real ? sum + bias[r * share + place[i]] : negative_infinity();
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < TOGETHER; r++) softmax[r].weigh(score[r]);
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            unpack(v[i], x);
+#pragma unroll
+            for (int r = 0; r < TOGETHER; r++)
+#pragma unroll
+                for (int e = 0; e < 8; e++) softmax[r].y[e] += score[r][i] * x[e];
         }
     }
-#pragma unroll
-    for (int o = LANES; o < 32; o *= 2) softmax.merge(o);
-    if (lane < LANES) {
-        float* mine = warp_parts[threadIdx.x / 32];
-#pragma unroll
-        for (int e = 0; e < 8; e++) mine[part + e] = softmax.y[e];
-        mine[D] = softmax.top;
-        mine[D + 1] = softmax.sum;
-    }
     cluster_wait<SPLITS>();  // the first block runs by now
-    __syncthreads();
-    float top = 0.f, sum = 0.f, y = 0.f;
-    if (threadIdx.x < D) y = merge_parts<D>(warp_parts, top, sum);
-    if constexpr (SPLITS > 1) {
-        if (threadIdx.x < D) store_to_first(&block_parts[split][threadIdx.x], y);
-        if (threadIdx.x == 0) store_to_first(&block_parts[split][D], top);
-        if (threadIdx.x == 0) store_to_first(&block_parts[split][D + 1], sum);
-        cluster_arrive<SPLITS>();
-        cluster_wait<SPLITS>();
-        if (split == 0 && threadIdx.x < D) y = merge_parts<D>(block_parts, top, sum);
+#pragma unroll
+    for (int r = 0; r < TOGETHER; r++) {
+        if (r > 0) __syncthreads();  // the parts of the query before were read
+#pragma unroll
+        for (int o = LANES; o < 32; o *= 2) softmax[r].merge(o);
+        if (lane < LANES) {
+            float* mine = warp_parts[threadIdx.x / 32];
+#pragma unroll
+            for (int e = 0; e < 8; e++) mine[part + e] = softmax[r].y[e];
+            mine[D] = softmax[r].top;
+            mine[D + 1] = softmax[r].sum;
+        }
+        __syncthreads();
+        float top = 0.f, sum = 0.f, y = 0.f;
+        if (threadIdx.x < D) y = merge_parts<D>(warp_parts, top, sum);
+        if constexpr (SPLITS > 1) {  // and then TOGETHER is 1
+            if (threadIdx.x < D) store_to_first(&block_parts[split][threadIdx.x], y);
+            if (threadIdx.x == 0) store_to_first(&block_parts[split][D], top);
+            if (threadIdx.x == 0) store_to_first(&block_parts[split][D + 1], sum);
+            cluster_arrive<SPLITS>();
+            cluster_wait<SPLITS>();
+            if (split == 0 && threadIdx.x < D) y = merge_parts<D>(block_parts, top, sum);
+        }
+        if (split == 0 && threadIdx.x < D) {
+            T* to = args.y + (long long)(row + r) * width + h * D + threadIdx.x;
+            from_float(sum > 0.f ? y / sum : 0.f, *to);
+        }
     }
-    if (split != 0 || threadIdx.x >= D) return;
-    from_float(sum > 0.f ? y / sum : 0.f, args.y[(long long)row * width + h * D + threadIdx.x]);
 }

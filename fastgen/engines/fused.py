@@ -1,4 +1,4 @@
-"""The engine of fused CUDA kernels: a decoder step of few rows, one launch after the other."""
+"""The engine of fused CUDA kernels: a decoder step, one launch after the other."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,8 +7,9 @@ import torch
 
 from fastgen.engine_cache import EngineCache
 from fastgen.engines import NotFused, nvrtc
-from fastgen.engines.fused_ops import HEAD_SIZES, MAX_ROWS, MAX_SLOTS, FusedOps
-from fastgen.engines.nvrtc import PreparedLaunch, Program
+from fastgen.engines.fused_ops import HEAD_SIZES, MAX_SLOTS, TILE_ROWS, FusedOps
+from fastgen.engines.fused_wide import MAX_ROWS, WideOps
+from fastgen.engines.nvrtc import Launch, Program
 from fastgen.target import Target
 
 
@@ -69,7 +70,8 @@ class FusedEngine:
         device = tensors["input_ids"].device
         if reason := supports(self.target, device, batch, queries, slots, head_size):
             raise NotFused(reason)
-        ops = FusedOps(self.target, self._parameters, tensors)
+        vocabulary = FusedOps if batch * queries <= TILE_ROWS else WideOps
+        ops = vocabulary(self.target, self._parameters, tensors)
         inputs = {name: tensor for name, tensor in tensors.items() if name != "logits"}
         results = self._call(ops, **inputs)
         ops.store(results["logits"], tensors["logits"])
@@ -80,7 +82,10 @@ class FusedBinding:
     """All launches of one step, ready to run."""
 
     def __init__(self, ops: FusedOps, program: Program) -> None:
-        self._launches: list[PreparedLaunch] = [program.prepare(launch) for launch in ops.launches]
+        self._launches = [
+            program.prepare(launch) if isinstance(launch, Launch) else launch
+            for launch in ops.launches
+        ]
         self._keep = ops  # and with it every tensor
         self._device = ops.device
 

@@ -6,25 +6,35 @@ all that can be part of it.
 """
 
 import ctypes
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
 import torch
 
 from fastgen.engines import NotFused
+from fastgen.engines.fused_values import (
+    Activated,
+    AttentionArgs,
+    EmbeddingArgs,
+    LinearArgs,
+    Normed,
+    PositionBias,
+    Product,
+    Residual,
+)
 from fastgen.engines.nvrtc import Launch
 from fastgen.target import Target
 
-MAX_ROWS = 16  # one side of a tensor core product
+TILE_ROWS = 16  # one side of a tensor core product
 HEAD_SIZES = (16, 32, 64, 128)
 MAX_SLOTS = 8192  # a block keeps the bias of its slots in shared memory
 _FUSED_NORM_ROWS = 4  # of more rows, the norm is a launch of its own
 _STATIC_SHARED = 48 * 1024  # bytes a block may have without asking
 _SOURCES = ("linear.cu", "attention.cu")
 _ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "relu": "RELU",
     "gelu_new": "GELU_TANH",
     "gelu_pytorch_tanh": "GELU_TANH",
@@ -32,80 +42,6 @@ _ACTIVATIONS = {
     "silu": "SILU",
     "swish": "SILU",
 }
-
-
-# What an operation gives before its numbers are needed
-
-
-@dataclass(frozen=True, eq=False)
-class Residual:
-    """The residual stream, float32 [B * Q, E], as it is after ``additions`` (made in place)."""
-
-    tensor: torch.Tensor
-    additions: int
-
-
-@dataclass(frozen=True, eq=False)
-class Normed:
-    residual: Residual
-    weight: torch.Tensor
-    eps: float
-
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """``scale * x @ weight.T``."""
-
-    x: "Normed | torch.Tensor"
-    weight: torch.Tensor
-    scale: float
-
-
-@dataclass(frozen=True, eq=False)
-class Activated:
-    """``activation(product)``, times another product if there is a gate."""
-
-    product: Product
-    activation: str
-    gate: Product | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class PositionBias:
-    """A bias over KV slots by position, and an additional mask."""
-
-    table: torch.Tensor
-    query_positions: torch.Tensor
-    slot_positions: torch.Tensor
-    low: int
-    high: int
-    mask: torch.Tensor | None = None
-
-
-# The kernels' parameters (see linear.cu and attention.cu)
-
-_POINTER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
-
-
-class EmbeddingArgs(ctypes.Structure):
-    _fields_ = [("ids", _POINTER), ("weight", _POINTER), ("residual", _POINTER), ("width", _INT)]
-
-
-class LinearArgs(ctypes.Structure):
-    _fields_ = [
-        *(("x", _POINTER), ("norm", _POINTER), ("weight", _POINTER * 3), ("y", _POINTER)),
-        *(("eps", _FLOAT), ("scale", _FLOAT)),
-    ]
-
-
-class AttentionArgs(ctypes.Structure):
-    _fields_ = [
-        *(("q", _POINTER), ("key", _POINTER), ("value", _POINTER)),
-        *(("table", _POINTER), ("mask", _POINTER), ("query_positions", _POINTER)),
-        *(("slot_positions", _POINTER), ("first_slot", _POINTER), ("y", _POINTER)),
-        *(("heads", _INT), ("slots", _INT), ("stride", _INT)),
-        *(("span", _INT), ("low", _INT), ("high", _INT)),
-    ]
 
 
 class _Builder:
@@ -128,7 +64,8 @@ class FusedOps:
         self.builder = _Builder()
         self.target = target
         self.device = tensors["input_ids"].device
-        self.launches: list[Launch] = []
+        self.launches: list[Launch | Callable[[int], None]] = []
+        """In their order; a function queues work on torch's current stream, given its handle."""
         self._parameters = parameters
         self._tensors = dict(tensors)  # launches hold only pointers to them
         self._dtype = getattr(torch, target.dtype)
@@ -140,12 +77,17 @@ class FusedOps:
         self._additions = 0
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
 
+    @property
+    def _tile_rows(self) -> int:
+        """Rows of the products that kernels compute."""
+        return self._rows
+
     def __getattr__(self, name: str) -> Any:
         raise NotFused(f"operation {name!r}")
 
     def source(self) -> str:
         """CUDA source of every kernel that the recorded launches name."""
-        head = {"T": _ELEMENTS[self._dtype], "ROWS": self._rows, "QUERIES": self._queries}
+        head = {"T": _ELEMENTS[self._dtype], "ROWS": self._tile_rows, "QUERIES": self._queries}
         lines = [f"#define {name} {value}" for name, value in head.items()]
         lines += [files("fastgen.engines").joinpath(name).read_text() for name in _SOURCES]
         return "\n".join([*lines, *self._kernels])
@@ -216,7 +158,7 @@ class FusedOps:
             args.x = x.data_ptr()
         normed = str(isinstance(x, Normed)).lower()
         sizes = f"{inputs}, {outputs}, {segments}, {tiles}, {warps}"
-        kind = f"{normed}, {epilogue}, {_ACTIVATIONS[activation]}"
+        kind = f"{normed}, {epilogue}, {ACTIVATIONS[activation]}"
         blocks = -(-outputs // (8 * tiles)) * segments
         body = f"linear<{_ELEMENTS[weight.dtype]}, {sizes}, {kind}>"
         self._launch(body, (blocks, 1), 32 * warps, args)
@@ -275,12 +217,17 @@ class FusedOps:
         )
         splits = self._splits(slots, heads)
         share = -(-slots // splits)
-        warps = max(4, head_size // 8)  # hold 32 slots at a time
-        unroll = 4 if share > 256 else 2
-        sizes = f"{head_size}, {warps}, {splits}, {unroll}"
-        body = f"attention<{sizes}, {str('table' in args).lower()}>"
-        grid = (heads * splits, self._rows)
-        self._launch(body, grid, 32 * warps, arguments, shared_bytes=4 * share, cluster=splits)
+        queries = self._queries_together(heads, splits, share)
+        shared_bytes = 4 * share * queries
+        masked = "table" in args and args["mask"] is not None
+        if masked := masked and shared_bytes + 2 * share <= 4 * MAX_SLOTS:
+            shared_bytes += 2 * share
+        warps = max(4, head_size // (8 if queries == 1 else 32))
+        unroll = 4 if share > 256 or queries > 1 else 2
+        sizes = f"{head_size}, {warps}, {splits}, {unroll}, {queries}"
+        body = f"attention<{sizes}, {str('table' in args).lower()}, {str(masked).lower()}>"
+        grid = heads * splits, self._rows // queries
+        self._launch(body, grid, 32 * warps, arguments, shared_bytes=shared_bytes, cluster=splits)
         return y
 
     def _splits(self, slots: int, heads: int) -> int:
@@ -291,6 +238,14 @@ class FusedOps:
             if slots >= 64 * splits and heads * self._rows * splits <= 2 * self._processors:
                 return splits
         return 1
+
+    def _queries_together(self, heads: int, splits: int, share: int) -> int:
+        """Queries of one block, which reads their common keys and values once: several of a row's,
+        if that leaves every processor a block."""
+        if splits > 1 or heads * self._batch < self._processors:
+            return 1
+        most = min(4, MAX_SLOTS // share)  # four queries' sums fit the registers
+        return max(n for n in range(1, most + 1) if self._queries % n == 0)
 
     # The vocabulary
 
@@ -335,8 +290,8 @@ class FusedOps:
         return self.linear(x, weight)  # sums stay in float32 until they meet the residual stream
 
     def activation(self, x: Product, name: str) -> Activated:
-        if name not in _ACTIVATIONS:
-            raise NotFused(f"activation {name!r}: one of {sorted(_ACTIVATIONS)}")
+        if name not in ACTIVATIONS:
+            raise NotFused(f"activation {name!r}: one of {sorted(ACTIVATIONS)}")
         return Activated(x, name)
 
     def multiply(self, x: Activated, y: Product) -> Activated:

@@ -32,6 +32,10 @@ INLINE void from_float(float x, fp16& y) {  // finite, as stock T5 clamps: inf -
 }
 INLINE void from_float(float x, float& y) { y = x; }
 
+INLINE float finite(fp16 x) { return fminf(fmaxf(to_float(x), -65504.f), 65504.f); }
+INLINE float finite(bf16 x) { return to_float(x); }
+INLINE float finite(float x) { return x; }
+
 // Four or eight consecutive elements, 16-byte aligned where there are 16 bytes.
 template <class E, int COUNT> struct alignas(COUNT * sizeof(E) < 16 ? COUNT * sizeof(E) : 16) Pack {
     E element[COUNT];
@@ -277,4 +281,27 @@ template <int K, int WARPS> INLINE void norm(const LinearArgs& args) {
     launch_dependents();
     const long long row = (long long)blockIdx.x * K;
     normalize<K, WARPS, 1, K>((const float*)args.x + row, args.norm, args.eps, (T*)args.y + row);
+}
+
+struct ActivateArgs {
+    const T *x, *gate;  // gate: of GATED
+    T* y;
+    long long count;  // elements, a multiple of eight; all T [count]
+};
+
+// An activation alone, for products of many rows: y = activate(x), or activate(x) * gate.
+template <int ACT, bool GATED> INLINE void activation(const ActivateArgs& args) {
+    launch_dependents();
+    wait_for_inputs();
+    const long long i = 8 * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
+    if (i >= args.count) return;
+    const Pack<T, 8> x = *(const Pack<T, 8>*)(args.x + i);
+    Pack<T, 8> gate = x, y;
+    if (GATED) gate = *(const Pack<T, 8>*)(args.gate + i);
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        const float activated = activate<ACT>(finite(x.element[e]));
+        from_float(GATED ? activated * finite(gate.element[e]) : activated, y.element[e]);
+    }
+    *(Pack<T, 8>*)(args.y + i) = y;
 }

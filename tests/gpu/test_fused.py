@@ -39,6 +39,12 @@ CASES: dict[str, tuple[dict[str, Any], BucketSize]] = {
     "long, head size 128": ({"d_kv": 128}, BucketSize(2, 1, 128, 256)),
     "wide, sixteen rows": ({"d_model": 1024, "d_ff": 4096} | GATED, BucketSize(16, 1, 64, 64)),
     "large vocabulary": ({"vocab_size": 32100}, BucketSize(1, 4, 256, 32)),
+    "seventeen rows": ({}, BucketSize(17, 1, 64, 32)),
+    "hundred rows, gated": (GATED, BucketSize(100, 1, 64, 96)),
+    "many rows of three beams": ({}, BucketSize(48, 3, 192, 32)),
+    "many rows of four beams": (GATED | {"num_heads": 9}, BucketSize(16, 4, 128, 64)),
+    "many rows of eight beams": ({"d_kv": 64, "num_heads": 8}, BucketSize(20, 8, 256, 64)),
+    "many wide rows": ({"d_model": 768, "d_kv": 128, "num_heads": 9}, BucketSize(16, 4, 512, 512)),
     "tables in every layer": ({"model_type": "umt5"} | GATED, BucketSize(2, 1, 64, 32)),
 }
 TINY = {
@@ -179,13 +185,14 @@ def test_unfilled_slots_are_never_read() -> None:
     assert bucket.tensors["logits"].isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [1, 32])
 @torch.no_grad()
-def test_float16_stays_finite_where_sums_overflow_it() -> None:
+def test_float16_stays_finite_where_sums_overflow_it(rows: int) -> None:
     model = build_model(GATED, torch.float16)
     for name, parameter in model.named_parameters():
         if ".wo." in name:
             parameter.mul_(3000)
-    bucket = filled_bucket(model, BucketSize(1, 1, 64, 32))
+    bucket = filled_bucket(model, BucketSize(rows, 1, 64, 32))
     run_fused(model, bucket)
     exact, _ = run_torch(model, bucket, torch.float64)
     assert error(bucket.tensors["logits"], exact) < 0.01
@@ -202,7 +209,7 @@ def test_weights_are_read_in_place() -> None:
     ("changes", "size", "reason"),
     [
         ({"d_kv": 20, "num_heads": 3}, BucketSize(1, 1, 64, 32), "head size 20"),
-        ({}, BucketSize(17, 1, 64, 32), "17 rows"),
+        ({}, BucketSize(513, 1, 64, 32), "513 rows"),
         ({}, BucketSize(1, 1, 16384, 32), "16384 slots"),
     ],
 )
