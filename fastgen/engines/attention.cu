@@ -135,6 +135,8 @@ INLINE int list_seen(const float* bias, int stride, int count, unsigned short* s
     return total;
 }
 
+constexpr int WINDOW = 64;  // slots that a block has on their way to L2, which all blocks share
+
 // A block computes TOGETHER queries of one row: they share its keys and values. With MASKED it
 // reads only the slots that one of them sees: of beams, each sees one slot of every position.
 template <int D, int WARPS, int SPLITS, int UNROLL, int TOGETHER, bool SELF, bool MASKED>
@@ -156,23 +158,24 @@ INLINE void attention(const AttentionArgs& args) {
     T* value = args.value + (long long)b * args.slots * width + h * D;
     unsigned short* seen = (unsigned short*)(bias + TOGETHER * share);
     const auto slot_at = [&](int i) { return begin + (MASKED ? seen[i] : i); };
-    const auto prefetch = [&](int count) {
-        constexpr int LINES = (D * (int)sizeof(T) + 127) / 128;  // of 128 bytes, of one slot
-        for (int i = threadIdx.x; i < count * LINES; i += WARPS * 32) {
-            const int slot = slot_at(i / LINES);
-            const long long place = (long long)slot * width + i % LINES * (128 / (int)sizeof(T));
-            if (slot >= old) continue;
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(key + place));
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(value + place));
-        }
+    const auto prefetch = [&](int slot, int element) {
+        if (slot >= old) return;
+        const long long place = (long long)slot * width + element;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(key + place));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(value + place));
+    };
+    const auto prefetch_first = [&](int count) {
+        constexpr int LINE = 128 / (int)sizeof(T), LINES = (D + LINE - 1) / LINE;  // of one slot
+        for (int i = threadIdx.x; i < min(count, WINDOW) * LINES; i += WARPS * 32)
+            prefetch(slot_at(i / LINES), i % LINES * LINE);
     };
     int count = end - begin;
-    if constexpr (!MASKED) prefetch(count);
+    if constexpr (!MASKED) prefetch_first(count);
     for (int s = begin + threadIdx.x; s < end; s += WARPS * 32)
 #pragma unroll
         for (int r = 0; r < TOGETHER; r++)
             bias[r * share + s - begin] = bias_of<SELF>(args, h, row + r, s);
-    if constexpr (MASKED) prefetch(count = list_seen<TOGETHER>(bias, share, count, seen));
+    if constexpr (MASKED) prefetch_first(count = list_seen<TOGETHER>(bias, share, count, seen));
     else __syncthreads();
     wait_for_inputs();
 
@@ -202,6 +205,8 @@ INLINE void attention(const AttentionArgs& args) {
             k[i] = load8((stored ? key + (long long)slot * width : new_row + width) + part);
             v[i] = load8((stored ? value + (long long)slot * width : new_row + 2 * width) + part);
             place[i] = slot - begin;
+            const int later = base + i * GROUPS + group + WINDOW;
+            if (part * (int)sizeof(T) % 128 == 0 && later < count) prefetch(slot_at(later), part);
         }
         float score[TOGETHER][UNROLL], x[8];
 #pragma unroll

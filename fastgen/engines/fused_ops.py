@@ -222,8 +222,7 @@ class FusedOps:
         masked = "table" in args and args["mask"] is not None
         if masked := masked and shared_bytes + 2 * share <= 4 * MAX_SLOTS:
             shared_bytes += 2 * share
-        warps = max(4, head_size // (8 if queries == 1 else 32))
-        unroll = 4 if share > 256 or queries > 1 else 2
+        warps, unroll = self._attention_block(head_size, heads, queries, share)
         sizes = f"{head_size}, {warps}, {splits}, {unroll}, {queries}"
         body = f"attention<{sizes}, {str('table' in args).lower()}, {str(masked).lower()}>"
         grid = heads * splits, self._rows // queries
@@ -246,6 +245,14 @@ class FusedOps:
             return 1
         most = min(4, MAX_SLOTS // share)  # four queries' sums fit the registers
         return max(n for n in range(1, most + 1) if self._queries % n == 0)
+
+    def _attention_block(
+        self, head_size: int, heads: int, queries: int, share: int
+    ) -> tuple[int, int]:
+        """Warps of a block, and slots of each at a time; the measured best."""
+        if queries == 1:
+            return max(4, head_size // 8), 4 if share > 256 else 2
+        return 4 if heads * self._batch >= 3 * self._processors else 8, 2
 
     # The vocabulary
 
