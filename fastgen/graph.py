@@ -41,8 +41,6 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
     parameters: tuple[str, ...]
     """Names of the torch parameters (in the HF module) that are this graph's initializers."""
-    heads: tuple[str, ...] = ()
-    """Those of them that give logits: the largest that a step reads."""
 
     def meta(self) -> dict[str, Any]:
         """Everything but the bytes, as JSON-able data."""
@@ -50,7 +48,6 @@ class Graph:
             "inputs": [asdict(spec) for spec in self.inputs],
             "outputs": [asdict(spec) for spec in self.outputs],
             "parameters": list(self.parameters),
-            "heads": list(self.heads),
         }
 
     def operators(self) -> dict[str, int]:
@@ -66,8 +63,8 @@ class Graph:
         def specs(rows: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
             return tuple(TensorSpec(r["name"], r["dtype"], tuple(r["shape"])) for r in rows)
 
-        names = tuple(meta["parameters"]), tuple(meta["heads"])
-        return cls(onnx, specs(meta["inputs"]), specs(meta["outputs"]), *names)
+        parameters = tuple(meta["parameters"])
+        return cls(onnx, specs(meta["inputs"]), specs(meta["outputs"]), parameters)
 
 
 def build(
@@ -99,7 +96,7 @@ def build(
     used = _by_pointer(graph, module)
     model = ir.Model(graph, ir_version=11, producer_name="fastgen")
     onnx = ir.to_proto(model).SerializeToString()
-    return Graph(onnx, tuple(inputs), tuple(outputs), used, tuple(ops.heads))
+    return Graph(onnx, tuple(inputs), tuple(outputs), used)
 
 
 def _name_parameters(

@@ -140,7 +140,7 @@ class EngineModule(torch.nn.Module):
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
-        return self.engine_options.prepack != "none" and self.device.type == "cpu"
+        return self.engine_options.prepack > 0 and self.device.type == "cpu"
 
     def _choose_target(self) -> Target:
         parameters = dict(self.named_parameters())

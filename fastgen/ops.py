@@ -48,8 +48,6 @@ class Ops:
         self.builder = builder
         self.target = target
         self.onnx = builder.op
-        self.heads: list[str] = []
-        """Names of the parameters that ``head`` has multiplied by."""
         self._compute = ir.DataType[_ir_name(target.dtype)]
         self._residual = ir.DataType[_ir_name(target.residual_dtype)]
 
@@ -106,11 +104,6 @@ class Ops:
         batch = self.onnx.Shape(x, start=0, end=2)
         shape = self.onnx.Concat(batch, self.constant([width], torch.int64), axis=0)
         return self.onnx.Reshape(rows, shape)
-
-    def head(self, x: Value, weight: Value, scale: float = 1.0) -> Value:
-        """Logits: a linear over the vocabulary, the largest of a step's products."""
-        self.heads.append(weight.name)
-        return self.linear(x, weight, scale)
 
     def wide_linear(self, x: Value, weight: Value) -> Value:
         """A linear whose result may exceed float16's range; given in the residual dtype."""

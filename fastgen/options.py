@@ -42,10 +42,10 @@ class EngineOptions:
     """Smallest number of KV cache slots (tokens) per sequence; buckets double from here."""
     intra_op_threads: int | None = None
     """CPU threads of an engine; None takes ``torch.get_num_threads()``."""
-    prepack: Literal["none", "head", "all"] = "head"
-    """On the CPU, which weights to hold a second time in the layout of its matrix kernels, which
-    read them faster: none, the head (a quarter of T5-small), or all, most of all for beams and
-    long sources. After editing weights through ``.data``, call ``model.invalidate_engine()``."""
+    prepack: float = 0.25
+    """On the CPU, share of the weights (bytes) to hold a second time in the layout of its matrix
+    kernels, which read them faster: 0 is none of them, 1 all, most of all for beams and long
+    sources. After editing weights through ``.data``, call ``model.invalidate_engine()``."""
     max_batch: int = 64
     """TensorRT: most rows (batch, times the beams of the HF loop) of a call; torch serves more."""
     max_source_tokens: int = 1024
@@ -74,6 +74,8 @@ class EngineOptions:
                 )
         if not 0 <= self.build_level <= 5:
             raise OptionError(f"EngineOptions.build_level={self.build_level}: allowed are 0 to 5.")
+        if not 0 <= self.prepack <= 1:
+            raise OptionError(f"EngineOptions.prepack={self.prepack}: allowed are 0 to 1.")
 
     @classmethod
     def resolve(cls, value: "EngineOptions | Mapping[str, Any] | None" = None) -> "EngineOptions":
@@ -124,6 +126,13 @@ def _convert(name: str, text: str, kind: Any) -> Any:
             raise OptionError(
                 f"{ENVIRONMENT_VARIABLE}: {name}={text!r}: expected a whole number."
             ) from None
+    if kind is float:
+        try:
+            return float(text)
+        except ValueError:
+            raise OptionError(
+                f"{ENVIRONMENT_VARIABLE}: {name}={text!r}: expected a number."
+            ) from None
     return Path(text) if Path in get_args(kind) else text
 
 
@@ -137,6 +146,7 @@ def _check(name: str, value: Any, kind: Any) -> None:
             )
         return
     kinds = get_args(kind) or (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    numbers = (int, float) if kind is float else kinds
+    if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
         raise OptionError(f"EngineOptions.{name}={value!r}: expected {expected}.")

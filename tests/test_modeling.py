@@ -388,8 +388,8 @@ def test_a_model_is_an_instance_of_its_stock_class() -> None:
         assert issubclass(fast_class(name), stock_class(name))
 
 
-@pytest.mark.parametrize("prepack", ["none", "head", "all"])
-def test_packed_weights_follow_an_edit_in_place(prepack: str) -> None:
+@pytest.mark.parametrize("prepack", [0, 0.25, 1])
+def test_packed_weights_follow_an_edit_in_place(prepack: float) -> None:
     pair = copies()
     pair.fast.engine_options = {"prepack": prepack}
     assert_served(pair)

@@ -74,6 +74,11 @@ def test_a_name_near_to_nothing_is_refused_with_all_names() -> None:
         ("build_seconds", 0, "at least 1"),
         ("build_level", 6, "0 to 5"),
         ("build_level", -1, "0 to 5"),
+        ("prepack", 1.5, "0 to 1"),
+        ("prepack", -0.1, "0 to 1"),
+        ("prepack", float("nan"), "0 to 1"),
+        ("prepack", True, "float"),
+        ("prepack", "0.5", "float"),
         ("intra_op_threads", "2", "int or None"),
         ("cache_dir", 3, "Path or None"),
     ],
@@ -97,12 +102,14 @@ def test_a_folder_may_be_a_str() -> None:
 
 def test_the_environment_gives_defaults_of_every_type(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " backend=torch, cuda_graphs=No,max_cached_graphs=2 ,intra_op_threads=3,cache_dir=e/f,"
+    text += "prepack=.5"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, text)
     assert EngineOptions.resolve(None) == EngineOptions(
         backend="torch",
         cuda_graphs=False,
         max_cached_graphs=2,
         intra_op_threads=3,
+        prepack=0.5,
         cache_dir=Path("e/f"),
     )
 
@@ -119,6 +126,7 @@ def test_explicit_options_win_over_the_environment(monkeypatch: pytest.MonkeyPat
         ("backend", "not of the form key=value"),
         ("fast_loop=maybe", "fast_loop='maybe': expected true or false"),
         ("min_bucket=many", "min_bucket='many': expected a whole number"),
+        ("prepack=head", "prepack='head': expected a number"),
         ("min_bucket=0", "must be at least 1"),
         ("backends=torch", "Did you mean 'backend'"),
         ("backend=tpu", "allowed are 'auto', 'onnxruntime', 'tensorrt'"),

@@ -291,8 +291,6 @@ class FusedOps:
             x = hidden
         return Product(x, self._weight(weight), scale)
 
-    head = linear
-
     def wide_linear(self, x: Normed | Activated | torch.Tensor, weight: Any) -> Product:
         return self.linear(x, weight)  # sums stay in float32 until they meet the residual stream
 

@@ -16,13 +16,6 @@ class Linear(nn.Module):
         return op.linear(x, self.weight, scale)
 
 
-class Head(Linear):
-    """The Linear that gives logits."""
-
-    def forward(self, op: Ops, x: Value, scale: float = 1.0) -> Value:
-        return op.head(x, self.weight, scale)
-
-
 class WideLinear(Linear):
     """A Linear whose result may exceed float16's range."""
 

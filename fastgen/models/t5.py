@@ -12,7 +12,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 
 from fastgen.errors import UnsupportedConfigError
 from fastgen.modeling_seq2seq import FastEncoder, FastEncoderModel, FastSeq2SeqLM
-from fastgen.models.layers import Embedding, Head, Linear, RMSNorm, WideLinear
+from fastgen.models.layers import Embedding, Linear, RMSNorm, WideLinear
 from fastgen.ops import KVSlots, Ops, Value
 from fastgen.seq2seq import DecoderShape
 
@@ -225,7 +225,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.buckets, self.reach = distance_buckets(config, bidirectional=False)
         self.decoder = DecoderStack(config, bias_in_every_layer)
-        self.lm_head = Head(config.d_model, config.vocab_size)
+        self.lm_head = Linear(config.d_model, config.vocab_size)
         self.logits_scale = config.d_model**-0.5 if scale_outputs else 1.0
         layers = config.num_decoder_layers
         tables = layers if bias_in_every_layer else min(1, layers)

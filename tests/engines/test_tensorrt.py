@@ -95,7 +95,7 @@ def test_engines_read_the_parameters_of_the_model(simulated: None) -> None:
 
 
 def test_an_edited_weight_is_seen_at_once(simulated: None) -> None:
-    pair = pair_on_tensorrt(prepack="none")  # an option of the CPU, where this GPU is imitated
+    pair = pair_on_tensorrt(prepack=0)  # an option of the CPU, where this GPU is imitated
     call = {"input_ids": sources(), "decoder_input_ids": targets()[:, :1]}
     pair.fast(**call)
     engine = pair.fast._engine
