@@ -21,20 +21,12 @@ from fastgen.errors import UnsupportedConfigError
 from fastgen.graph import TensorSpec
 from fastgen.options import EngineOptions
 from fastgen.target import Target
+from fastgen.weights import Glance, weights_state
 
 # Config fields that name where a model came from, not what it computes
 _NOT_COMPUTATION = ("_name_or_path", "architectures", "transformers_version", "dtype")
 
-# transformers leaves these on a model once output_attentions was asked for; they only listen
-_RECORDING_HOOKS = "transformers.utils.output_capturing"
-
 _KNOWN_LIBRARIES = ("torch", "transformers")
-
-# A new head or resized embeddings start in training mode, where these compute the same
-_SAME_IN_TRAINING = (
-    *(torch.nn.Linear, torch.nn.Embedding),
-    *(torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential),
-)
 
 
 class _Steady(threading.local):
@@ -57,6 +49,9 @@ class EngineModule(torch.nn.Module):
     dtype: torch.dtype
     _engine: Any = None
     _engine_weights: tuple[Any, ...] | None = None
+    _glance: Glance | None = None
+    _parts: Sequence["EngineModule"] = ()
+    _parts_glance: Glance | None = None
     _engine_options: EngineOptions | None = None
     _refusal: str | None = None
 
@@ -83,7 +78,7 @@ class EngineModule(torch.nn.Module):
         """
         for module in self.modules():
             if isinstance(module, EngineModule):
-                module._engine = module._engine_weights = module._refusal = None
+                module._engine = module._engine_weights = module._glance = module._refusal = None
 
     def compile_engine(self) -> None:
         """Build every engine now (and store it in the engine cache), not at the first call.
@@ -98,14 +93,16 @@ class EngineModule(torch.nn.Module):
     @contextmanager
     def steady(self) -> Iterator[None]:
         """Look at the weights once, and take them as unchanged until the end of the body."""
-        parts = [module for module in _modules(self) if isinstance(module, EngineModule)]
-        before, outer = self._engine_weights, _steady.modules
+        outer = _steady.modules
         with suppress(NoEngine):
             self._current_engine()
-            if self._engine_weights is not before or any(p._engine is None for p in parts):
-                for part in parts:
+            glance = self._glance
+            if glance is not None and glance is not self._parts_glance:
+                self._parts = [m for m in glance.descendants if isinstance(m, EngineModule)]
+                for part in self._parts:
                     part._current_engine()
-            _steady.modules = outer | {id(part) for part in parts}
+                self._parts_glance = glance  # until it changes, so do none of the parts
+            _steady.modules = outer | {id(self), *map(id, self._parts)}
         try:
             yield
         finally:
@@ -122,10 +119,12 @@ class EngineModule(torch.nn.Module):
         """
         if id(self) in _steady.modules and self._engine is not None:
             return self._engine
-        weights = _weights_state(self, self._copies_weights())
-        if weights != self._engine_weights:
-            self._engine = self._refusal = None
-            self._engine_weights = weights
+        if self._glance is None or not self._glance.same(self):
+            weights = weights_state(self, self._copies_weights(), own=EngineModule)
+            if weights != self._engine_weights:
+                self._engine = self._refusal = None
+                self._engine_weights = weights
+            self._glance = Glance(self, self._copies_weights())
         if self._refusal is not None:
             raise NoEngine(self._refusal)
         if self._engine is None:
@@ -135,7 +134,8 @@ class EngineModule(torch.nn.Module):
                 self._refusal = str(error)
                 raise NoEngine(self._refusal) from error
             # once more: making weights contiguous may have moved them
-            self._engine_weights = _weights_state(self, self._copies_weights())
+            self._engine_weights = weights_state(self, self._copies_weights(), own=EngineModule)
+            self._glance = Glance(self, self._copies_weights())
         return self._engine
 
     def _copies_weights(self) -> bool:
@@ -230,44 +230,16 @@ class EngineModule(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)  # a copy or a pickle starts without an engine
-        for name in ("_engine", "_engine_weights", "_refusal"):
+        for name in (
+            "_engine",
+            "_engine_weights",
+            "_refusal",
+            "_glance",
+            "_parts",
+            "_parts_glance",
+        ):
             state.pop(name, None)
         return state
-
-
-def _modules(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Like ``root.modules()``, several times faster: this runs at every ``generate``."""
-    stack = [root]
-    while stack:
-        module = stack.pop()
-        yield module
-        stack.extend(child for child in module._modules.values() if child is not None)
-
-
-def _weights_state(root: torch.nn.Module, versions: bool) -> tuple[Any, ...]:
-    """Types of all modules, place and layout of all parameters, in a fixed order; ``versions``
-    adds how often each was edited in place, for engines that copy them.
-
-    Raises:
-        NoEngine: a module does what only torch can do; the message says what.
-    """
-    state: list[Any] = []
-    for module in _modules(root):
-        if module._forward_hooks or module._forward_pre_hooks:
-            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if any(getattr(hook, "__module__", "") != _RECORDING_HOOKS for hook in hooks):
-                raise NoEngine("a module has forward hooks, which only torch runs")
-        if "forward" in module.__dict__ and not isinstance(module, EngineModule):
-            raise NoEngine(f"the forward of a {type(module).__name__} was replaced")
-        if module.training and not isinstance(module, _SAME_IN_TRAINING):
-            raise NoEngine(f"a {type(module).__name__} is in training mode: call model.eval()")
-        state.append(type(module))
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                state += (parameter.data_ptr(), parameter.shape, parameter.stride())
-                if versions and not parameter.is_inference():
-                    state.append(parameter._version)
-    return tuple(state)
 
 
 @cache

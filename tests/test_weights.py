@@ -1,0 +1,109 @@
+"""Changes of weights: each is seen at a glance, and reaches every engine."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastgen.engines import NoEngine
+from fastgen.modeling import EngineModule
+from fastgen.weights import Glance, weights_state
+from tests.helpers import assert_served, copies, sources, targets
+
+
+def attention(model: Any) -> Any:
+    return model.decoder.block[0].layer[0].SelfAttention
+
+
+def turn(model: Any) -> None:
+    attention(model).o.weight.data = attention(model).o.weight.data.t()
+
+
+def reshape(model: Any) -> None:
+    weight = model.lm_head.weight
+    weight.data = weight.data.view(weight.shape[1], weight.shape[0])
+
+
+def replace_table_of_parameters(model: Any) -> None:
+    attention(model).o._parameters = {"weight": torch.nn.Parameter(torch.ones(2, 2))}
+
+
+def swap_layers(model: Any) -> None:
+    layers = model.decoder.block._modules
+    layers["0"], layers["1"] = layers["1"], layers["0"]
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "parameter": lambda m: setattr(m.lm_head, "weight", torch.nn.Parameter(m.lm_head.weight + 1)),
+    "data": lambda m: setattr(m.lm_head.weight, "data", m.lm_head.weight + 1),
+    "strides": turn,
+    "shape": reshape,
+    "table of parameters": replace_table_of_parameters,
+    "parameter more": lambda m: m.encoder.register_parameter(
+        "b", torch.nn.Parameter(sources()[0] / 1)
+    ),
+    "parameter gone": lambda m: setattr(attention(m).q, "weight", None),
+    "module": lambda m: setattr(m, "lm_head", torch.nn.Linear(32, 96, bias=False)),
+    "module more": lambda m: m.encoder.add_module("extra", torch.nn.Identity().eval()),
+    "module gone": lambda m: m.decoder.block.pop(1),
+    "module gone from within": lambda m: setattr(m.encoder, "dropout", None),
+    "modules in another order": swap_layers,
+    "class": lambda m: setattr(m.lm_head, "__class__", type("Mine", (torch.nn.Linear,), {})),
+    "class of the whole": lambda m: setattr(m, "__class__", type("Mine", (type(m),), {})),
+    "dtype": lambda m: m.half(),
+    "hook": lambda m: m.decoder.register_forward_hook(print),
+    "hook before": lambda m: attention(m).q.register_forward_pre_hook(print),
+    "forward": lambda m: setattr(m.lm_head, "forward", print),
+    "training": lambda m: m.decoder.dropout.train(),
+}
+
+
+def state(model: Any, versions: bool) -> Any:
+    try:
+        return weights_state(model, versions, own=EngineModule)
+    except NoEngine as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_glance_sees_what_the_weights_state_knows(change: str) -> None:
+    model: Any = copies().fast
+    before, glance = state(model, False), Glance(model, versions=False)
+    assert glance.same(model)
+    assert state(model, False) == before
+    CHANGES[change](model)
+    assert not glance.same(model)
+    assert state(model, False) != before
+
+
+def test_an_edit_in_place_is_seen_by_engines_that_copy_weights() -> None:
+    model: Any = copies().fast
+    glances = {versions: Glance(model, versions) for versions in (False, True)}
+    with torch.no_grad():
+        attention(model).q.weight.mul_(2)
+    assert glances[False].same(model)
+    assert not glances[True].same(model)
+
+
+def test_a_hook_in_place_of_another_is_seen() -> None:
+    model: Any = copies().fast
+    handle = model.decoder.register_forward_hook(print)
+    glance = Glance(model, versions=False)
+    handle.remove()
+    model.decoder.register_forward_hook(repr)
+    assert not glance.same(model)
+
+
+def test_an_edit_that_a_decoder_call_has_seen_reaches_the_encoder_too() -> None:
+    pair = copies()
+    assert_served(pair)
+    with torch.no_grad():
+        hidden = pair.stock.encoder(sources())
+        for model in (pair.stock, pair.fast):
+            weight = model.encoder.block[0].layer[0].SelfAttention.q.weight
+            weight.data = -3 * weight.data
+        pair.fast(encoder_outputs=hidden, decoder_input_ids=targets())
+    call = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    found, expected = (m.generate(sources(), **call) for m in (pair.fast, pair.stock))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
