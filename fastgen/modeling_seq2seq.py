@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from fastgen.decoder import Decoder
 from fastgen.engines import Binding, Engine, NoEngine, too_large
 from fastgen.engines.fused import FusedEngine
-from fastgen.generation import OPTIONAL_OUTPUTS, FastGenerationMixin, as_torch
+from fastgen.generation import OPTIONAL_OUTPUTS, FastGenerationMixin, as_torch, with_signature
 from fastgen.kv_cache import StaticKVCache
 from fastgen.modeling import EngineModule
 from fastgen.options import EngineOptions
@@ -53,6 +53,7 @@ class FastEncoder(EngineModule):
             return str(error)
         return None
 
+    @with_signature
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -228,6 +229,7 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
             return "past_key_values was made by another engine"
         return None
 
+    @with_signature
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
