@@ -29,7 +29,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_cache": {"engines", "errors", "seq2seq", "target"},
     "decoder": {"cuda", "engines", "errors", "kv_cache", "options", "seq2seq", "target"},
     "generation": {"cuda", "decoder", "engines", "errors", "kv_cache", "options"},
-    "modeling": {"engine_cache", "engines", "errors", "graph", "options", "runtime", "target"},
+    "weights": {"engines"},
+    "modeling": {
+        *("engine_cache", "engines", "errors", "graph", "options", "runtime", "target", "weights"),
+    },
     "modeling_seq2seq": {
         *("decoder", "engines", "errors", "generation", "kv_cache", "modeling", "options"),
         *("seq2seq", "target"),
