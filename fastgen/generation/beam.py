@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
 
+from fastgen.generation import cpu
 from fastgen.generation.kernels import BeamTail, beam_obstacle
 from fastgen.generation.loop import Call, Loop, keeps, records
 from fastgen.kv_cache import Bucket, StaticKVCache
@@ -159,9 +160,9 @@ class Advance:
     def _log_probs(self) -> torch.Tensor:
         """[B * N, V] log-probabilities of every token behind every running beam."""
         state = self._state
-        logits = self._bucket.tensors["logits"].to(torch.float32, copy=True)
+        logits = self._bucket.tensors["logits"].to(torch.float32)
         logits = logits.view(state.batch * state.beams, -1)
-        log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
+        log_probs = cpu.log_softmax(logits)
         if self._process is not None:
             log_probs = self._process(log_probs)
         self.logits, self.scores = logits, log_probs
@@ -177,7 +178,7 @@ class Advance:
             indices = torch.multinomial(probabilities, num_samples=self._candidates)
             top = torch.gather(log_probs, 1, indices)
         else:
-            top, indices = torch.topk(log_probs, k=self._candidates)
+            top, indices = cpu.topk(log_probs, self._candidates)
         return top, indices
 
     def _stopped(self, sequences: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from fastgen import cuda
 from fastgen.decoder import Decoder
+from fastgen.generation import cpu
 from fastgen.generation.kernels import GreedyTail, greedy_obstacle
 from fastgen.generation.plan import ProcessorPlan, runs_code_of_the_user
 from fastgen.kv_cache import Bucket, StaticKVCache
@@ -127,7 +128,7 @@ class Choose:
             probabilities = torch.nn.functional.softmax(scores, dim=-1)
             tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1)
         else:
-            tokens = _argmax(scores)
+            tokens = cpu.argmax(scores)
         if self._has_eos:
             tokens = torch.where(state.unfinished, tokens, state.pad)
         state.sequences.index_copy_(1, state.index, tokens[:, None])
@@ -364,13 +365,6 @@ class SampleLoop(Loop):
         ends = (new[:, :, None] == self.state.eos).any(dim=-1)
         first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, new.shape[1])
         return call.prompt + int(first.max())
-
-
-def _argmax(scores: torch.Tensor) -> torch.Tensor:
-    """``torch.argmax(scores, dim=-1)``, on a CPU by NumPy's, which is ten times faster."""
-    if scores.device.type == "cpu" and scores.dtype == torch.float32:
-        return torch.from_numpy(scores.detach().numpy().argmax(axis=-1))
-    return torch.argmax(scores, dim=-1)
 
 
 def keeps(call: Call, output: str) -> bool:

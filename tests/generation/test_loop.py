@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -56,19 +55,6 @@ def test_running_out_of_memory_leaves_no_state_in_use(beams: int) -> None:
         model.generate(**call)
     assert not any(state.busy for state in states(model))
     assert model.generate(**call).tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("vocabulary", [1, 7, 32_128, 250_112])
-@pytest.mark.parametrize("special", [[], [math.nan], [math.inf], [-0.0, 0.0], [3.0, 3.0, 3.0]])
-def test_the_greedy_token_is_torchs(vocabulary: int, special: list[float]) -> None:
-    generator = torch.Generator().manual_seed(vocabulary)
-    scores = -torch.rand(5, vocabulary, generator=generator)
-    for value in special:  # at two places of each row: the first is the greedy token
-        places = torch.randint(vocabulary, (2, 5), generator=generator)
-        scores[torch.arange(5), places] = value
-    scores[4] = -math.inf
-    for given in (scores, scores.double(), scores.repeat(1, 2)[:, :vocabulary]):
-        assert loop._argmax(given).tolist() == torch.argmax(given, dim=-1).tolist()
 
 
 @pytest.mark.parametrize("argument", ["logits_processor", "stopping_criteria"])
