@@ -35,7 +35,7 @@ class EngineOptions:
     cuda_graphs: bool = True
     """Capture one CUDA graph per bucket; False launches every kernel of every step."""
     fused_kernels: bool = True
-    """Run steps of few rows by fastgen's own CUDA kernels; False runs ONNX Runtime's."""
+    """Run steps of up to 512 rows by fastgen's own CUDA kernels; False runs ONNX Runtime's."""
     max_cached_graphs: int = 8
     """How many idle KV cache buckets (buffers and captured CUDA graph) a model keeps for reuse."""
     min_bucket: int = 64
