@@ -7,6 +7,7 @@ milliseconds, on the cores where the engine's next step runs.
 import numpy as np
 import torch
 
+_FEW_ROWS = 8  # what one thread computes sooner than others have stopped spinning
 _CHUNKS = 256  # of a row, whose maxima tell where its largest values can be
 
 
@@ -33,7 +34,7 @@ def topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """``torch.log_softmax(logits, dim=-1)`` of [B, V]."""
-    if not _served(logits) or len(logits) > torch.get_num_threads() * 4:
+    if not _served(logits) or len(logits) > _FEW_ROWS:
         return torch.log_softmax(logits, dim=-1)
     result = torch.empty_like(logits)
     for row, out in zip(logits, result, strict=True):  # torch's threads share out whole rows
@@ -49,7 +50,7 @@ def _largest(row: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
     """The k largest of a row and their places; None if equal values (or NaN) leave a choice."""
     end = len(row) // _CHUNKS * _CHUNKS
     maxima = row[:end].reshape(_CHUNKS, -1).max(axis=1)
-    if np.isnan(maxima.sum() + row[end:].sum()):  # also for infinities of both signs
+    if np.isnan(maxima).any() or np.isnan(row[end:]).any():
         return None
     least = np.partition(maxima, -k)[-k]  # k values at least are no smaller
     places = np.flatnonzero(row >= least)

@@ -24,6 +24,7 @@ def rows(vocabulary: int, special: str) -> torch.Tensor:
     for value in SPECIAL[special]:
         places = torch.randint(vocabulary, (2, 5), generator=generator)
         scores[torch.arange(5), places] = value
+    scores[3, : vocabulary // 2] = -math.inf
     scores[4] = -math.inf
     return scores
 
