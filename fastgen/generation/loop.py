@@ -72,6 +72,7 @@ class SampleState:
         self.eos = torch.zeros(0, dtype=torch.int64, device=device)
         self.seen = torch.ones(batch, dtype=torch.bool, pin_memory=device.type == "cuda")
         """``unfinished`` as the host sees it, at most ``RUN_AHEAD`` tokens late."""
+        self.seen_by_host = self.seen.numpy()
         self.busy = False
 
     def begin(self, call: Call) -> None:
@@ -103,21 +104,23 @@ class Choose:
         process: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
         # not the call itself: a captured graph keeps this object, and must not keep the KV cache
-        self._state, self._bucket, self._process = state, bucket, process
+        self._state, self.bucket, self._process = state, bucket, process
         self._do_sample = call.config.do_sample
         self._has_eos, self._eos = call.has_eos, call.plain and call.eos is not None
         self._records = records(call)
         self.logits: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
-        self._tail: GreedyTail | None = None
-        plain = process is None and not self._do_sample and not self._records
-        if plain and greedy_obstacle(state, bucket, call.decoder.options) is None:
-            self._tail = GreedyTail(state, bucket, self._has_eos, self._eos)
+        self._tail: Callable[[], None] | None = None
+        if process is None and not self._do_sample and not self._records:
+            if cpu.served(bucket.tensors["logits"]):
+                self._tail = cpu.GreedyTail(state, bucket, self._has_eos, self._eos)
+            elif greedy_obstacle(state, bucket, call.decoder.options) is None:
+                self._tail = GreedyTail(state, bucket, self._has_eos, self._eos)
 
     def __call__(self) -> None:
         if self._tail is not None:
             return self._tail()
-        state, tensors = self._state, self._bucket.tensors
+        state, tensors = self._state, self.bucket.tensors
         scores = tensors["logits"][:, -1]
         if self._process is not None or self._do_sample or self._records:
             self.logits = scores = scores.to(torch.float32, copy=True)
@@ -137,7 +140,7 @@ class Choose:
             state.unfinished &= (tokens[:, None] != state.eos).all(dim=-1)
             state.seen.copy_(state.unfinished, non_blocking=True)
         state.index.add_(1)
-        self._bucket.advance()
+        self.bucket.advance()
 
 
 class Loop:
@@ -268,6 +271,8 @@ class SampleLoop(Loop):
 
     def __init__(self, call: Call) -> None:
         super().__init__(call, call.input_ids.shape[0], beams=1)
+        self._plain: Choose | None = None
+        """The choice without processors, which is the same for every token of a bucket."""
 
     def _make_state(self, batch: int, capacity: int) -> SampleState:
         return SampleState(batch, capacity, self.call.decoder.device)
@@ -284,12 +289,15 @@ class SampleLoop(Loop):
         """Step, then choose with the installed processors as transformers calls them."""
         call, state, length = self.call, self.state, self.length
         call.decoder.step(self.bucket)()
-        process = None
-        if len(call.processors):
-            ids = state.sequences[:, :length].contiguous()
+        if not len(call.processors):
+            if self._plain is None or self._plain.bucket is not self.bucket:
+                self._plain = Choose(call, state, self.bucket, None)
+            self._plain()
+            return self._plain
+        ids = state.sequences[:, :length].contiguous()
 
-            def process(scores: torch.Tensor) -> torch.Tensor:
-                return call.processors(ids, scores)
+        def process(scores: torch.Tensor) -> torch.Tensor:
+            return call.processors(ids, scores)
 
         choose = Choose(call, state, self.bucket, process)
         choose()
@@ -325,7 +333,7 @@ class SampleLoop(Loop):
             return self._finished_now()
         if self.length >= call.limit:
             return True
-        return call.eos is not None and self._wait() and not self.state.seen.any()
+        return call.eos is not None and self._wait() and not self.state.seen_by_host.any()
 
     def _finished_now(self) -> bool:
         """Hand the token to the streamer and ask the user's stopping criteria."""
