@@ -117,7 +117,7 @@ class Advance:
         process: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
         # not the call itself: a captured graph keeps this object, and must not keep the KV cache
-        self._state, self._bucket, self._process = state, bucket, process
+        self._state, self.bucket, self._process = state, bucket, process
         self._do_sample, self._records = call.config.do_sample, records(call)
         self._early = call.config.early_stopping is True
         self._candidates = candidates(call)
@@ -127,9 +127,11 @@ class Advance:
         """Earlier tokens' scores, if the caller keeps them: criteria see them and this token's."""
         self.logits: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
-        self._tail: BeamTail | None = None
+        self._tail: BeamTail | cpu.BeamTail | None = None
         options = call.decoder.options
-        if call.plain and beam_obstacle(state, bucket, options, self._candidates) is None:
+        if call.plain and cpu.served(bucket.tensors["logits"]):
+            self._tail = cpu.BeamTail(state, bucket, self._early)
+        elif call.plain and beam_obstacle(state, bucket, options, self._candidates) is None:
             self._tail = BeamTail(state, bucket, self._candidates, self._early)
 
     def __call__(self) -> None:
@@ -139,7 +141,7 @@ class Advance:
         top, indices = self._top(log_probs)
         if self._tail is not None:
             return self._tail(top, indices)
-        vocabulary = self._bucket.tensors["logits"].shape[-1]
+        vocabulary = self.bucket.tensors["logits"].shape[-1]
         self._advance(top, indices // vocabulary, indices % vocabulary)
 
     def _advance(self, top: torch.Tensor, beams: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -160,7 +162,7 @@ class Advance:
     def _log_probs(self) -> torch.Tensor:
         """[B * N, V] log-probabilities of every token behind every running beam."""
         state = self._state
-        logits = self._bucket.tensors["logits"].to(torch.float32)
+        logits = self.bucket.tensors["logits"].to(torch.float32)
         logits = logits.view(state.batch * state.beams, -1)
         log_probs = cpu.log_softmax(logits)
         if self._process is not None:
@@ -230,7 +232,7 @@ class Advance:
 
     def _move_on(self, from_beams: torch.Tensor) -> None:
         """Make the running beams' last tokens the next queries, and show them their ancestors."""
-        state, tensors = self._state, self._bucket.tensors
+        state, tensors = self._state, self.bucket.tensors
         next_ids = state.running.index_select(2, state.index)[:, :, 0]
         state.ancestors.copy_(_gather(state.ancestors, from_beams))
         # the slot a beam writes next is its own
@@ -238,8 +240,8 @@ class Advance:
         state.ancestors.index_copy_(2, state.index, own)
         state.index.add_(1)
         tensors["input_ids"].copy_(next_ids)
-        self._bucket.advance()
-        show_ancestors(state, self._bucket)
+        self.bucket.advance()
+        show_ancestors(state, self.bucket)
 
     def _check_done(self, stopped: torch.Tensor) -> None:
         """Whether any row can still improve, as transformers decides it."""
@@ -312,14 +314,11 @@ class BeamLoop(Loop):
         """Step, then choose with the installed processors as transformers calls them."""
         call, state, length = self.call, self.state, self.length
         call.decoder.step(self.bucket)()
-        process = None
         if len(call.processors):
             ids = state.running.view(-1, state.capacity)[:, :length].contiguous()
-
-            def process(scores: torch.Tensor) -> torch.Tensor:
-                return call.processors(ids, scores)
-
-        advance = Advance(call, state, self.bucket, process)
+            advance = Advance(call, state, self.bucket, lambda scores: call.processors(ids, scores))
+        else:
+            advance = self._once_a_bucket(lambda: Advance(call, state, self.bucket, None))
         advance.length = length
         if keeps(call, "output_scores"):
             advance.recorded_scores = tuple(self.scores)

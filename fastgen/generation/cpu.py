@@ -12,8 +12,10 @@ import torch
 from fastgen.kv_cache import Bucket
 
 if TYPE_CHECKING:
+    from fastgen.generation.beam import BeamState
     from fastgen.generation.loop import SampleState
 
+_NEVER = np.float32(-1.0e9)  # transformers' score of what must not be chosen
 _FEW_ROWS = 8  # what one thread computes sooner than others have stopped spinning
 _CHUNKS = 256  # of a row, whose maxima tell where its largest values can be
 
@@ -54,6 +56,98 @@ class GreedyTail:
         self._index += 1
         self._positions += 1  # as Bucket.advance
         self._first_slot += self._queries
+
+
+class BeamTail:
+    """What follows the choice of candidates: ``Advance._advance`` in NumPy, on the same memory.
+
+    Equal scores are torch's to order. Axes as in ``beam``.
+    """
+
+    select = None
+
+    def __init__(self, state: "BeamState", bucket: Bucket, early: bool) -> None:
+        self._state = {
+            name: value.numpy()
+            for name, value in vars(state).items()
+            if isinstance(value, torch.Tensor)
+        }
+        self._tensors = {
+            name: bucket.tensors[name].numpy()
+            for name in ("input_ids", "query_positions", "first_slot", "slot_mask")
+        }
+        self._vocabulary = bucket.tensors["logits"].shape[-1]
+        self._rows = np.arange(state.batch)[:, None]
+        self._early = early
+
+    @np.errstate(all="ignore")  # as torch: a length penalty may make 0 or inf
+    def __call__(self, top: torch.Tensor, indices: torch.Tensor) -> None:
+        """Make the best of the [B, C] continuations the next beams."""
+        state, rows = self._state, self._rows
+        beams, tokens = np.divmod(indices.numpy(), self._vocabulary)
+        at = int(state["index"][0])
+        sequences = state["running"][rows, beams]
+        sequences[:, :, at] = tokens
+        parents = state["running_parents"][rows, beams]
+        parents[:, :, int(state["new"][0])] = beams + state["offsets"]
+        stopped = (tokens[:, :, None] == state["eos"]).any(axis=-1) | (at + 1 >= state["limit"][0])
+        state["new"] += 1
+        running = top.numpy() + stopped * _NEVER
+        chosen = _best(running, state["running"].shape[1])
+        state["running"][:] = sequences[rows, chosen]
+        state["running_scores"][:] = running[rows, chosen]
+        state["running_parents"][:] = parents[rows, chosen]
+        if not state["done"][0]:
+            self._update_finished(top.numpy(), sequences, parents, stopped)
+        self._move_on(beams[rows, chosen], at)
+        self._check_done(stopped)
+
+    def _update_finished(
+        self, top: np.ndarray, sequences: np.ndarray, parents: np.ndarray, stopped: np.ndarray
+    ) -> None:
+        state = self._state
+        beams = state["scores"].shape[1]
+        just_finished = stopped & (np.arange(top.shape[1]) < beams)
+        scores = top / state["final_divisor"][state["new"]]
+        scores += (state["finished"].all(axis=-1, keepdims=True) & self._early) * _NEVER
+        scores += ~state["improvable"] * _NEVER
+        scores += ~just_finished * _NEVER
+        best = _best(np.concatenate((state["scores"], scores), axis=1), beams)
+        new = {"sequences": sequences, "parents": parents, "finished": just_finished}
+        for name, value in (new | {"scores": scores}).items():
+            merged = np.concatenate((state[name], value), axis=1)
+            state[name][:] = merged[self._rows, best]
+
+    def _move_on(self, from_beams: np.ndarray, at: int) -> None:
+        state, tensors = self._state, self._tensors
+        ancestors = state["ancestors"][self._rows, from_beams]
+        ancestors[:, :, at] = state["beam_range"]
+        state["ancestors"][:] = ancestors
+        state["index"] += 1
+        queries = tensors["input_ids"].shape[1]
+        tensors["input_ids"][:] = state["running"][:, :, at]
+        tensors["query_positions"] += 1  # as Bucket.advance
+        tensors["first_slot"] += queries
+        mask = tensors["slot_mask"]
+        visible = ancestors[:, :, : mask.shape[-1] // queries, None] == state["beam_range"]
+        mask[:] = np.where(visible.reshape(mask.shape), np.float32(0), np.float32(-np.inf))
+
+    def _check_done(self, stopped: np.ndarray) -> None:
+        state = self._state
+        state["steps"] += ~state["done"]
+        best = state["running_scores"][:, :1] / state["best_divisor"][state["new"]]
+        worst = np.where(state["finished"], state["scores"].min(axis=1, keepdims=True), _NEVER)
+        state["improvable"] &= (best > worst).any(axis=-1, keepdims=True)
+        goes_on = state["improvable"].any() and not stopped.all()
+        if self._early and state["finished"].all():
+            goes_on = False
+        state["done"] |= not goes_on
+        state["seen"][:] = state["done"]
+
+
+def _best(scores: np.ndarray, k: int) -> np.ndarray:
+    best: np.ndarray = torch.topk(torch.from_numpy(scores), k)[1].numpy()
+    return best
 
 
 def argmax(scores: torch.Tensor) -> torch.Tensor:

@@ -162,6 +162,7 @@ class Loop:
         self.logits: list[torch.Tensor] = []
         self.draws: list[torch.Tensor] = []  # state of the random generator after each token
         self.in_flight: deque[torch.cuda.Event] = deque()
+        self._plain: Any = None
 
     def run(self) -> Any:
         """Decode until every row has stopped, and return what the stock method returns."""
@@ -241,6 +242,12 @@ class Loop:
     def _captured(self, phase: tuple[bool, ...]) -> Any:
         raise NotImplementedError
 
+    def _once_a_bucket(self, make: Callable[[], Any]) -> Any:
+        """The choice without processors, which is the same for every token of a bucket."""
+        if self._plain is None or self._plain.bucket is not self.bucket:
+            self._plain = make()
+        return self._plain
+
     def _record(self, chosen: Any) -> None:
         """Keep what the caller asked to see of a token, and what undoing it takes."""
         call = self.call
@@ -271,8 +278,6 @@ class SampleLoop(Loop):
 
     def __init__(self, call: Call) -> None:
         super().__init__(call, call.input_ids.shape[0], beams=1)
-        self._plain: Choose | None = None
-        """The choice without processors, which is the same for every token of a bucket."""
 
     def _make_state(self, batch: int, capacity: int) -> SampleState:
         return SampleState(batch, capacity, self.call.decoder.device)
@@ -289,17 +294,11 @@ class SampleLoop(Loop):
         """Step, then choose with the installed processors as transformers calls them."""
         call, state, length = self.call, self.state, self.length
         call.decoder.step(self.bucket)()
-        if not len(call.processors):
-            if self._plain is None or self._plain.bucket is not self.bucket:
-                self._plain = Choose(call, state, self.bucket, None)
-            self._plain()
-            return self._plain
-        ids = state.sequences[:, :length].contiguous()
-
-        def process(scores: torch.Tensor) -> torch.Tensor:
-            return call.processors(ids, scores)
-
-        choose = Choose(call, state, self.bucket, process)
+        if len(call.processors):
+            ids = state.sequences[:, :length].contiguous()
+            choose = Choose(call, state, self.bucket, lambda scores: call.processors(ids, scores))
+        else:
+            choose = self._once_a_bucket(lambda: Choose(call, state, self.bucket, None))
         choose()
         return choose
 
