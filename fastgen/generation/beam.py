@@ -127,6 +127,7 @@ class Advance:
         """Earlier tokens' scores, if the caller keeps them: criteria see them and this token's."""
         self.logits: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
+        self._probs: torch.Tensor | None = None
         self._tail: BeamTail | cpu.BeamTail | None = None
         options = call.decoder.options
         if call.plain and cpu.served(bucket.tensors["logits"]):
@@ -164,9 +165,11 @@ class Advance:
         state = self._state
         logits = self.bucket.tensors["logits"].to(torch.float32)
         logits = logits.view(state.batch * state.beams, -1)
-        log_probs = cpu.log_softmax(logits)
+        log_probs = cpu.log_softmax(logits, out=self._probs)
         if self._process is not None:
             log_probs = self._process(log_probs)
+        elif self._criteria is None:  # nobody else holds it
+            self._probs = log_probs
         self.logits, self.scores = logits, log_probs
         return log_probs
 
@@ -174,13 +177,13 @@ class Advance:
         """The [B, C] best (or drawn) continuations: log-probability, and place in a row's N * V."""
         state = self._state
         log_probs = log_probs.view(state.batch, state.beams, -1)
-        log_probs = (log_probs + state.running_scores[:, :, None]).view(state.batch, -1)
         if self._do_sample:
+            log_probs = (log_probs + state.running_scores[:, :, None]).view(state.batch, -1)
             probabilities = torch.nn.functional.softmax(log_probs, dim=-1)
             indices = torch.multinomial(probabilities, num_samples=self._candidates)
             top = torch.gather(log_probs, 1, indices)
         else:
-            top, indices = cpu.topk(log_probs, self._candidates)
+            top, indices = cpu.topk_of_sums(log_probs, state.running_scores, self._candidates)
         return top, indices
 
     def _stopped(self, sequences: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

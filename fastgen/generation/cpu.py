@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _NEVER = np.float32(-1.0e9)  # transformers' score of what must not be chosen
 _FEW_ROWS = 8  # what one thread computes sooner than others have stopped spinning
-_CHUNKS = 256  # of a row, whose maxima tell where its largest values can be
+_CHUNKS = 256  # of a vocabulary, whose maxima tell where the largest values can be
 
 
 class GreedyTail:
@@ -157,27 +157,28 @@ def argmax(scores: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(scores.detach().numpy().argmax(axis=-1))
 
 
-def topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``torch.topk(scores, k)`` of [B, V]: values and indices, the largest first."""
-    if served(scores) and scores.shape[1] >= 16 * _CHUNKS > 16 * k:
-        rows = [_largest(row, k) for row in scores.detach().contiguous().numpy()]
+def topk_of_sums(
+    values: torch.Tensor, added: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``torch.topk`` of [B, N, V] ``values + added[:, :, None]`` over both N and V."""
+    if served(values) and values.shape[2] >= 16 * _CHUNKS > 16 * k:
+        pairs = zip(values.numpy(), added.numpy(), strict=True)
+        rows = [_largest_sums(*pair, k) for pair in pairs]
         found = [row for row in rows if row is not None]
         if len(found) == len(rows):
-            values, indices = (
-                torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True)
-            )
-            return values, indices
-    values, indices = torch.topk(scores, k)
-    return values, indices
+            sums, places = (torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True))
+            return sums, places
+    sums, places = torch.topk((values + added[:, :, None]).view(len(values), -1), k)
+    return sums, places
 
 
-def log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """``torch.log_softmax(logits, dim=-1)`` of [B, V]."""
+def log_softmax(logits: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """``torch.log_softmax(logits, dim=-1)`` of [B, V]; on a CPU few rows go to ``out``."""
     if not served(logits) or len(logits) > _FEW_ROWS:
         return torch.log_softmax(logits, dim=-1)
-    result = torch.empty_like(logits)
-    for row, out in zip(logits, result, strict=True):  # torch's threads share out whole rows
-        torch.log_softmax(row, dim=-1, out=out)
+    result = torch.empty_like(logits) if out is None else out
+    for row, to in zip(logits, result, strict=True):  # torch's threads share out whole rows
+        torch.log_softmax(row, dim=-1, out=to)
     return result
 
 
@@ -186,18 +187,34 @@ def served(scores: torch.Tensor) -> bool:
     return scores.device.type == "cpu" and scores.dtype == torch.float32
 
 
-def _largest(row: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The k largest of a row and their places; None if equal values (or NaN) leave a choice."""
-    end = len(row) // _CHUNKS * _CHUNKS
-    maxima = row[:end].reshape(_CHUNKS, -1).max(axis=1)
-    if np.isnan(maxima).any() or np.isnan(row[end:]).any():
+def _largest_sums(
+    values: np.ndarray, added: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The k largest of [N, V] ``values + added[:, None]`` and their places; None if equal sums (or
+    NaN) leave a choice. Rounding keeps the order, so the largest of a chunk has its largest sum."""
+    beams, vocabulary = values.shape
+    width = vocabulary // _CHUNKS
+    end = width * _CHUNKS
+    largest = np.empty((beams, _CHUNKS + 1), np.float32)
+    values[:, :end].reshape(beams, _CHUNKS, width).max(axis=2, out=largest[:, :-1])
+    values[:, end:].max(axis=1, initial=-np.inf, out=largest[:, -1])
+    largest += added[:, None]
+    if np.isnan(largest).any():
         return None
-    least = np.partition(maxima, -k)[-k]  # k values at least are no smaller
-    places = np.flatnonzero(row >= least)
-    if len(places) > _CHUNKS:  # many equal values
+    least = np.partition(largest, -k, axis=None)[-k]  # k sums at least are no smaller
+    chunks = np.argwhere(largest >= least)
+    if len(chunks) > 4 * k:  # many equal sums
         return None
-    order = np.argsort(-row[places])[: k + 1]
-    values = row[places][order]
-    if (values[1:] == values[:-1]).any():
+    sums, places = [], []
+    for beam, chunk in chunks.tolist():
+        start = chunk * width
+        part = values[beam, start : start + width if start < end else vocabulary] + added[beam]
+        inside = np.flatnonzero(part >= least)
+        sums.append(part[inside])
+        places.append(inside + (beam * vocabulary + start))
+    found, at = np.concatenate(sums), np.concatenate(places)
+    order = np.argsort(-found)[: k + 1]
+    found = found[order]
+    if (found[1:] == found[:-1]).any():
         return None
-    return values[:k], places[order[:k]]
+    return found[:k], at[order[:k]]

@@ -38,24 +38,31 @@ def test_argmax(vocabulary: int, special: str) -> None:
 
 
 @pytest.mark.parametrize("special", SPECIAL)
-@pytest.mark.parametrize("vocabulary", [20, 4_096, 5_001, 128_512])
+@pytest.mark.parametrize("vocabulary", [20, 4_096, 5_001, 32_128])
 @pytest.mark.parametrize("k", [1, 8, 16])
-def test_topk(vocabulary: int, special: str, k: int) -> None:
+@pytest.mark.parametrize("added", [0.0, -1e9, math.nan])
+def test_topk_of_sums(vocabulary: int, special: str, k: int, added: float) -> None:
     scores = rows(vocabulary, special)
-    for given in (scores[:1], scores[:4], scores, scores.double(), scores[:3].repeat(1, 2)[:, ::2]):
-        values, indices = cpu.topk(given, k)
-        expected = torch.topk(given, k)
-        assert torch.equal(indices, expected.indices)
-        torch.testing.assert_close(values, expected.values, rtol=0, atol=0, equal_nan=True)
+    running = -torch.rand(5, generator=torch.Generator().manual_seed(k))
+    running[1] += added
+    for order in ([0, 1, 2, 3], [4, 3, 2, 1], [0], [4]):
+        values = scores[order].view(-1, min(2, len(order)), vocabulary)
+        sums = running[order].view(values.shape[:2])
+        for dtype in (torch.float32, torch.float64):
+            found = cpu.topk_of_sums(values.to(dtype), sums.to(dtype), k)
+            flat = (values.to(dtype) + sums.to(dtype)[:, :, None]).flatten(1)
+            expected = torch.topk(flat, k)
+            assert torch.equal(found[1], expected.indices)
+            torch.testing.assert_close(found[0], expected.values, rtol=0, atol=0, equal_nan=True)
 
 
 def test_distinct_values_need_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = torch.linspace(-5, 5, 128_512)[torch.randperm(128_512)].repeat(2, 1)
-    expected = torch.topk(scores, 8)
+    values = torch.linspace(-5, 5, 128_514)[torch.randperm(128_514)].view(1, 2, -1)
+    expected = torch.topk(values.flatten(1), 8)
     monkeypatch.setattr(torch, "topk", None)
-    values, indices = cpu.topk(scores, 8)
-    assert torch.equal(values, expected.values)
-    assert torch.equal(indices, expected.indices)
+    found = cpu.topk_of_sums(values, torch.zeros(1, 2), 8)
+    assert torch.equal(found[0], expected.values)
+    assert torch.equal(found[1], expected.indices)
 
 
 @pytest.mark.parametrize("special", SPECIAL)
@@ -64,4 +71,5 @@ def test_log_softmax(count: int, special: str) -> None:
     logits = rows(32_128, special).repeat(count, 1)[:count]
     for given in (logits, logits.double()):
         expected = torch.log_softmax(given, dim=-1)
-        torch.testing.assert_close(cpu.log_softmax(given), expected, rtol=0, atol=0, equal_nan=True)
+        found = cpu.log_softmax(given, out=None)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
