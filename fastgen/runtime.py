@@ -59,6 +59,21 @@ def onnxruntime() -> ModuleType:
     return module
 
 
+def cuda_build_problem() -> str | None:
+    """Why the installed ONNX Runtime serves no GPU at all, with the remedy; None if it may.
+
+    Raises:
+        MissingRuntimeError: as ``onnxruntime()``.
+    """
+    module = onnxruntime()
+    if "CUDAExecutionProvider" in module.get_available_providers():
+        return None
+    return (
+        f"the installed ONNX Runtime {module.__version__} is a CPU build. "
+        f"Run: pip uninstall -y onnxruntime && {_INSTALL_CUDA}"
+    )
+
+
 @functools.cache
 def cuda_provider_problem() -> str | None:
     """Why ONNX Runtime cannot run on this machine's GPU, with the remedy; None if it can.
@@ -69,12 +84,9 @@ def cuda_provider_problem() -> str | None:
     Raises:
         MissingRuntimeError: as ``onnxruntime()``.
     """
+    if problem := cuda_build_problem():
+        return problem
     module = onnxruntime()
-    if "CUDAExecutionProvider" not in module.get_available_providers():
-        return (
-            f"the installed ONNX Runtime {module.__version__} is a CPU build. "
-            f"Run: pip uninstall -y onnxruntime && {_INSTALL_CUDA}"
-        )
     session = module.InferenceSession(_identity_model(), providers=["CUDAExecutionProvider"])
     if "CUDAExecutionProvider" in session.get_providers():
         return None

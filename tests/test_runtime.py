@@ -138,6 +138,8 @@ def test_cuda_provider_problem(
 ) -> None:
     install(monkeypatch, build)
     problem = runtime.cuda_provider_problem()
+    cpu_build = "CUDAExecutionProvider" not in build[0]
+    assert runtime.cuda_build_problem() == (problem if cpu_build else None)
     if words is None:
         assert problem is None
     else:

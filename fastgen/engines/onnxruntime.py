@@ -14,7 +14,7 @@ from fastgen import cuda, runtime
 from fastgen.engine_cache import Artifact
 from fastgen.engines import onnxruntime_tensorrt
 from fastgen.engines.weight_inputs import weights_as_inputs
-from fastgen.errors import EngineError
+from fastgen.errors import EngineError, MissingRuntimeError
 from fastgen.graph import WEIGHTS_FILE, Graph
 from fastgen.options import EngineOptions
 from fastgen.target import Target
@@ -30,6 +30,8 @@ class OnnxRuntime:
         runtime.onnxruntime()
         if self._tensorrt:
             onnxruntime_tensorrt.check()
+        elif device.type == "cuda" and (problem := runtime.cuda_build_problem()):
+            raise MissingRuntimeError(problem)
 
     def key(self, target: Target, options: EngineOptions, device: torch.device) -> dict[str, Any]:
         generation = ""
@@ -88,7 +90,7 @@ class OnnxRuntimeEngine:
         def compile_graph() -> Any:
             return ort.InferenceSession(data, settings, providers=providers)
 
-        self._session = _with_memory(compile_graph, self._device)
+        self._session = _on_device(compile_graph, self._device)
         self._run_options = None  # looking into it costs ONNX Runtime 0.1 ms
         if target.device == "cuda":
             self._run_options = ort.RunOptions()
@@ -224,6 +226,22 @@ def _providers(target: Target, device: torch.device, options: EngineOptions) -> 
     if target.backend == onnxruntime_tensorrt.NAME:
         return [onnxruntime_tensorrt.provider(target, device, options), cuda_provider]
     return [cuda_provider]
+
+
+def _on_device(compile_graph: Callable[[], Any], device: torch.device) -> Any:
+    """A session; an error with the remedy where one on the GPU lacks libraries it needs, and
+    ONNX Runtime would have gone on without them on the CPU."""
+    session = failure = None
+    try:
+        session = _with_memory(compile_graph, device)
+    except EngineError as error:
+        failure = error
+    lost = session is None or "CUDAExecutionProvider" not in session.get_providers()
+    if device.type == "cuda" and lost and (problem := runtime.cuda_provider_problem()):
+        raise MissingRuntimeError(problem) from failure
+    if failure is not None:
+        raise failure
+    return session
 
 
 def _with_memory(action: Callable[[], Any], device: torch.device) -> Any:

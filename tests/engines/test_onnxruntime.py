@@ -1,11 +1,14 @@
-"""The ONNX Runtime engine: which weights it holds a second time on a CPU."""
+"""The ONNX Runtime engine: which weights it holds a second time on a CPU, and what it refuses."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastgen.engines.onnxruntime import _prepacked
+from fastgen import runtime
+from fastgen.engines.onnxruntime import OnnxRuntime, _on_device, _prepacked
+from fastgen.errors import EngineError, MissingRuntimeError
 from fastgen.graph import Graph
 from tests.configs import build_pair
 
@@ -56,3 +59,41 @@ def test_graphs_that_run_once_a_call_are_packed_only_with_all_weights() -> None:
     own = dict(model.encoder.named_parameters())
     assert _prepacked(graph, own, 0.999) == ()
     assert _prepacked(graph, own, 1) == graph.parameters
+
+
+def test_a_build_without_cuda_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = OnnxRuntime("onnxruntime")
+    monkeypatch.setattr(runtime, "cuda_build_problem", lambda: "a CPU build: run this")
+    backend.check(torch.device("cpu"))
+    with pytest.raises(MissingRuntimeError, match="a CPU build: run this"):
+        backend.check(torch.device("cuda"))
+
+
+CUDA, CPU = (
+    SimpleNamespace(get_providers=lambda name=name: [name])
+    for name in ("CUDAExecutionProvider", "CPUExecutionProvider")
+)
+
+
+def fails() -> Any:
+    raise RuntimeError("no implementation of Where")
+
+
+@pytest.mark.parametrize("compiled", [lambda: CPU, fails])
+def test_a_session_that_fell_back_to_the_cpu_is_refused(
+    monkeypatch: pytest.MonkeyPatch, compiled: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(runtime, "cuda_provider_problem", lambda: "libraries: run this")
+    with pytest.raises(MissingRuntimeError, match="libraries: run this"):
+        _on_device(compiled, torch.device("cuda"))
+
+
+def test_other_failures_of_a_session_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(runtime, "cuda_provider_problem", lambda: None)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(EngineError, match="no implementation of Where"):
+            _on_device(fails, torch.device(device))
+    assert _on_device(lambda: CPU, torch.device("cpu")) is CPU
+    assert _on_device(lambda: CUDA, torch.device("cuda")) is CUDA
