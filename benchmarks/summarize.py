@@ -85,8 +85,9 @@ def plot(grouped: dict[Row, dict[str, Record]], file: Path) -> None:
 
     workloads = list(dict.fromkeys(row[3] for row in grouped))
     names = [name for name in CONTENDERS if any(name in found for found in grouped.values())]
+    height = 1 + 0.18 * len(names) * len({row[:3] for row in grouped})  # inches
     figure, axes = pyplot.subplots(
-        len(workloads), figsize=(8, 2.5 * len(workloads)), squeeze=False, layout="constrained"
+        len(workloads), figsize=(8, height * len(workloads)), squeeze=False, layout="constrained"
     )
     for axis, workload in zip(axes[:, 0], workloads, strict=True):
         panel = {row: found for row, found in grouped.items() if row[3] == workload}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _NEVER = np.float32(-1.0e9)  # transformers' score of what must not be chosen
 _FEW_ROWS = 8  # what one thread computes sooner than others have stopped spinning
-_CHUNKS = 256  # of a vocabulary, whose maxima tell where the largest values can be
+_EACH = 32  # places of a vocabulary in each class, whose maximum tells where the largest can be
 
 
 class GreedyTail:
@@ -161,12 +161,12 @@ def topk_of_sums(
     values: torch.Tensor, added: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``torch.topk`` of [B, N, V] ``values + added[:, :, None]`` over both N and V."""
-    if served(values) and values.shape[2] >= 16 * _CHUNKS > 16 * k:
-        pairs = zip(values.numpy(), added.numpy(), strict=True)
-        rows = [_largest_sums(*pair, k) for pair in pairs]
-        found = [row for row in rows if row is not None]
-        if len(found) == len(rows):
-            sums, places = (torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True))
+    if served(values) and values.shape[2] >= 8 * _EACH * k:
+        sums, places = (
+            torch.empty(len(values), k, dtype=dtype) for dtype in (torch.float32, torch.int64)
+        )
+        rows = (tensor.numpy() for tensor in (values, added, sums, places))
+        if all(_largest_sums(*row) for row in zip(*rows, strict=True)):
             return sums, places
     sums, places = torch.topk((values + added[:, :, None]).view(len(values), -1), k)
     return sums, places
@@ -188,33 +188,31 @@ def served(scores: torch.Tensor) -> bool:
 
 
 def _largest_sums(
-    values: np.ndarray, added: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """The k largest of [N, V] ``values + added[:, None]`` and their places; None if equal sums (or
-    NaN) leave a choice. Rounding keeps the order, so the largest of a chunk has its largest sum."""
-    beams, vocabulary = values.shape
-    width = vocabulary // _CHUNKS
-    end = width * _CHUNKS
-    largest = np.empty((beams, _CHUNKS + 1), np.float32)
-    values[:, :end].reshape(beams, _CHUNKS, width).max(axis=2, out=largest[:, :-1])
-    values[:, end:].max(axis=1, initial=-np.inf, out=largest[:, -1])
+    values: np.ndarray, added: np.ndarray, sums: np.ndarray, places: np.ndarray
+) -> bool:
+    """The k largest of [N, V] ``values + added[:, None]``, written to [k] ``sums`` and ``places``;
+    False if equal sums (or NaN) leave a choice. Rounding keeps the order, so the largest value of
+    a class has its largest sum."""
+    k, vocabulary = len(sums), values.shape[1]
+    width = vocabulary // _EACH
+    end = width * _EACH
+    classes = values[:, :end].reshape(-1, _EACH, width)  # places of one class are width apart
+    largest = classes.max(axis=1)
     largest += added[:, None]
-    if np.isnan(largest).any():
-        return None
     least = np.partition(largest, -k, axis=None)[-k]  # k sums at least are no smaller
-    chunks = np.argwhere(largest >= least)
-    if len(chunks) > 4 * k:  # many equal sums
-        return None
-    sums, places = [], []
-    for beam, chunk in chunks.tolist():
-        start = chunk * width
-        part = values[beam, start : start + width if start < end else vocabulary] + added[beam]
-        inside = np.flatnonzero(part >= least)
-        sums.append(part[inside])
-        places.append(inside + (beam * vocabulary + start))
-    found, at = np.concatenate(sums), np.concatenate(places)
+    beam, chosen = np.nonzero(~(largest < least))  # NaN too
+    if len(beam) > 4 * k:  # many equal sums
+        return False
+    found = np.append(
+        classes[beam, :, chosen] + added[beam, None], values[:, end:] + added[:, None]
+    )
+    at = np.append(
+        (beam * vocabulary + chosen)[:, None] + np.arange(_EACH) * width,
+        np.arange(len(values))[:, None] * vocabulary + np.arange(end, vocabulary),
+    )
     order = np.argsort(-found)[: k + 1]
-    found = found[order]
-    if (found[1:] == found[:-1]).any():
-        return None
-    return found[:k], at[order[:k]]
+    best = found[order]
+    if np.isnan(found).any() or not (best[1:] < best[:-1]).all():
+        return False
+    sums[:], places[:] = best[:k], at[order[:k]]
+    return True
