@@ -1,14 +1,15 @@
 """The decoder side of an encoder-decoder model: prefill and step over leased buckets."""
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastgen import cuda
+from fastgen.capturing import Capturing, SourceBuffers
+from fastgen.encoder import CAPTURED_TOKENS
 from fastgen.engines import Binding, Engine, NotFused
 from fastgen.kv_cache import Bucket, BucketPool, BucketSize, StaticKVCache
 from fastgen.options import EngineOptions
@@ -24,7 +25,7 @@ class Step:
     after: Any
 
 
-class Decoder:
+class Decoder(Capturing):
     """The cross and decoder engines of one model, and the buckets they run over."""
 
     def __init__(
@@ -43,7 +44,8 @@ class Decoder:
                 of slots.
             fused: runs steps of few rows in place of ``decoder``, where it can.
         """
-        self.shape, self.target, self.device, self.options = shape, target, device, options
+        super().__init__(target, device, options)
+        self.shape = shape
         self.cross, self.decoder, self.fused = cross, decoder, fused
         self.pool = BucketPool(
             lambda size: Bucket(shape, target, device, size), options.max_cached_graphs
@@ -53,7 +55,6 @@ class Decoder:
         """What decoding loops keep on the device between calls, by kind and size."""
         self.not_captured: set[Hashable] = set()
         """Signatures of processors that turned out to wait for the GPU."""
-        self._graph_pool: cuda.GraphPool | None = None
         self._key = object()  # marks this decoder's bindings in buckets that outlive it
 
     # Buckets
@@ -64,16 +65,6 @@ class Decoder:
         while slots < length:
             slots *= 2
         return slots
-
-    def sources_for(self, sources: int) -> int:
-        """Source tokens of a bucket: exact on the CPU; four sizes per doubling on a GPU, so that
-        one captured graph serves many lengths and at most a fifth of what is read is padding."""
-        if self.target.device == "cpu":
-            return sources
-        step = 32
-        while sources > 8 * step:
-            step *= 2
-        return -(-sources // step) * step
 
     def enter(
         self,
@@ -104,20 +95,34 @@ class Decoder:
 
     def fill_cross(self, bucket: Bucket, hidden: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Compute what all tokens share: cross-attention keys and values, mask, tables."""
-        batch, sources = hidden.shape[:2]
-        padding = bucket.size.sources - sources
-        if mask is None:
-            mask = torch.ones(batch, sources, dtype=torch.int64, device=self.device)
-        mask = torch.nn.functional.pad(mask.to(torch.int64), (0, padding)).contiguous()
-        hidden = torch.nn.functional.pad(hidden.to(bucket.dtype), (0, 0, 0, padding)).contiguous()
-        cross_mask = torch.empty_like(bucket.tensors["cross_mask"][:, :, :1])
-        tensors = bucket.tensors | {
-            "encoder_hidden_states": hidden,
-            "attention_mask": mask,
-            "cross_mask": cross_mask,
-        }
-        self.cross.bind(tensors).run()
-        bucket.tensors["cross_mask"].copy_(cross_mask.expand_as(bucket.tensors["cross_mask"]))
+        if self.captures and bucket.size.batch * bucket.size.sources <= CAPTURED_TOKENS:
+            source, run = self._step(bucket, "cross", lambda: self._cross(bucket, self._captured))
+        else:
+            source, run = self._cross(bucket, lambda function: function)
+        given = {"encoder_hidden_states": hidden, "attention_mask": 1 if mask is None else mask}
+        source.fill(hidden.shape[1], **given)
+        run()
+
+    def _cross(
+        self, bucket: Bucket, captured: Callable[[Callable[[], None]], Callable[[], None]]
+    ) -> tuple[SourceBuffers, Callable[[], None]]:
+        """Buffers of what the cross graph reads, and what runs it over them."""
+        axes = bucket.size.batch, bucket.size.sources
+        source = SourceBuffers(
+            encoder_hidden_states=torch.zeros(
+                *axes, self.shape.width, dtype=bucket.dtype, device=self.device
+            ),
+            attention_mask=torch.ones(axes, dtype=torch.int64, device=self.device),
+        )
+        shared = bucket.tensors["cross_mask"]
+        cross_mask = torch.empty_like(shared[:, :, :1])
+        binding = self.cross.bind(bucket.tensors | source.tensors | {"cross_mask": cross_mask})
+
+        def run() -> None:
+            binding.run()
+            shared.copy_(cross_mask.expand_as(shared))
+
+        return source, captured(run)
 
     # Runs
 
@@ -156,7 +161,7 @@ class Decoder:
 
     def step(self, bucket: Bucket) -> Callable[[], None]:
         """The function that runs one step over the bucket's tensors: a graph replay on a GPU."""
-        step: Callable[[], None] = self._once(
+        step: Callable[[], None] = self._step(
             bucket, "step", lambda: self._captured(self.launch(bucket))
         )
         return step
@@ -167,7 +172,7 @@ class Decoder:
         def bind() -> Callable[[], None]:
             return self._bind_step(bucket).run
 
-        launch: Callable[[], None] = self._once(bucket, "launch", bind)
+        launch: Callable[[], None] = self._step(bucket, "launch", bind)
         return launch
 
     def _bind_step(self, bucket: Bucket) -> Binding:
@@ -193,7 +198,7 @@ class Decoder:
         """
 
         def capture() -> Step:
-            after = make_after()
+            launch, after = self.launch(bucket), make_after()
 
             def both() -> None:
                 launch()
@@ -201,35 +206,9 @@ class Decoder:
 
             return Step(self._captured(both, [*mutable, *bucket.mutable()]), after)
 
-        launch = self.launch(bucket)
-        step: Step = self._once(bucket, key, capture)
+        step: Step = self._step(bucket, key, capture)
         return step
 
-    def _once(self, bucket: Bucket, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` made for this bucket; the least recently used of too many is dropped."""
-        steps = bucket.steps
-        made = steps.pop((self._key, key), None) or make()
-        steps[self._key, key] = made
-        while len(steps) > self.options.max_cached_graphs:
-            del steps[next(iter(steps))]
-        return made
-
-    def stream(self) -> AbstractContextManager[None]:
-        """Run the body on the engine's stream, ordered with the caller's."""
-        return cuda.on_engine_stream(self.device) if self.device.type == "cuda" else nullcontext()
-
-    @property
-    def captures(self) -> bool:
-        """Whether steps are replayed as CUDA graphs."""
-        return self.target.captured and self.options.cuda_graphs
-
-    def _captured(
-        self, function: Callable[[], None], mutable: Sequence[torch.Tensor] = ()
-    ) -> Callable[[], None]:
-        """``function``, as the replay of a graph on a GPU; ``mutable`` is what it changes."""
-        if not self.captures:
-            return function
-        if self._graph_pool is None:
-            self._graph_pool = cuda.GraphPool(self.device)
-        undo = cuda.restorer(list(mutable), self.device)
-        return cuda.CapturedGraph(function, self.device, undo, self._graph_pool).replay
+    def _step(self, bucket: Bucket, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What this decoder made for this bucket."""
+        return self._once(bucket.steps, (self._key, key), make)

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastgen.decoder import Decoder
-from fastgen.engines import Binding, Engine, NoEngine, too_large
+from fastgen.encoder import Encoder
+from fastgen.engines import Engine, NoEngine, too_large
 from fastgen.engines.fused import FusedEngine
 from fastgen.generation import OPTIONAL_OUTPUTS, FastGenerationMixin, as_torch, with_signature
 from fastgen.kv_cache import StaticKVCache
@@ -27,11 +28,12 @@ class FastEncoder(EngineModule):
         """The family's graph module with a method ``encode``."""
         raise NotImplementedError
 
-    def _build_engine(self, target: Target) -> Engine:
-        root = self._encoder_root()
+    def _build_engine(self, target: Target) -> Encoder:
+        root, width = self._encoder_root(), self.config.d_model
         self._refuse_foreign_parts([root], ignore="")
-        specs = encoder_specs(target, self.config.d_model)
-        return self._engine_for("encoder", root, target, "encode", specs)
+        specs = encoder_specs(target, width)
+        engine = self._engine_for("encoder", root, target, "encode", specs)
+        return Encoder(engine, target, self.device, width, self.engine_options)
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""
@@ -66,30 +68,10 @@ class FastEncoder(EngineModule):
         if self.refusal(**arguments) is not None:
             _introduce(type(self), self.config)
             return super().forward(**arguments)
-        output = BaseModelOutput(
-            last_hidden_state=self._encode(arguments["input_ids"], arguments["attention_mask"])
-        )
+        encoder: Encoder = self._current_engine()
+        ids, mask = arguments["input_ids"].to(torch.int64), arguments["attention_mask"]
+        output = BaseModelOutput(last_hidden_state=encoder.run(ids, mask))
         return output if _return_dict(self, kwargs.get("return_dict")) else output.to_tuple()
-
-    def _encode(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        engine = self._current_engine()
-        batch, sources = input_ids.shape
-        positions = torch.arange(sources, device=input_ids.device)
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        hidden = torch.empty(
-            *(batch, sources, self.config.d_model), dtype=self.dtype, device=input_ids.device
-        )
-        tensors = {
-            "input_ids": input_ids.to(torch.int64).contiguous(),
-            "attention_mask": mask.to(torch.int64).contiguous(),
-            "query_positions": positions[:, None],
-            "key_positions": positions[None, :],
-            "last_hidden_state": hidden,
-        }
-        if hidden.numel():
-            binding: Binding = engine.bind(tensors)
-            binding.run()
-        return hidden
 
 
 class FastPreTrained(EngineModule):

@@ -27,15 +27,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "seq2seq": {"graph", "target"},
     "engines": {"cuda", "engine_cache", "errors", "graph", "options", "runtime", "target"},
     "kv_cache": {"engines", "errors", "seq2seq", "target"},
-    "decoder": {"cuda", "engines", "errors", "kv_cache", "options", "seq2seq", "target"},
+    "capturing": {"cuda", "engines", "options", "target"},
+    "encoder": {"capturing", "engines", "options", "target"},
+    "decoder": {
+        *("capturing", "cuda", "encoder", "engines", "errors", "kv_cache", "options", "seq2seq"),
+        "target",
+    },
     "generation": {"cuda", "decoder", "engines", "errors", "kv_cache", "options"},
     "weights": {"engines"},
     "modeling": {
         *("engine_cache", "engines", "errors", "graph", "options", "runtime", "target", "weights"),
     },
     "modeling_seq2seq": {
-        *("decoder", "engines", "errors", "generation", "kv_cache", "modeling", "options"),
-        *("seq2seq", "target"),
+        *("decoder", "encoder", "engines", "errors", "generation", "kv_cache", "modeling"),
+        *("options", "seq2seq", "target"),
     },
     "models": {"errors", "modeling", "modeling_seq2seq", "ops", "seq2seq"},
     "auto": {"errors", "models"},

@@ -31,7 +31,7 @@ def engines(model: Any) -> dict[str, Any]:
     model.compile_engine()
     decoder = model._current_engine()
     return {
-        "encoder": model.encoder._current_engine(),
+        "encoder": model.encoder._current_engine().engine,
         "cross": decoder.cross,
         "decoder": decoder.decoder(False, 64),
         "decoder with slot mask": decoder.decoder(True, 64),
@@ -379,7 +379,7 @@ def test_an_encoder_model_runs_on_the_engine(name: str) -> None:
         found = model(input_ids=sources(), attention_mask=mask).last_hidden_state
         expected = whole.encoder(sources(), attention_mask=mask).last_hidden_state
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
-    pointer = model.encoder._current_engine().weight_pointers()["embed_tokens.weight"]
+    pointer = model.encoder._current_engine().engine.weight_pointers()["embed_tokens.weight"]
     assert pointer == model.shared.weight.data_ptr()
 
 

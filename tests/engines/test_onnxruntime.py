@@ -55,7 +55,7 @@ def test_matrices_of_short_rows_are_packed_first(name: str) -> None:
 
 def test_graphs_that_run_once_a_call_are_packed_only_with_all_weights() -> None:
     model: Any = build_pair("t5-1.1").fast
-    graph = graph_of(model.encoder._current_engine())
+    graph = graph_of(model.encoder._current_engine().engine)
     own = dict(model.encoder.named_parameters())
     assert _prepacked(graph, own, 0.999) == ()
     assert _prepacked(graph, own, 1) == graph.parameters

@@ -81,7 +81,7 @@ def test_tokens_are_the_stock_models(simulated: None, variant: str, mode: str) -
     expected = pair.stock.generate(**arguments)
     assert torch.equal(pair.fast.generate(**arguments), expected)
     assert refusal(pair.fast) is None
-    runs = pair.fast.encoder._engine._engine.runs
+    runs = pair.fast.encoder._engine.engine._engine.runs
     assert runs > 0, "the engine did not run"
 
 
@@ -90,7 +90,7 @@ def test_engines_read_the_parameters_of_the_model(simulated: None) -> None:
     pair.fast.compile_engine()
     own = {p.data_ptr() for p in pair.fast.parameters()}
     decoder = pair.fast._engine
-    for engine in (pair.fast.encoder._engine, decoder.cross, decoder.decoder(False, 64)):
+    for engine in (pair.fast.encoder._engine.engine, decoder.cross, decoder.decoder(False, 64)):
         assert set(engine.weight_pointers().values()) <= own
 
 
@@ -109,7 +109,7 @@ def test_a_context_serves_one_binding_after_the_other(simulated: None) -> None:
     pair = pair_on_tensorrt()
     for length in (3, 9, 5):
         pair.fast.encoder(input_ids=tokens(2, length, seed=length))
-    assert pair.fast.encoder._engine._engine.contexts == 1
+    assert pair.fast.encoder._engine.engine._engine.contexts == 1
 
 
 def test_scratch_memory_is_shared(simulated: None) -> None:

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from fastgen import cuda
+from fastgen.capturing import Capturing
 from fastgen.decoder import Decoder
 from fastgen.generation.loop import RUN_AHEAD, Loop
 
@@ -64,7 +65,7 @@ def gpu_paths(run_ahead: bool = False) -> Iterator[list[Any]]:
 
     with ExitStack() as stack:
         for patch in (
-            mock.patch.object(Decoder, "captures", property(lambda self: True)),
+            mock.patch.object(Capturing, "captures", property(lambda self: True)),
             mock.patch.object(Decoder, "step_with", spy),
             mock.patch.object(cuda, "CapturedGraph", EagerGraph),
             mock.patch.object(cuda, "GraphPool", lambda device: None),

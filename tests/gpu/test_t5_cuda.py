@@ -242,7 +242,7 @@ def test_engines_read_the_parameters_of_the_model(dtype: torch.dtype) -> None:
     model.compile_engine()
     decoder = model._current_engine()
     for root, engine in (
-        (model.encoder, model.encoder._current_engine()),
+        (model.encoder, model.encoder._current_engine().engine),
         (model, decoder.cross),
         (model, decoder.decoder(False, 64)),
     ):

@@ -1,0 +1,82 @@
+"""What the two sides of a model share: functions captured as CUDA graphs, and how many are kept."""
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from fastgen import cuda
+from fastgen.engines import TENSORRT
+from fastgen.options import EngineOptions
+from fastgen.target import Target
+
+
+class Capturing:
+    """Base of what runs engines over buffers that stay in place."""
+
+    def __init__(self, target: Target, device: torch.device, options: EngineOptions) -> None:
+        self.target, self.device, self.options = target, device, options
+        self._graph_pool: cuda.GraphPool | None = None
+
+    @property
+    def captures(self) -> bool:
+        """Whether what runs often is replayed as CUDA graphs."""
+        return self.target.captured and self.options.cuda_graphs
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Run the body on the engine's stream, ordered with the caller's."""
+        return cuda.on_engine_stream(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def sources_for(self, sources: int) -> int:
+        """Source tokens of a buffer: exact on the CPU; four sizes per doubling on a GPU, so that
+        one captured graph serves many lengths and at most a fifth of what is read is padding."""
+        if self.target.device == "cpu":
+            return sources
+        step = 32
+        while sources > 8 * step:
+            step *= 2
+        padded = -(-sources // step) * step
+        if self.target.backend in TENSORRT:  # whose plans end there
+            return max(sources, min(padded, self.options.max_source_tokens))
+        return padded
+
+    def _captured(
+        self, function: Callable[[], None], mutable: Sequence[torch.Tensor] = ()
+    ) -> Callable[[], None]:
+        """``function``, as the replay of a graph on a GPU; ``mutable`` is what it changes."""
+        if not self.captures:
+            return function
+        if self._graph_pool is None:
+            self._graph_pool = cuda.GraphPool(self.device)
+        undo = cuda.restorer(list(mutable), self.device)
+        return cuda.CapturedGraph(function, self.device, undo, self._graph_pool).replay
+
+    def _once(self, made: dict[Any, Any], key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` made under this key; the least recently used of too many is dropped."""
+        value = made.pop(key, None) or make()
+        made[key] = value
+        while len(made) > self.options.max_cached_graphs:
+            del made[next(iter(made))]
+        return value
+
+
+class SourceBuffers:
+    """A padded copy of what the source side of a model reads, at one address for all calls."""
+
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        """
+        Args:
+            tensors: one of [B, S, ...] for each input, by its name in the graph.
+        """
+        self.tensors = tensors
+
+    def fill(self, sources: int, **values: torch.Tensor | int) -> None:
+        """Copy in values of ``sources`` tokens, or one for all of them; zeros behind them."""
+        for name, value in values.items():
+            tensor = self.tensors[name]
+            tensor[:, sources:].zero_()
+            if isinstance(value, torch.Tensor):
+                tensor[:, :sources].copy_(value)
+            else:
+                tensor[:, :sources].fill_(value)

@@ -1,0 +1,86 @@
+"""The encoder side of a model: token ids to hidden states, captured where launching dominates."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastgen.capturing import Capturing, SourceBuffers
+from fastgen.engines import Engine
+from fastgen.options import EngineOptions
+from fastgen.target import Target
+
+CAPTURED_TOKENS = 2048
+"""Source tokens of all rows up to which an encoder waits for its launches, not for its products."""
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """One size's buffers, and the graph that runs over them."""
+
+    source: SourceBuffers
+    hidden: torch.Tensor
+    run: Callable[[], None]
+
+
+class Encoder(Capturing):
+    """The encoder engine of one model, and the captured graphs of its sizes."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        target: Target,
+        device: torch.device,
+        width: int,
+        options: EngineOptions,
+    ) -> None:
+        super().__init__(target, device, options)
+        self.engine, self._width = engine, width
+        self._replays: dict[tuple[int, int], _Replay] = {}
+
+    def run(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states [B, S, E] of token ids [B, S] int64.
+
+        Args:
+            mask: [B, S] of 1 (source token) and 0 (padding), or None.
+        """
+        batch, sources = input_ids.shape
+        hidden = self._empty(batch, sources)
+        size = batch, self.sources_for(sources)
+        if not hidden.numel():
+            return hidden
+        if self.captures and size[0] * size[1] <= CAPTURED_TOKENS:
+            # one stream for all threads: they share the buffers
+            with self.stream():
+                replay: _Replay = self._once(self._replays, size, lambda: self._replay(*size))
+                given = {"input_ids": input_ids, "attention_mask": 1 if mask is None else mask}
+                replay.source.fill(sources, **given)
+                replay.run()
+                hidden.copy_(replay.hidden[:, :sources])
+            return hidden
+        mask = torch.ones_like(input_ids) if mask is None else mask.to(torch.int64)
+        self._bind(input_ids.contiguous(), mask.contiguous(), hidden)()
+        return hidden
+
+    def _replay(self, batch: int, sources: int) -> _Replay:
+        ids = torch.zeros(batch, sources, dtype=torch.int64, device=self.device)
+        mask, hidden = torch.ones_like(ids), self._empty(batch, sources)
+        source = SourceBuffers(input_ids=ids, attention_mask=mask)
+        return _Replay(source, hidden, self._captured(self._bind(ids, mask, hidden)))
+
+    def _bind(
+        self, input_ids: torch.Tensor, mask: torch.Tensor, hidden: torch.Tensor
+    ) -> Callable[[], None]:
+        positions = torch.arange(input_ids.shape[1], device=self.device)
+        tensors = {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "query_positions": positions[:, None],
+            "key_positions": positions[None, :],
+            "last_hidden_state": hidden,
+        }
+        return self.engine.bind(tensors).run
+
+    def _empty(self, batch: int, sources: int) -> torch.Tensor:
+        dtype = getattr(torch, self.target.dtype)
+        return torch.empty(batch, sources, self._width, dtype=dtype, device=self.device)
