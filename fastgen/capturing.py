@@ -1,7 +1,7 @@
 """What the two sides of a model share: functions captured as CUDA graphs, and how many are kept."""
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,13 @@ from fastgen import cuda
 from fastgen.engines import TENSORRT
 from fastgen.options import EngineOptions
 from fastgen.target import Target
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """What is made in the body outlives the call: ``torch.inference_mode()`` must not mark it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Capturing:
@@ -52,13 +59,25 @@ class Capturing:
         undo = cuda.restorer(list(mutable), self.device)
         return cuda.CapturedGraph(function, self.device, undo, self._graph_pool).replay
 
-    def _once(self, made: dict[Any, Any], key: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` made under this key; the least recently used of too many is dropped."""
-        value = made.pop(key, None) or make()
+    def _once(
+        self, made: dict[Any, Any], key: Hashable, make: Callable[[], Any], limit: float
+    ) -> Any:
+        """What ``make`` made under this key; past ``limit`` the least recently used is dropped."""
+        value = made.pop(key, None)
+        if value is None:
+            with lasting():
+                value = make()
         made[key] = value
-        while len(made) > self.options.max_cached_graphs:
+        while len(made) > limit:
             del made[next(iter(made))]
         return value
+
+
+def source_mask(mask: torch.Tensor | None) -> torch.Tensor | int:
+    """What ``SourceBuffers.fill`` takes; as in transformers, a fraction hides nothing."""
+    if mask is None:
+        return 1
+    return mask != 0 if mask.is_floating_point() else mask
 
 
 class SourceBuffers:

@@ -1,5 +1,6 @@
 """The decoder side of an encoder-decoder model: prefill and step over leased buckets."""
 
+import math
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -8,13 +9,15 @@ from typing import Any
 
 import torch
 
-from fastgen.capturing import Capturing, SourceBuffers
+from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.encoder import CAPTURED_TOKENS
 from fastgen.engines import Binding, Engine, NotFused
 from fastgen.kv_cache import Bucket, BucketPool, BucketSize, StaticKVCache
 from fastgen.options import EngineOptions
 from fastgen.seq2seq import DecoderShape
 from fastgen.target import Target
+
+_STEPS = 8  # a bucket's captured steps: one for each choice that followed, and phase of it
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,10 @@ class Decoder(Capturing):
     def fill_cross(self, bucket: Bucket, hidden: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Compute what all tokens share: cross-attention keys and values, mask, tables."""
         if self.captures and bucket.size.batch * bucket.size.sources <= CAPTURED_TOKENS:
-            source, run = self._step(bucket, "cross", lambda: self._cross(bucket, self._captured))
+            source, run = self._bound(bucket, "cross", lambda: self._cross(bucket, self._captured))
         else:
             source, run = self._cross(bucket, lambda function: function)
-        given = {"encoder_hidden_states": hidden, "attention_mask": 1 if mask is None else mask}
-        source.fill(hidden.shape[1], **given)
+        source.fill(hidden.shape[1], encoder_hidden_states=hidden, attention_mask=source_mask(mask))
         run()
 
     def _cross(
@@ -172,7 +174,7 @@ class Decoder(Capturing):
         def bind() -> Callable[[], None]:
             return self._bind_step(bucket).run
 
-        launch: Callable[[], None] = self._step(bucket, "launch", bind)
+        launch: Callable[[], None] = self._bound(bucket, "launch", bind)
         return launch
 
     def _bind_step(self, bucket: Bucket) -> Binding:
@@ -210,5 +212,9 @@ class Decoder(Capturing):
         return step
 
     def _step(self, bucket: Bucket, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What this decoder made for this bucket."""
-        return self._once(bucket.steps, (self._key, key), make)
+        """A step this decoder captured over this bucket, of which few are kept."""
+        return self._once(bucket.steps, (self._key, key), make, _STEPS)
+
+    def _bound(self, bucket: Bucket, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What this decoder made for this bucket once and for all."""
+        return self._once(bucket.bindings, (self._key, key), make, math.inf)

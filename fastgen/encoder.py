@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgen.capturing import Capturing, SourceBuffers
+from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Engine
 from fastgen.options import EngineOptions
 from fastgen.target import Target
@@ -52,14 +52,17 @@ class Encoder(Capturing):
         if self.captures and size[0] * size[1] <= CAPTURED_TOKENS:
             # one stream for all threads: they share the buffers
             with self.stream():
-                replay: _Replay = self._once(self._replays, size, lambda: self._replay(*size))
-                given = {"input_ids": input_ids, "attention_mask": 1 if mask is None else mask}
-                replay.source.fill(sources, **given)
+                limit = self.options.max_cached_graphs
+                replay: _Replay = self._once(
+                    self._replays, size, lambda: self._replay(*size), limit
+                )
+                replay.source.fill(sources, input_ids=input_ids, attention_mask=source_mask(mask))
                 replay.run()
                 hidden.copy_(replay.hidden[:, :sources])
             return hidden
-        mask = torch.ones_like(input_ids) if mask is None else mask.to(torch.int64)
-        self._bind(input_ids.contiguous(), mask.contiguous(), hidden)()
+        given = torch.empty_like(input_ids, memory_format=torch.contiguous_format)
+        SourceBuffers(attention_mask=given).fill(sources, attention_mask=source_mask(mask))
+        self._bind(input_ids.contiguous(), given, hidden)()
         return hidden
 
     def _replay(self, batch: int, sources: int) -> _Replay:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
+from fastgen.capturing import lasting
 from fastgen.seq2seq import DecoderShape
 from fastgen.target import Target
 
@@ -54,12 +55,14 @@ class Bucket:
         self.tensors |= self._kv_tensors("present", self.self_kv)  # updated in place
         self.tensors |= self._kv_tensors("cross", self.cross_kv)
         self.steps: dict[Any, Any] = {}
-        """Bindings and captured graphs of these buffers, by whatever made them."""
+        """Captured graphs of these buffers, by whatever made them."""
+        self.bindings: dict[Any, Any] = {}
+        """What runs engines over these buffers, likewise."""
 
     def without_steps(self) -> "Bucket":
         """The same buffers for what a step itself keeps: with the steps, nothing would be freed."""
         same = copy.copy(self)
-        same.steps = {}
+        same.steps, same.bindings = {}, {}
         return same
 
     def _counters(self, batch: int, queries: int) -> dict[str, torch.Tensor]:
@@ -173,11 +176,12 @@ class BucketPool:
         return Lease(self, bucket)
 
     def _allocate(self, size: BucketSize) -> Bucket:
-        try:
-            return self._make(size)
-        except torch.OutOfMemoryError:
-            self.release_idle()
-            return self._make(size)
+        with lasting():
+            try:
+                return self._make(size)
+            except torch.OutOfMemoryError:
+                self.release_idle()
+                return self._make(size)
 
     def give_back(self, bucket: Bucket) -> None:
         with self._lock:

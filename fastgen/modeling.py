@@ -9,9 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxscript
 import torch
 import transformers
 from onnxscript import nn as graph_nn
+from transformers import PreTrainedModel
 
 from fastgen import engines
 from fastgen import graph as graphs
@@ -21,7 +24,7 @@ from fastgen.errors import UnsupportedConfigError
 from fastgen.graph import TensorSpec
 from fastgen.options import EngineOptions
 from fastgen.target import Target
-from fastgen.weights import Glance, weights_state
+from fastgen.weights import Glance, changed_part, weights_state
 
 # Config fields that name where a model came from, not what it computes
 _NOT_COMPUTATION = ("_name_or_path", "architectures", "transformers_version", "dtype")
@@ -73,8 +76,9 @@ class EngineModule(torch.nn.Module):
     def invalidate_engine(self) -> None:
         """Drop compiled engines, KV buckets and captured graphs; the next call builds anew.
 
-        Needed only after weights were replaced behind torch's back; moving, casting, loading and
-        resizing are noticed, and an in-place edit is seen at once since engines hold pointers.
+        Needed only after some weights were edited through ``.data`` while an engine on a CPU holds
+        them packed (``EngineOptions.prepack``) too; moving, casting, loading, resizing and edits
+        in place are noticed, and so is an edit through ``.data`` that changes most of a matrix.
         """
         for module in self.modules():
             if isinstance(module, EngineModule):
@@ -148,6 +152,8 @@ class EngineModule(torch.nn.Module):
         target = choose_target(self.engine_options, first.device, first.dtype)
         kept = tuple(getattr(self, "_keep_in_fp32_modules", None) or ())
         for name, parameter in parameters.items():
+            if type(parameter.data) is not torch.Tensor or parameter.layout != torch.strided:
+                raise NoEngine(f"{name} is a {type(parameter.data).__name__}, no plain tensor")
             if parameter.device != first.device:
                 raise NoEngine(f"{name} is on {parameter.device}, other weights on {first.device}")
             wide = parameter.dtype == torch.float32 and any(k in name.split(".") for k in kept)
@@ -216,6 +222,14 @@ class EngineModule(torch.nn.Module):
             if not own and not name.startswith(others):
                 kind = f"{type(module).__module__}.{type(module).__name__}"
                 raise NoEngine(f"module {name} is a {kind}, which no graph knows")
+        if changed := changed_part(self, self._twin(), others):
+            raise NoEngine(changed)
+
+    def _twin(self) -> torch.nn.Module:
+        """The stock module as its config makes it, without weights."""
+        with torch.device("meta"):
+            twin: torch.nn.Module = stock_class(type(self))(self.config)
+        return twin
 
     # What torch does to a module
 
@@ -242,6 +256,15 @@ class EngineModule(torch.nn.Module):
         return state
 
 
+def stock_class(fast: type) -> type:
+    """The Hugging Face class that a Fast class stands for."""
+    return next(
+        base
+        for base in fast.__mro__
+        if issubclass(base, PreTrainedModel) and not issubclass(base, EngineModule)
+    )
+
+
 @cache
 def _sources_digest() -> str:
     """Digest of the code that writes graphs: when it changes, so do they."""
@@ -258,8 +281,8 @@ def _engine_key(module: EngineModule, target: Target) -> dict[str, Any]:
     config = module.config.to_dict()
     return {
         "class": type(module).__name__,
-        "config": {k: v for k, v in config.items() if k not in _NOT_COMPUTATION},
+        "config": {k: repr(v) for k, v in config.items() if k not in _NOT_COMPUTATION},
         "target": asdict(target),
         "sources": _sources_digest(),
-        "transformers": transformers.__version__,
+        **{library.__name__: library.__version__ for library in (transformers, onnx, onnxscript)},
     }

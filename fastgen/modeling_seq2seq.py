@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastgen.decoder import Decoder
@@ -14,8 +13,8 @@ from fastgen.encoder import Encoder
 from fastgen.engines import Engine, NoEngine, too_large
 from fastgen.engines.fused import FusedEngine
 from fastgen.generation import OPTIONAL_OUTPUTS, FastGenerationMixin, as_torch, with_signature
-from fastgen.kv_cache import StaticKVCache
-from fastgen.modeling import EngineModule
+from fastgen.kv_cache import Bucket, StaticKVCache
+from fastgen.modeling import EngineModule, stock_class
 from fastgen.options import EngineOptions
 from fastgen.seq2seq import cross_specs, decoder_specs, encoder_specs
 from fastgen.target import Target
@@ -179,9 +178,14 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         if past is not None and past.bucket is not None:
             if not _same_mask(getattr(past, "source_mask", ...), kwargs.get("attention_mask")):
                 return "attention_mask is not the one that past_key_values began with"
-            if self._engine is not None:
-                return None  # a further token: all else was looked at with the first
+            if self._engine is not None:  # a further token: all else was looked at with the first
+                return self._further_refusal(kwargs["decoder_input_ids"], past.bucket)
         return self._input_refusal(kwargs) or self._engine_refusal(past)
+
+    def _further_refusal(self, ids: Any, bucket: Bucket) -> str | None:
+        if isinstance(ids, torch.Tensor) and len(ids) != bucket.size.batch:
+            return f"decoder_input_ids have {len(ids)} rows, past_key_values {bucket.size.batch}"
+        return _ids_refusal(self, ids) or self._bucket_refusal(bucket)
 
     def _input_refusal(self, kwargs: dict[str, Any]) -> str | None:
         """Ranks and sizes that the graphs do not know; many of them torch reports as errors."""
@@ -200,14 +204,15 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
 
     def _engine_refusal(self, past: StaticKVCache | None) -> str | None:
         try:
-            decoder = self._current_engine()
+            self._current_engine()
         except NoEngine as error:
             return str(error)
         bucket = None if past is None else past.bucket
-        if bucket is not None and (bucket.target, bucket.device) != (
-            decoder.target,
-            decoder.device,
-        ):
+        return None if bucket is None else self._bucket_refusal(bucket)
+
+    def _bucket_refusal(self, bucket: Bucket) -> str | None:
+        decoder: Decoder = self._engine
+        if (bucket.target, bucket.device) != (decoder.target, decoder.device):
             return "past_key_values was made by another engine"
         return None
 
@@ -286,7 +291,7 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         decoder: Decoder = self._engine
         length = past.get_seq_length()
         total = length + input_ids.shape[1]
-        with decoder.lock:
+        with decoder.lock, decoder.stream():
             if past.bucket is None:
                 past.source_mask = mask  # what the bucket's cross-attention mask is made of
             bucket = decoder.enter(past, hidden.detach(), mask, total)
@@ -307,15 +312,6 @@ def _introduce(stack_class: type, config: Any) -> None:
         with torch.device("meta"):
             stack_class(config)
         _introduced.add(stack_class)
-
-
-def stock_class(fast: type) -> type:
-    """The Hugging Face class that a Fast class stands for."""
-    return next(
-        base
-        for base in fast.__mro__
-        if issubclass(base, PreTrainedModel) and not issubclass(base, EngineModule)
-    )
 
 
 def _common_refusal(module: EngineModule, kwargs: dict[str, Any]) -> str | None:

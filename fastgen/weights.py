@@ -5,7 +5,9 @@ from itertools import chain, repeat
 from operator import contains, is_, itemgetter
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from fastgen.engines import NoEngine
 
@@ -17,6 +19,8 @@ _SAME_IN_TRAINING = (
     *(torch.nn.Linear, torch.nn.Embedding),
     *(torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential),
 )
+
+_NOT_COMPUTED = ("training", "gradient_checkpointing")
 
 _LOOKED_AT = itemgetter(
     "training", "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"
@@ -34,6 +38,7 @@ class Glance:
         self.descendants = [*_walk(root)][1:]
         self._attributes = [*map(vars, self.descendants)]
         self._versions = versions
+        self._samples = [_sample(p) for p in root.parameters()] if versions else []
         self._objects, self._values = self._look(root)
 
     def same(self, root: torch.nn.Module) -> bool:
@@ -59,7 +64,44 @@ class Glance:
         ]
         if self._versions:
             values.append([t._version for t in tensors if not t.is_inference()])
+            values.append([sample.tobytes() for sample in self._samples])
+        values.append(_numbers(root))
         return objects, values
+
+
+def _sample(parameter: torch.Tensor) -> np.ndarray:
+    """A view of a few elements, which tells of most edits that torch keeps no count of."""
+    if type(parameter.data) is not torch.Tensor or parameter.dtype != torch.float32:
+        return np.empty(0)  # torch serves it
+    flat = parameter.detach().flatten()
+    view: np.ndarray = flat[:: max(1, len(flat) // 8)].numpy()
+    return view
+
+
+def _numbers(root: torch.nn.Module) -> list[tuple[str, Any]]:
+    """What a config says of the computation, in as far as it may be compared."""
+    fields = vars(getattr(root, "config", root)).items()
+    return [(name, value) for name, value in fields if type(value) in (bool, int, float, str)]
+
+
+def changed_part(
+    module: torch.nn.Module, twin: torch.nn.Module, ignore: tuple[str, ...]
+) -> str | None:
+    """What about the parts of ``module`` is not as in ``twin``, which its config alone made."""
+    twins = dict(twin.named_modules())
+    for name, part in module.named_modules():
+        other = twins.get(name)
+        if other is None or not name or name.startswith(ignore):
+            continue
+        if type(part) is not type(other) and not isinstance(part, type(other)):
+            return f"{name} is a {type(part).__name__}, not a {type(other).__name__}"
+        if type(part).__module__.startswith("torch.") or isinstance(part, PreTrainedModel):
+            continue  # sizes of weights, and what says how to run
+        for field, value in vars(other).items():
+            found = vars(part).get(field)
+            if type(value) in (bool, int, float) and field not in _NOT_COMPUTED and found != value:
+                return f"{name}.{field}={found}, where the config makes it {value}"
+    return None
 
 
 def _entries(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:
@@ -90,9 +132,11 @@ def weights_state(root: torch.nn.Module, versions: bool, own: type) -> tuple[Any
         for parameter in module._parameters.values():
             if parameter is not None:
                 state += (parameter.data_ptr(), parameter.shape, parameter.stride())
+                if versions:
+                    state.append(_sample(parameter).tobytes())
                 if versions and not parameter.is_inference():
                     state.append(parameter._version)
-    return tuple(state)
+    return (*state, *_numbers(root))
 
 
 def _walk(root: torch.nn.Module) -> Iterator[torch.nn.Module]:

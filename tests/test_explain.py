@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
+from transformers.activations import ACT2FN
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from fastgen import FastT5
@@ -81,6 +82,13 @@ def test_embeddings_are_encoded_by_torch_and_decoded_by_the_engine(
     assert model.explain(**call).path in ENGINE
 
 
+def use_mish(model: Any) -> None:
+    model.config.dense_act_fn = "mish"
+    for module in model.modules():
+        if hasattr(module, "act"):
+            module.act = ACT2FN["mish"].eval()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -89,9 +97,10 @@ def test_embeddings_are_encoded_by_torch_and_decoded_by_the_engine(
         (lambda model: setattr(model, "engine_options", {"backend": "torch"}), "backend='torch'"),
         (lambda model: model.lm_head.register_forward_hook(lambda *_: None), "hooks"),
         (lambda model: model.register_parameter("lora", torch.nn.Parameter(torch.ones(1))), "lora"),
-        (lambda model: setattr(model.config, "dense_act_fn", "mish"), "dense_act_fn='mish'"),
+        (use_mish, "dense_act_fn='mish'"),
+        (lambda model: setattr(model.config, "dense_act_fn", "mish"), "not a MishActivation"),
     ],
-    ids=["training", "dtype", "options", "hook", "parameter", "activation"],
+    ids=["training", "dtype", "options", "hook", "parameter", "activation", "config"],
 )
 def test_torch_serves_a_model_for_a_reason(change: Any, reason: str) -> None:
     model = copies().fast

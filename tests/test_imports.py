@@ -26,14 +26,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "graph": {"contrib_ops", "errors", "target"},
     "seq2seq": {"graph", "target"},
     "engines": {"cuda", "engine_cache", "errors", "graph", "options", "runtime", "target"},
-    "kv_cache": {"engines", "errors", "seq2seq", "target"},
+    "kv_cache": {"capturing", "engines", "errors", "seq2seq", "target"},
     "capturing": {"cuda", "engines", "options", "target"},
     "encoder": {"capturing", "engines", "options", "target"},
     "decoder": {
         *("capturing", "cuda", "encoder", "engines", "errors", "kv_cache", "options", "seq2seq"),
         "target",
     },
-    "generation": {"cuda", "decoder", "engines", "errors", "kv_cache", "options"},
+    "generation": {"capturing", "cuda", "decoder", "engines", "errors", "kv_cache", "options"},
     "weights": {"engines"},
     "modeling": {
         *("engine_cache", "engines", "errors", "graph", "options", "runtime", "target", "weights"),

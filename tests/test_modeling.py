@@ -158,6 +158,7 @@ SERVED: dict[str, Change] = {
     "tied": tie,
     "encoder layer dropped": lambda model: model.encoder.block.pop(1),
     "train and back": lambda model: model.train().eval(),
+    "config": lambda model: setattr(model.config, "scale_decoder_outputs", True),
     "a buffer more": lambda model: model.register_buffer("extra", torch.ones(1)),
 }
 
@@ -187,7 +188,6 @@ def test_generation_follows_a_change() -> None:
 
 
 def replace_activation(model: Any) -> None:
-    """A module of the user's own."""
     model.decoder.block[0].layer[-1].DenseReluDense.act = Tripled()
 
 

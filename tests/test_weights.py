@@ -1,15 +1,19 @@
 """Changes of weights: each is seen at a glance, and reaches every engine."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fastgen.engines import NoEngine
 from fastgen.modeling import EngineModule
 from fastgen.weights import Glance, weights_state
-from tests.helpers import assert_served, copies, sources, targets
+from tests.configs import TINY
+from tests.helpers import assert_left_to_torch, assert_served, copies, sources, targets
 
 
 def attention(model: Any) -> Any:
@@ -107,3 +111,58 @@ def test_an_edit_that_a_decoder_call_has_seen_reaches_the_encoder_too() -> None:
     call = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
     found, expected = (m.generate(sources(), **call) for m in (pair.fast, pair.stock))
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_edits_behind_the_back_of_torch_are_seen() -> None:
+    pair = copies()
+    assert_served(pair)
+    for model in (pair.fast, pair.stock):
+        for weight in model.parameters():
+            weight.data.mul_(0.9)  # no version tells
+    assert_served(pair)
+
+
+def test_a_config_may_hold_what_json_does_not() -> None:
+    pair = copies()
+    for model in (pair.fast, pair.stock):
+        model.config.note = {"scale": np.float32(0.5), "range": math.inf, "names": {"a"}}
+    pair.fast.invalidate_engine()
+    assert_served(pair)
+
+
+def other_activation(model: Any) -> None:
+    model.decoder.block[0].layer[-1].DenseReluDense.act = torch.nn.ReLU().eval()
+
+
+def other_norm(model: Any) -> None:
+    norm = torch.nn.RMSNorm(TINY["d_model"], eps=0.5).eval()
+    norm.weight.data.copy_(model.decoder.final_layer_norm.weight)
+    model.decoder.final_layer_norm = norm
+
+
+def other_epsilon(model: Any) -> None:
+    model.decoder.final_layer_norm.variance_epsilon = 0.5
+
+
+def wrap_head(model: Any) -> None:
+    """As libraries of quantized or sharded tensors do."""
+    weight = model.lm_head.weight.detach()
+    wrapped = TwoTensor(weight.clone(), weight.clone())
+    model.lm_head.weight = torch.nn.Parameter(wrapped, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (other_activation, "act is a ReLU"),
+        (other_norm, "final_layer_norm is a RMSNorm"),
+        (other_epsilon, "variance_epsilon=0.5"),
+        (wrap_head, "TwoTensor"),
+    ],
+)
+def test_parts_that_compute_something_else(change: Callable[[Any], None], reason: str) -> None:
+    pair = copies()
+    for model in (pair.fast, pair.stock):
+        change(model)
+    pair.fast.invalidate_engine()
+    assert_left_to_torch(pair, reason)

@@ -56,7 +56,9 @@ def provider(
     if options.build_memory_mb is not None:
         settings["trt_max_workspace_size"] = str(options.build_memory_mb * 2**20)
     if options.disk_cache:
-        folder = EngineCache(options.cache_dir).folder / NAME
+        # its file names tell neither of these from another
+        effort = f"level-{options.build_level}-memory-{options.build_memory_mb}"
+        folder = EngineCache(options.cache_dir).folder / NAME / effort
         settings |= {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(folder),

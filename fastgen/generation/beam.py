@@ -17,7 +17,7 @@ from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
 
 from fastgen.generation import cpu
 from fastgen.generation.kernels import BeamTail, beam_obstacle
-from fastgen.generation.loop import Call, Loop, keeps, records
+from fastgen.generation.loop import Call, Loop, keeps, kept_eos, records
 from fastgen.kv_cache import Bucket, StaticKVCache
 
 _NEVER = -1.0e9  # transformers' score of what must not be chosen
@@ -75,18 +75,17 @@ class BeamState:
         self.seen.fill_(False)
         self.steps.fill_(0)
         self.limit.fill_(call.limit)
-        if call.eos is not None:
-            if self.eos.shape != call.eos.shape:
-                self.eos = torch.empty_like(call.eos)
-            self.eos.copy_(call.eos)
+        self.eos = kept_eos(self.eos, call)
         self._set_divisors(call)
 
     def _set_divisors(self, call: Call) -> None:
         """Length penalties by number of new tokens. torch divides a CUDA tensor by a number by
         multiplying with its float32 reciprocal, so on a GPU the reciprocals stand here."""
         penalty, longest = call.config.length_penalty, call.config.max_length - call.prompt
-        lengths = [float(max(n, 1)) ** penalty for n in range(len(self.final_divisor))]
-        final = torch.tensor(lengths, dtype=torch.float32)
+        counts = range(min(len(self.final_divisor), call.limit - call.prompt + 2))
+        lengths = [float(max(n, 1)) ** penalty for n in counts]  # more of them may overflow
+        final = torch.ones(len(self.final_divisor))
+        final[: len(lengths)] = torch.tensor(lengths, dtype=torch.float32)
         best = final.clone()
         if call.config.early_stopping == "never" and penalty > 0.0:
             best.fill_(float(longest) ** penalty)
@@ -176,7 +175,7 @@ class Advance:
     def _top(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The [B, C] best (or drawn) continuations: log-probability, and place in a row's N * V."""
         state = self._state
-        log_probs = log_probs.view(state.batch, state.beams, -1)
+        log_probs = log_probs.reshape(state.batch, state.beams, -1)
         if self._do_sample:
             log_probs = (log_probs + state.running_scores[:, :, None]).view(state.batch, -1)
             probabilities = torch.nn.functional.softmax(log_probs, dim=-1)

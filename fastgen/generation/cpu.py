@@ -168,7 +168,7 @@ def topk_of_sums(
         rows = (tensor.numpy() for tensor in (values, added, sums, places))
         if all(_largest_sums(*row) for row in zip(*rows, strict=True)):
             return sums, places
-    sums, places = torch.topk((values + added[:, :, None]).view(len(values), -1), k)
+    sums, places = torch.topk((values + added[:, :, None]).flatten(1), k)
     return sums, places
 
 

@@ -15,6 +15,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from fastgen import cuda
+from fastgen.capturing import lasting
 from fastgen.decoder import Decoder
 from fastgen.generation import cpu
 from fastgen.generation.kernels import GreedyTail, greedy_obstacle
@@ -61,6 +62,16 @@ class Call:
         return ProcessorPlan(list(self.processors), known)
 
 
+def kept_eos(kept: torch.Tensor, call: Call) -> torch.Tensor:
+    """The call's end-of-sequence tokens, where captured graphs read those of all calls."""
+    if call.eos is not None:
+        if kept.shape != call.eos.shape:
+            with lasting():
+                kept = torch.empty_like(call.eos)
+        kept.copy_(call.eos)
+    return kept
+
+
 class SampleState:
     """The tokens of one batch on the device, and what choosing the next one changes."""
 
@@ -84,10 +95,7 @@ class SampleState:
         self.seen.fill_(True)
         if call.has_eos:
             self.pad.copy_(call.config._pad_token_tensor)
-        if call.eos is not None:
-            if self.eos.shape != call.eos.shape:
-                self.eos = torch.empty_like(call.eos)
-            self.eos.copy_(call.eos)
+        self.eos = kept_eos(self.eos, call)
 
     def mutable(self) -> list[torch.Tensor]:
         return [self.sequences, self.index, self.unfinished]
@@ -199,7 +207,8 @@ class Loop:
         decoder.states[key] = states  # now the last to be forgotten
         state = next((s for s in states if not s.busy), None)
         if state is None:
-            state = self._make_state(batch, capacity)
+            with lasting():
+                state = self._make_state(batch, capacity)
             states.append(state)
         state.busy = True
         idle = [k for k, kept in decoder.states.items() if not any(s.busy for s in kept)]

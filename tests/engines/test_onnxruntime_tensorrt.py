@@ -63,7 +63,7 @@ def test_provider_options(engine_stream: None, tmp_path: Path, dtype: str, flags
     options = EngineOptions(cache_dir=tmp_path, build_memory_mb=3, build_level=5)
     name, settings = onnxruntime_tensorrt.provider(provider_target(dtype), DEVICE, options)
     assert name == "TensorrtExecutionProvider"
-    folder = str(tmp_path / "onnxruntime-tensorrt")
+    folder = str(tmp_path / "onnxruntime-tensorrt" / "level-5-memory-3")
     assert settings == {
         "device_id": "1",
         "user_compute_stream": "77",

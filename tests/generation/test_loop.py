@@ -128,3 +128,18 @@ def test_debug_mode_reports_a_difference() -> None:
         pytest.raises(FastgenError, match="check_fast_loop"),
     ):
         model.generate(prompts(NAME, 2), max_new_tokens=4)
+
+
+def transposed(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """What a user's processor may give: scores that are not contiguous."""
+    return scores.t().contiguous().t()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"logits_processor": [transposed]}, {"length_penalty": 200.0}]
+)
+def test_beam_search_takes_what_the_stock_class_takes(arguments: dict[str, Any]) -> None:
+    pair = build_pair(NAME)
+    call: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 12, **arguments}
+    expected = pair.stock.generate(prompts(NAME), **call)
+    assert pair.fast.generate(prompts(NAME), **call).tolist() == expected.tolist()
