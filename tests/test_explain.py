@@ -84,8 +84,8 @@ def test_embeddings_are_encoded_by_torch_and_decoded_by_the_engine(
 
 def use_mish(model: Any) -> None:
     model.config.dense_act_fn = "mish"
-    for module in model.modules():
-        if hasattr(module, "act"):
+    for module in list(model.modules()):
+        if hasattr(module, "wo"):
             module.act = ACT2FN["mish"].eval()
 
 
