@@ -1,6 +1,7 @@
 """FastAutoModelForSeq2SeqLM: ``model_type`` -> Fast class, like transformers' auto classes."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -24,23 +25,34 @@ class FastAutoModelForSeq2SeqLM:
         )
 
     @classmethod
-    def from_pretrained(cls, name: str, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
         """Load a checkpoint into its Fast class; arguments as the Fast class takes them.
 
         Raises:
             UnsupportedConfigError: no Fast class for the checkpoint's model_type.
         """
-        if config is not None:
-            return _class_for(config).from_pretrained(name, *args, config=config, **kwargs)
+        name = pretrained_model_name_or_path
+        for custom_code in (
+            "code_revision",
+            "trust_remote_code",
+        ):  # of which Fast classes have none
+            kwargs.pop(custom_code, None)
         hub = ("cache_dir", "force_download", "local_files_only", "revision", "token")
         hub_kwargs = {key: kwargs[key] for key in (*hub, "subfolder") if key in kwargs}
+        if isinstance(config, (str, Path)):
+            config = AutoConfig.from_pretrained(config, **hub_kwargs)
+        if config is not None:
+            return _class_for(config).from_pretrained(name, *args, config=config, **kwargs)
         fast = _class_for(AutoConfig.from_pretrained(name, **hub_kwargs))
         return fast.from_pretrained(name, *args, **kwargs)  # which reads changes of config fields
 
     @classmethod
-    def from_config(cls, config: Any) -> Any:
-        """A model with random weights."""
-        return _class_for(config)(config)
+    def from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """A model with random weights; arguments (``dtype``, say) as the stock class takes them."""
+        kwargs.pop("trust_remote_code", None)
+        return _class_for(config)._from_config(config, **kwargs)
 
 
 def _class_for(config: Any) -> Any:

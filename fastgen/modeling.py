@@ -121,8 +121,9 @@ class EngineModule(torch.nn.Module):
         Raises:
             NoEngine: torch must serve this model; the message says why.
         """
-        if id(self) in _steady.modules and self._engine is not None:
-            return self._engine
+        engine = self._engine  # another thread may drop it meanwhile
+        if id(self) in _steady.modules and engine is not None:
+            return engine
         if self._glance is None or not self._glance.same(self):
             weights = weights_state(self, self._copies_weights(), own=EngineModule)
             if weights != self._engine_weights:
@@ -131,16 +132,17 @@ class EngineModule(torch.nn.Module):
             self._glance = Glance(self, self._copies_weights())
         if self._refusal is not None:
             raise NoEngine(self._refusal)
-        if self._engine is None:
+        engine = self._engine
+        if engine is None:
             try:
-                self._engine = self._build_engine(self._choose_target())
+                engine = self._engine = self._build_engine(self._choose_target())
             except (NoEngine, UnsupportedConfigError) as error:
                 self._refusal = str(error)
                 raise NoEngine(self._refusal) from error
             # once more: making weights contiguous may have moved them
             self._engine_weights = weights_state(self, self._copies_weights(), own=EngineModule)
             self._glance = Glance(self, self._copies_weights())
-        return self._engine
+        return engine
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
@@ -235,7 +237,8 @@ class EngineModule(torch.nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._apply(*args, **kwargs)
-        self.invalidate_engine()
+        if self._glance is None or not self._glance.same(self):  # not .to() where it is
+            self.invalidate_engine()
         return result
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

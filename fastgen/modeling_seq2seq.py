@@ -211,10 +211,10 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         return None if bucket is None else self._bucket_refusal(bucket)
 
     def _bucket_refusal(self, bucket: Bucket) -> str | None:
-        decoder: Decoder = self._engine
-        if (bucket.target, bucket.device) != (decoder.target, decoder.device):
-            return "past_key_values was made by another engine"
-        return None
+        decoder: Decoder | None = self._engine
+        if decoder is None or (bucket.target, bucket.device) == (decoder.target, decoder.device):
+            return None
+        return "past_key_values was made by another engine"
 
     @with_signature
     def forward(
@@ -288,7 +288,7 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         mask: torch.Tensor | None,
         past: StaticKVCache,
     ) -> torch.Tensor:
-        decoder: Decoder = self._engine
+        decoder: Decoder = self._current_engine()
         length = past.get_seq_length()
         total = length + input_ids.shape[1]
         with decoder.lock, decoder.stream():

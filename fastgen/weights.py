@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.modules import module as modules
 from transformers import PreTrainedModel
 
 from fastgen.engines import NoEngine
@@ -65,7 +66,7 @@ class Glance:
         if self._versions:
             values.append([t._version for t in tensors if not t.is_inference()])
             values.append([sample.tobytes() for sample in self._samples])
-        values.append(_numbers(root))
+        values.append((_numbers(root), _global_hooks()))
         return objects, values
 
 
@@ -76,6 +77,10 @@ def _sample(parameter: torch.Tensor) -> np.ndarray:
     flat = parameter.detach().flatten()
     view: np.ndarray = flat[:: max(1, len(flat) // 8)].numpy()
     return view
+
+
+def _global_hooks() -> int:
+    return len(modules._global_forward_hooks) + len(modules._global_forward_pre_hooks)
 
 
 def _numbers(root: torch.nn.Module) -> list[tuple[str, Any]]:
@@ -95,6 +100,8 @@ def changed_part(
             continue
         if type(part) is not type(other) and not isinstance(part, type(other)):
             return f"{name} is a {type(part).__name__}, not a {type(other).__name__}"
+        if getattr(part, "max_norm", None) is not None:
+            return f"{name} has a max_norm: it edits its weights while it runs"
         if type(part).__module__.startswith("torch.") or isinstance(part, PreTrainedModel):
             continue  # sizes of weights, and what says how to run
         for field, value in vars(other).items():
@@ -119,6 +126,8 @@ def weights_state(root: torch.nn.Module, versions: bool, own: type) -> tuple[Any
         NoEngine: a module does what only torch can do; the message says what.
     """
     state: list[Any] = []
+    if _global_hooks():
+        raise NoEngine("torch has hooks for the forward of all modules, which only torch runs")
     for module in _walk(root):
         if module._forward_hooks or module._forward_pre_hooks:
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]

@@ -62,3 +62,15 @@ def test_the_auto_class_itself_has_no_instances() -> None:
 def test_every_fast_class_for_generation_is_found_by_its_model_type() -> None:
     public = {n for n in fastgen.__all__ if n.endswith("ForConditionalGeneration")}
     assert {fast_class(name).__name__ for name in NAMES} == public
+
+
+def test_names_of_arguments_are_those_of_the_stock_auto_class(tmp_path: Path) -> None:
+    build_stock("t5-1.0").save_pretrained(tmp_path)
+    model = FastAutoModelForSeq2SeqLM.from_pretrained(
+        pretrained_model_name_or_path=tmp_path, config=str(tmp_path), code_revision="main"
+    )
+    assert type(model) is fast_class("t5-1.0")
+    options = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    model = FastAutoModelForSeq2SeqLM.from_config(model.config, **options)
+    assert type(model) is fast_class("t5-1.0")
+    assert model.dtype == torch.bfloat16

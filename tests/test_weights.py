@@ -166,3 +166,26 @@ def test_parts_that_compute_something_else(change: Callable[[Any], None], reason
         change(model)
     pair.fast.invalidate_engine()
     assert_left_to_torch(pair, reason)
+
+
+def test_moving_to_where_a_model_is_keeps_its_engines() -> None:
+    pair = copies()
+    assert_served(pair)
+    engines = pair.fast._engine, pair.fast.encoder._engine
+    pair.fast.to("cpu").float()
+    assert (pair.fast._engine, pair.fast.encoder._engine) == engines
+    pair.fast.half()
+    assert pair.fast._engine is None
+
+
+def test_hooks_of_all_modules_go_to_torch() -> None:
+    pair = copies()
+    assert_served(pair)
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: output * 2 if isinstance(module, torch.nn.Linear) else None
+    )
+    try:
+        assert_left_to_torch(pair, "hooks for the forward of all modules")
+    finally:
+        hook.remove()
+    assert_served(pair)

@@ -31,6 +31,9 @@ _ANY_LOOP += ("tokenizer", "assistant_tokenizer")
 _ANY_LOOP += ("negative_prompt_ids", "negative_prompt_attention_mask")
 
 
+# What the HF loop calls for every token, and the fast loop does not
+_STEPS = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -90,6 +93,7 @@ class FastGenerationMixin(GenerationMixin):
             reasons.append("use_cache=False")
         if config.prefill_chunk_size is not None:
             reasons.append("prefill_chunk_size is set")
+        reasons += [f"{name} is the program's own" for name in _STEPS if not self._is_known(name)]
         if getattr(config, "is_assistant", False):
             reasons.append("an assistant model's tokens may be taken back")
         past = model_kwargs.get("past_key_values")
@@ -106,6 +110,11 @@ class FastGenerationMixin(GenerationMixin):
             if value is not None and value is not False and name not in served:
                 reasons.append(f"{name} is given")
         return reasons
+
+    def _is_known(self, method: str) -> bool:
+        """Whether a method is the one of a library, which the fast loop does the work of."""
+        home = getattr(type(self), method).__module__.partition(".")[0]
+        return method not in vars(self) and home in ("fastgen", "transformers")
 
     @with_signature
     def _sample(
@@ -202,6 +211,9 @@ class FastGenerationMixin(GenerationMixin):
         kwargs = {name: as_torch(value) for name, value in kwargs.items()}
         with self.steady():
             return super().generate(as_torch(inputs), *args, **kwargs)
+
+    # as programs find it under the decorator of the stock one: the same without torch.no_grad()
+    generate.__wrapped__ = GenerationMixin.generate.__wrapped__  # type: ignore[attr-defined]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
