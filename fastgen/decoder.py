@@ -2,8 +2,8 @@
 
 import math
 import threading
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,16 @@ class Decoder(Capturing):
         self.not_captured: set[Hashable] = set()
         """Signatures of processors that turned out to wait for the GPU."""
         self._key = object()  # marks this decoder's bindings in buckets that outlive it
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """A call's turn: on a GPU one after the other, on the engine's stream; on a CPU, where
+        each has buffers of its own, calls of several threads run side by side."""
+        if self.target.device == "cpu":
+            yield
+            return
+        with self.lock, self.stream():
+            yield
 
     # Buckets
 

@@ -291,7 +291,7 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         decoder: Decoder = self._current_engine()
         length = past.get_seq_length()
         total = length + input_ids.shape[1]
-        with decoder.lock, decoder.stream():
+        with decoder.turn():
             if past.bucket is None:
                 past.source_mask = mask  # what the bucket's cross-attention mask is made of
             bucket = decoder.enter(past, hidden.detach(), mask, total)

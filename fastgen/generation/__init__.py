@@ -167,7 +167,7 @@ class FastGenerationMixin(GenerationMixin):
 
     def _checked(self, fast: Any, slow: Any, call: "loop.Call") -> Any:
         """Run the fast loop; with ``check_fast_loop``, first the HF loop, and compare."""
-        with call.decoder.lock, call.decoder.stream():
+        with call.decoder.turn():
             if not self.engine_options.check_fast_loop:
                 return fast()
             devices = [call.decoder.device] if call.decoder.device.type == "cuda" else []

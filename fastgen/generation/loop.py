@@ -203,17 +203,18 @@ class Loop:
         capacity = decoder.slots_for(call.limit)
         eos = None if call.eos is None else call.eos.numel()
         key = (type(self).__name__, batch, self.beams, capacity, eos)
-        states = decoder.states.pop(key, [])
-        decoder.states[key] = states  # now the last to be forgotten
-        state = next((s for s in states if not s.busy), None)
-        if state is None:
-            with lasting():
-                state = self._make_state(batch, capacity)
-            states.append(state)
-        state.busy = True
-        idle = [k for k, kept in decoder.states.items() if not any(s.busy for s in kept)]
-        for old in idle[: max(0, len(decoder.states) - decoder.options.max_cached_graphs)]:
-            del decoder.states[old]
+        with decoder.lock:
+            states = decoder.states.pop(key, [])
+            decoder.states[key] = states  # now the last to be forgotten
+            state = next((s for s in states if not s.busy), None)
+            if state is None:
+                with lasting():
+                    state = self._make_state(batch, capacity)
+                states.append(state)
+            state.busy = True
+            idle = [k for k, kept in decoder.states.items() if not any(s.busy for s in kept)]
+            for old in idle[: max(0, len(decoder.states) - decoder.options.max_cached_graphs)]:
+                del decoder.states[old]
         return state
 
     def _enter(self, length: int) -> Bucket:

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from fastgen import EngineOptions
 from fastgen.decoder import Decoder
@@ -99,6 +100,23 @@ def test_threads_share_a_model(beams: int) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda call: model.generate(**call).tolist(), calls))
     assert found == expected
+
+
+def test_a_streamer_may_wait_for_a_call_of_another_thread() -> None:
+    model = fresh()
+    call: dict[str, Any] = {"inputs": prompts(NAME, 2), "max_new_tokens": 5}
+    expected = model.generate(**call).tolist()
+
+    class Waiting(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            assert pool.submit(lambda: model.generate(**call)).result(60).tolist() == expected
+
+        def end(self) -> None:
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        streamed = model.generate(prompts(NAME, 1), max_new_tokens=3, streamer=Waiting())
+    assert streamed.tolist() == model.generate(prompts(NAME, 1), max_new_tokens=3).tolist()
 
 
 @pytest.mark.parametrize("sample", [False, True])
