@@ -288,7 +288,8 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         mask: torch.Tensor | None,
         past: StaticKVCache,
     ) -> torch.Tensor:
-        decoder: Decoder = self._current_engine()
+        # refusal() has looked; unless another thread dropped the engine since
+        decoder: Decoder = self._engine or self._current_engine()
         length = past.get_seq_length()
         total = length + input_ids.shape[1]
         with decoder.turn():
