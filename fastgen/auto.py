@@ -34,11 +34,8 @@ class FastAutoModelForSeq2SeqLM:
             UnsupportedConfigError: no Fast class for the checkpoint's model_type.
         """
         name = pretrained_model_name_or_path
-        for custom_code in (
-            "code_revision",
-            "trust_remote_code",
-        ):  # of which Fast classes have none
-            kwargs.pop(custom_code, None)
+        for remote_code in ("code_revision", "trust_remote_code"):  # Fast classes have none
+            kwargs.pop(remote_code, None)
         hub = ("cache_dir", "force_download", "local_files_only", "revision", "token")
         hub_kwargs = {key: kwargs[key] for key in (*hub, "subfolder") if key in kwargs}
         if isinstance(config, (str, Path)):

@@ -11,6 +11,9 @@ from fastgen.engines import TENSORRT
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 
+CAPTURED_TOKENS = 2048
+"""Source tokens of all rows up to which graphs wait for their launches, not for their products."""
+
 
 @contextmanager
 def lasting() -> Iterator[None]:
@@ -30,6 +33,10 @@ class Capturing:
     def captures(self) -> bool:
         """Whether what runs often is replayed as CUDA graphs."""
         return self.target.captured and self.options.cuda_graphs
+
+    def captures_sources(self, batch: int, sources: int) -> bool:
+        """Whether what reads so many source tokens is captured."""
+        return self.captures and batch * sources <= CAPTURED_TOKENS
 
     def stream(self) -> AbstractContextManager[None]:
         """Run the body on the engine's stream, ordered with the caller's."""

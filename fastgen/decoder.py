@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from fastgen.capturing import Capturing, SourceBuffers, source_mask
-from fastgen.encoder import CAPTURED_TOKENS
 from fastgen.engines import Binding, Engine, NotFused
 from fastgen.kv_cache import Bucket, BucketPool, BucketSize, StaticKVCache
 from fastgen.options import EngineOptions
@@ -108,16 +107,19 @@ class Decoder(Capturing):
 
     def fill_cross(self, bucket: Bucket, hidden: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Compute what all tokens share: cross-attention keys and values, mask, tables."""
-        if self.captures and bucket.size.batch * bucket.size.sources <= CAPTURED_TOKENS:
-            source, run = self._bound(bucket, "cross", lambda: self._cross(bucket, self._captured))
+
+        def capture() -> tuple[SourceBuffers, Callable[[], None]]:
+            source, run = self._cross(bucket)
+            return source, self._captured(run)
+
+        if self.captures_sources(bucket.size.batch, bucket.size.sources):
+            source, run = self._bound(bucket, "cross", capture)
         else:
-            source, run = self._cross(bucket, lambda function: function)
+            source, run = self._cross(bucket)
         source.fill(hidden.shape[1], encoder_hidden_states=hidden, attention_mask=source_mask(mask))
         run()
 
-    def _cross(
-        self, bucket: Bucket, captured: Callable[[Callable[[], None]], Callable[[], None]]
-    ) -> tuple[SourceBuffers, Callable[[], None]]:
+    def _cross(self, bucket: Bucket) -> tuple[SourceBuffers, Callable[[], None]]:
         """Buffers of what the cross graph reads, and what runs it over them."""
         axes = bucket.size.batch, bucket.size.sources
         source = SourceBuffers(
@@ -134,7 +136,7 @@ class Decoder(Capturing):
             binding.run()
             shared.copy_(cross_mask.expand_as(shared))
 
-        return source, captured(run)
+        return source, run
 
     # Runs
 

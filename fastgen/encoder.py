@@ -10,9 +10,6 @@ from fastgen.engines import Engine
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 
-CAPTURED_TOKENS = 2048
-"""Source tokens of all rows up to which an encoder waits for its launches, not for its products."""
-
 
 @dataclass(frozen=True)
 class _Replay:
@@ -45,23 +42,23 @@ class Encoder(Capturing):
             mask: [B, S] of 1 (source token) and 0 (padding), or None.
         """
         batch, sources = input_ids.shape
-        hidden = self._empty(batch, sources)
+        hidden, seen = self._empty(batch, sources), source_mask(mask)
         size = batch, self.sources_for(sources)
         if not hidden.numel():
             return hidden
-        if self.captures and size[0] * size[1] <= CAPTURED_TOKENS:
+        if self.captures_sources(*size):
             # one stream for all threads: they share the buffers
             with self.stream():
                 limit = self.options.max_cached_graphs
                 replay: _Replay = self._once(
                     self._replays, size, lambda: self._replay(*size), limit
                 )
-                replay.source.fill(sources, input_ids=input_ids, attention_mask=source_mask(mask))
+                replay.source.fill(sources, input_ids=input_ids, attention_mask=seen)
                 replay.run()
                 hidden.copy_(replay.hidden[:, :sources])
             return hidden
         given = torch.empty_like(input_ids, memory_format=torch.contiguous_format)
-        SourceBuffers(attention_mask=given).fill(sources, attention_mask=source_mask(mask))
+        SourceBuffers(attention_mask=given).fill(sources, attention_mask=seen)
         self._bind(input_ids.contiguous(), given, hidden)()
         return hidden
 

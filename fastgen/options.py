@@ -37,7 +37,8 @@ class EngineOptions:
     fused_kernels: bool = True
     """Run steps of up to 512 rows by fastgen's own CUDA kernels; False runs ONNX Runtime's."""
     max_cached_graphs: int = 8
-    """How many idle KV cache buckets (buffers and captured CUDA graph) a model keeps for reuse."""
+    """How many idle KV cache buckets (buffers and captured CUDA graphs) a model keeps for reuse,
+    and how many sizes of its encoder."""
     min_bucket: int = 64
     """Smallest number of KV cache slots (tokens) per sequence; buckets double from here."""
     intra_op_threads: int | None = None
@@ -45,9 +46,9 @@ class EngineOptions:
     prepack: float = 0.25
     """On the CPU, share of the weights (bytes) to hold a second time in the layout of its matrix
     kernels, which read them faster: 0 is none of them, 1 all, most of all for beams and long
-    sources. After editing weights through ``.data``, call ``model.invalidate_engine()``."""
+    sources. After editing single elements through ``.data``, call ``model.invalidate_engine()``."""
     max_batch: int = 64
-    """TensorRT: most rows (batch, times the beams of the HF loop) of a call; torch serves more."""
+    """TensorRT: most rows (batch times beams) of a call; torch serves more."""
     max_source_tokens: int = 1024
     """TensorRT: most tokens of a source (prompt of an encoder); torch serves longer ones."""
     build_level: int = 3

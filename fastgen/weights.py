@@ -66,7 +66,7 @@ class Glance:
         if self._versions:
             values.append([t._version for t in tensors if not t.is_inference()])
             values.append([sample.tobytes() for sample in self._samples])
-        values.append((_numbers(root), _global_hooks()))
+        values.append((_config_fields(root), _global_hooks()))
         return objects, values
 
 
@@ -83,7 +83,7 @@ def _global_hooks() -> int:
     return len(modules._global_forward_hooks) + len(modules._global_forward_pre_hooks)
 
 
-def _numbers(root: torch.nn.Module) -> list[tuple[str, Any]]:
+def _config_fields(root: torch.nn.Module) -> list[tuple[str, Any]]:
     """What a config says of the computation, in as far as it may be compared."""
     fields = vars(getattr(root, "config", root)).items()
     return [(name, value) for name, value in fields if type(value) in (bool, int, float, str)]
@@ -98,7 +98,7 @@ def changed_part(
         other = twins.get(name)
         if other is None or not name or name.startswith(ignore):
             continue
-        if type(part) is not type(other) and not isinstance(part, type(other)):
+        if not isinstance(part, type(other)):
             return f"{name} is a {type(part).__name__}, not a {type(other).__name__}"
         if getattr(part, "max_norm", None) is not None:
             return f"{name} has a max_norm: it edits its weights while it runs"
@@ -143,9 +143,9 @@ def weights_state(root: torch.nn.Module, versions: bool, own: type) -> tuple[Any
                 state += (parameter.data_ptr(), parameter.shape, parameter.stride())
                 if versions:
                     state.append(_sample(parameter).tobytes())
-                if versions and not parameter.is_inference():
-                    state.append(parameter._version)
-    return (*state, *_numbers(root))
+                    if not parameter.is_inference():
+                        state.append(parameter._version)
+    return (*state, *_config_fields(root))
 
 
 def _walk(root: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fastgen import encoder as encoders
+from fastgen import capturing
 from fastgen.capturing import Capturing
 from fastgen.encoder import Encoder
 from fastgen.options import EngineOptions
@@ -71,7 +71,7 @@ def test_graphs_are_as_many_as_the_options_say() -> None:
 
 
 def test_what_waits_for_its_products_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "CAPTURED_TOKENS", 16)
+    monkeypatch.setattr(capturing, "CAPTURED_TOKENS", 16)
     model: Any = pair_of("t5-1.0").fast
     for rows, sources in ((2, 9), (1, 17)):
         model.encoder(input_ids=ids(rows, sources))

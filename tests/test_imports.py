@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "capturing": {"cuda", "engines", "options", "target"},
     "encoder": {"capturing", "engines", "options", "target"},
     "decoder": {
-        *("capturing", "cuda", "encoder", "engines", "errors", "kv_cache", "options", "seq2seq"),
+        *("capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
         "target",
     },
     "generation": {"capturing", "cuda", "decoder", "engines", "errors", "kv_cache", "options"},
