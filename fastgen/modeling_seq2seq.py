@@ -12,10 +12,11 @@ from fastgen.decoder import Decoder
 from fastgen.encoder import Encoder
 from fastgen.engines import Engine, NoEngine, too_large
 from fastgen.engines.fused import FusedEngine
-from fastgen.generation import OPTIONAL_OUTPUTS, FastGenerationMixin, as_torch, with_signature
+from fastgen.generation import FastGenerationMixin, as_torch, with_signature
 from fastgen.kv_cache import Bucket, StaticKVCache
 from fastgen.modeling import EngineModule, stock_class
 from fastgen.options import EngineOptions
+from fastgen.refusals import common_refusal, ids_refusal, mask_refusal, same_mask
 from fastgen.seq2seq import cross_specs, decoder_specs, encoder_specs
 from fastgen.target import Target
 
@@ -36,7 +37,7 @@ class FastEncoder(EngineModule):
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""
-        if reason := _common_refusal(self, kwargs):
+        if reason := common_refusal(self, kwargs):
             return reason
         input_ids = kwargs.get("input_ids")
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
@@ -44,7 +45,7 @@ class FastEncoder(EngineModule):
         if kwargs.get("use_cache"):
             return "use_cache=True: torch reports that an encoder has no KV cache"
         mask = kwargs.get("attention_mask")
-        if reason := _ids_refusal(self, input_ids) or _mask_refusal(mask, input_ids.shape):
+        if reason := ids_refusal(self, input_ids) or mask_refusal(mask, input_ids.shape):
             return reason
         if reason := too_large(self.engine_options, *input_ids.shape):
             return reason
@@ -162,7 +163,7 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a forward with these arguments goes to torch; None if the engine serves it."""
-        if reason := _common_refusal(self, kwargs):
+        if reason := common_refusal(self, kwargs):
             return reason
         for name in ("inputs_embeds", "decoder_inputs_embeds", "labels"):
             if kwargs.get(name) is not None:
@@ -176,7 +177,7 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         if past is not None and not isinstance(past, StaticKVCache):
             return f"past_key_values is a {type(past).__name__}, not the engine's own KV cache"
         if past is not None and past.bucket is not None:
-            if not _same_mask(getattr(past, "source_mask", ...), kwargs.get("attention_mask")):
+            if not same_mask(getattr(past, "source_mask", ...), kwargs.get("attention_mask")):
                 return "attention_mask is not the one that past_key_values began with"
             if self._engine is not None:  # a further token: all else was looked at with the first
                 return self._further_refusal(kwargs["decoder_input_ids"], past.bucket)
@@ -185,12 +186,12 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
     def _further_refusal(self, ids: Any, bucket: Bucket) -> str | None:
         if isinstance(ids, torch.Tensor) and len(ids) != bucket.size.batch:
             return f"decoder_input_ids have {len(ids)} rows, past_key_values {bucket.size.batch}"
-        return _ids_refusal(self, ids) or self._bucket_refusal(bucket)
+        return ids_refusal(self, ids) or self._bucket_refusal(bucket)
 
     def _input_refusal(self, kwargs: dict[str, Any]) -> str | None:
         """Ranks and sizes that the graphs do not know; many of them torch reports as errors."""
         ids, source = kwargs["decoder_input_ids"], kwargs.get("encoder_outputs")
-        if reason := _ids_refusal(self, ids):
+        if reason := ids_refusal(self, ids):
             return reason
         source = kwargs.get("input_ids") if source is None else source[0]
         if source is None:
@@ -200,7 +201,7 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         if isinstance(ids, torch.Tensor) and len(ids) != len(source):
             return f"decoder_input_ids have {len(ids)} rows, the encoder's {len(source)}"
         size = too_large(self.engine_options, *source.shape[:2])
-        return size or _mask_refusal(kwargs.get("attention_mask"), source.shape)
+        return size or mask_refusal(kwargs.get("attention_mask"), source.shape)
 
     def _engine_refusal(self, past: StaticKVCache | None) -> str | None:
         try:
@@ -313,53 +314,6 @@ def _introduce(stack_class: type, config: Any) -> None:
         with torch.device("meta"):
             stack_class(config)
         _introduced.add(stack_class)
-
-
-def _common_refusal(module: EngineModule, kwargs: dict[str, Any]) -> str | None:
-    """What no engine serves, whatever the model."""
-    if module.training:
-        return "the model is in training mode: call model.eval()"
-    if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
-        return "gradients may be asked for: wrap the call in torch.no_grad()"
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return "torch is tracing or compiling the model"
-    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        return "torch.autocast is on: load the model in the dtype to compute in instead"
-    for name in OPTIONAL_OUTPUTS:
-        asked = kwargs.pop(name, None)
-        if asked or (asked is None and getattr(module.config, name, False)):
-            return f"{name} are recorded by torch only"
-    return None
-
-
-def _ids_refusal(module: Any, ids: Any) -> str | None:
-    """Token ids that torch reports as wrong, while the engine would read some row for them."""
-    if not isinstance(ids, torch.Tensor):
-        return None  # explain() was asked
-    if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
-        return f"token ids are {ids.ndim}-dimensional {ids.dtype}, not [B, Q] of int64"
-    vocabulary = module.get_input_embeddings().weight.shape[0]
-    if ids.device.type == "cpu" and ids.numel():  # on a GPU a look at them would wait for it
-        low, high = (int(end) for end in ids.aminmax())
-        if low < 0 or high >= vocabulary:
-            return f"token ids from {low} to {high} are not all in 0 .. {vocabulary - 1}"
-    return None
-
-
-def _mask_refusal(mask: torch.Tensor | None, shape: torch.Size) -> str | None:
-    if mask is None or mask.shape == shape[:2]:
-        return None
-    return f"attention_mask is {list(mask.shape)}, not {list(shape[:2])}: one value per token"
-
-
-def _same_mask(first: Any, mask: torch.Tensor | None) -> bool:
-    """Whether two attention masks hide the same tokens; ``first`` is ``...`` if nobody knows it."""
-    if first is mask:
-        return True
-    if first is None or mask is None:
-        only: Any = mask if first is None else first
-        return only is not ... and bool(only.all())
-    return first is not ... and torch.equal(first, mask)
 
 
 def _return_dict(module: EngineModule, asked: bool | None) -> bool:

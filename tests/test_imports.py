@@ -38,9 +38,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "modeling": {
         *("engine_cache", "engines", "errors", "graph", "options", "runtime", "target", "weights"),
     },
+    "refusals": {"generation", "modeling"},
     "modeling_seq2seq": {
         *("decoder", "encoder", "engines", "errors", "generation", "kv_cache", "modeling"),
-        *("options", "seq2seq", "target"),
+        *("options", "refusals", "seq2seq", "target"),
     },
     "models": {"errors", "modeling", "modeling_seq2seq", "ops", "seq2seq"},
     "auto": {"errors", "models"},
