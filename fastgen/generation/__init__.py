@@ -11,6 +11,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from fastgen.errors import EngineError
 from fastgen.generation import beam, loop
+from fastgen.generation.call import Call
 from fastgen.kv_cache import StaticKVCache
 
 OPTIONAL_OUTPUTS = ("output_attentions", "output_hidden_states")
@@ -165,7 +166,7 @@ class FastGenerationMixin(GenerationMixin):
 
         return self._checked(lambda: beam.beam_search(call), slow, call)
 
-    def _checked(self, fast: Any, slow: Any, call: "loop.Call") -> Any:
+    def _checked(self, fast: Any, slow: Any, call: Call) -> Any:
         """Run the fast loop; with ``check_fast_loop``, first the HF loop, and compare."""
         with call.decoder.turn():
             if not self.engine_options.check_fast_loop:
@@ -190,7 +191,7 @@ class FastGenerationMixin(GenerationMixin):
         config: Any,
         streamer: Any,
         model_kwargs: dict[str, Any],
-    ) -> "loop.Call | None":
+    ) -> Call | None:
         """What the fast loop needs to serve a decoding call; None if it does not serve it."""
         past = model_kwargs.get("past_key_values")
         if not isinstance(past, StaticKVCache) or self._slow_reasons(config, model_kwargs):
@@ -202,9 +203,7 @@ class FastGenerationMixin(GenerationMixin):
             return None
         hidden, mask = model_kwargs["encoder_outputs"][0], model_kwargs.get("attention_mask")
         decoder = self._current_engine()
-        return loop.Call(
-            decoder, input_ids, processors, criteria, config, streamer, hidden, mask, past
-        )
+        return Call(decoder, input_ids, processors, criteria, config, streamer, hidden, mask, past)
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock ``generate``; DLPack tensors (of CuPy, say) are taken as torch tensors."""

@@ -5,100 +5,21 @@ what it does, in the same order, with the installed processors and stopping crit
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import MaxLengthCriteria
-from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from fastgen import cuda
 from fastgen.capturing import lasting
-from fastgen.decoder import Decoder
 from fastgen.generation import cpu
+from fastgen.generation.call import Call, keeps, records
 from fastgen.generation.kernels import GreedyTail, greedy_obstacle
-from fastgen.generation.plan import ProcessorPlan, runs_code_of_the_user
-from fastgen.kv_cache import Bucket, StaticKVCache
+from fastgen.generation.state import SampleState
+from fastgen.kv_cache import Bucket
 
 RUN_AHEAD = 2  # tokens that the host may be ahead of the GPU; as many may be computed in vain
-
-
-@dataclass
-class Call:
-    """What transformers hands to a decoding method, and the engine that serves it."""
-
-    decoder: Decoder
-    input_ids: torch.Tensor
-    processors: Any
-    criteria: Any
-    config: Any
-    streamer: Any
-    hidden: torch.Tensor
-    mask: torch.Tensor | None
-    cache: StaticKVCache
-
-    def __post_init__(self) -> None:
-        self.prompt = self.input_ids.shape[1]
-        lengths = [c.max_length for c in self.criteria if isinstance(c, MaxLengthCriteria)]
-        self.limit = max(min(lengths), self.prompt + 1)  # criteria are asked after a token
-        self.has_eos = any(hasattr(c, "eos_token_id") for c in self.criteria)
-        eos = [c.eos_token_id for c in self.criteria if type(c) is EosTokenCriteria]
-        # a user's own criterion may keep its tokens on the CPU
-        self.eos: torch.Tensor | None = eos[0].to(self.decoder.device) if eos else None
-        known = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in self.criteria)
-        self.plain = known and len(eos) <= 1
-        """Whether length and end-of-sequence tokens alone stop a row, which the device can see."""
-        foreign = any(runs_code_of_the_user(p) for p in self.processors)
-        self.waits = self.streamer is not None or foreign or not self.plain
-        """Whether each token must be known on the host before the next."""
-
-    def plan(self) -> ProcessorPlan:
-        """How the processors take part in a captured graph."""
-        known: dict[int, Hashable] = {
-            id(self.config._eos_token_tensor): ("eos", str(self.config.eos_token_id))
-        }
-        return ProcessorPlan(list(self.processors), known)
-
-
-def kept_eos(kept: torch.Tensor, call: Call) -> torch.Tensor:
-    """The call's end-of-sequence tokens, where captured graphs read those of all calls."""
-    if call.eos is not None:
-        if kept.shape != call.eos.shape:
-            with lasting():
-                kept = torch.empty_like(call.eos)
-        kept.copy_(call.eos)
-    return kept
-
-
-class SampleState:
-    """The tokens of one batch on the device, and what choosing the next one changes."""
-
-    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
-        self.sequences = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
-        self.index = torch.zeros(1, dtype=torch.int64, device=device)  # where the next token goes
-        self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
-        self.pad = torch.zeros((), dtype=torch.int64, device=device)
-        self.eos = torch.zeros(0, dtype=torch.int64, device=device)
-        self.seen = torch.ones(batch, dtype=torch.bool, pin_memory=device.type == "cuda")
-        """``unfinished`` as the host sees it, at most ``RUN_AHEAD`` tokens late."""
-        self.seen_by_host = self.seen.numpy()
-        self.busy = False
-
-    def begin(self, call: Call) -> None:
-        """Start a new batch; unfilled places repeat the row's first token."""
-        self.sequences.copy_(call.input_ids[:, :1].expand_as(self.sequences))
-        self.sequences[:, : call.prompt] = call.input_ids
-        self.index.fill_(call.prompt)
-        self.unfinished.fill_(True)
-        self.seen.fill_(True)
-        if call.has_eos:
-            self.pad.copy_(call.config._pad_token_tensor)
-        self.eos = kept_eos(self.eos, call)
-
-    def mutable(self) -> list[torch.Tensor]:
-        return [self.sequences, self.index, self.unfinished]
 
 
 class Choose:
@@ -382,14 +303,6 @@ class SampleLoop(Loop):
         ends = (new[:, :, None] == self.state.eos).any(dim=-1)
         first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, new.shape[1])
         return call.prompt + int(first.max())
-
-
-def keeps(call: Call, output: str) -> bool:
-    return bool(call.config.return_dict_in_generate and getattr(call.config, output))
-
-
-def records(call: Call) -> bool:
-    return keeps(call, "output_scores") or keeps(call, "output_logits")
 
 
 def sample(call: Call) -> Any:
