@@ -39,11 +39,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("engine_cache", "engines", "errors", "graph", "options", "runtime", "target", "weights"),
     },
     "refusals": {"generation", "modeling"},
-    "modeling_seq2seq": {
-        *("decoder", "encoder", "engines", "errors", "generation", "kv_cache", "modeling"),
-        *("options", "refusals", "seq2seq", "target"),
+    "stacks": {
+        *("encoder", "engines", "generation", "modeling", "refusals", "seq2seq", "target"),
     },
-    "models": {"errors", "modeling", "modeling_seq2seq", "ops", "seq2seq"},
+    "modeling_seq2seq": {
+        *("decoder", "engines", "errors", "generation", "kv_cache", "modeling"),
+        *("options", "refusals", "seq2seq", "stacks", "target"),
+    },
+    "models": {"errors", "modeling", "modeling_seq2seq", "ops", "seq2seq", "stacks"},
     "auto": {"errors", "models"},
     "doctor": {"engine_cache", "engines", "errors", "options", "runtime"},
     "bench": {"errors", "options", "runtime"},

@@ -3,8 +3,9 @@
 from transformers import MT5EncoderModel, MT5ForConditionalGeneration
 from transformers.models.mt5.modeling_mt5 import MT5Stack
 
-from fastgen.modeling_seq2seq import FastEncoder, FastEncoderModel, FastSeq2SeqLM
+from fastgen.modeling_seq2seq import FastEncoderModel, FastSeq2SeqLM
 from fastgen.models.t5 import Decoder, Encoder
+from fastgen.stacks import FastEncoder
 
 
 class FastMT5Stack(FastEncoder, MT5Stack):

@@ -11,10 +11,11 @@ from transformers.models.t5.modeling_t5 import T5Attention as StockT5Attention
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from fastgen.errors import UnsupportedConfigError
-from fastgen.modeling_seq2seq import FastEncoder, FastEncoderModel, FastSeq2SeqLM
+from fastgen.modeling_seq2seq import FastEncoderModel, FastSeq2SeqLM
 from fastgen.models.layers import Embedding, Linear, RMSNorm, WideLinear
 from fastgen.ops import KVSlots, Ops, Value
 from fastgen.seq2seq import DecoderShape
+from fastgen.stacks import FastEncoder
 
 
 class Attention(nn.Module):

@@ -3,8 +3,9 @@
 from transformers import UMT5EncoderModel, UMT5ForConditionalGeneration
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
-from fastgen.modeling_seq2seq import FastEncoder, FastEncoderModel, FastSeq2SeqLM
+from fastgen.modeling_seq2seq import FastEncoderModel, FastSeq2SeqLM
 from fastgen.models.t5 import Decoder, Encoder
+from fastgen.stacks import FastEncoder
 
 
 class FastUMT5Stack(FastEncoder, UMT5Stack):
