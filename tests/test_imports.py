@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": {"cuda", "engine_cache", "errors", "graph", "options", "runtime", "target"},
     "kv_cache": {"capturing", "engines", "errors", "seq2seq", "target"},
     "capturing": {"cuda", "engines", "options", "target"},
-    "encoder": {"capturing", "engines", "options", "target"},
+    "encoder": {"capturing", "engines", "options", "seq2seq", "target"},
     "decoder": {
         *("capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
         "target",
@@ -40,10 +40,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "refusals": {"generation", "modeling"},
     "stacks": {
-        *("encoder", "engines", "generation", "modeling", "refusals", "seq2seq", "target"),
+        *("decoder", "encoder", "engines", "generation", "kv_cache", "modeling", "refusals"),
+        *("seq2seq", "target"),
     },
     "modeling_seq2seq": {
-        *("decoder", "engines", "errors", "generation", "kv_cache", "modeling"),
+        *("decoder", "engines", "generation", "kv_cache", "modeling"),
         *("options", "refusals", "seq2seq", "stacks", "target"),
     },
     "models": {"errors", "modeling", "modeling_seq2seq", "ops", "seq2seq", "stacks"},
