@@ -1,5 +1,8 @@
 """UMT5: T5 1.1 whose every layer owns a relative position bias."""
 
+from typing import Any
+
+import torch
 from transformers import (
     UMT5EncoderModel,
     UMT5ForConditionalGeneration,
@@ -27,6 +30,15 @@ class FastUMT5DecoderStack(FastDecoder, UMT5Stack):
 
     def _decoder_root(self) -> DecoderStack:
         return DecoderStack(self.config, bias_in_every_layer=True)
+
+    def refusal(self, **kwargs: Any) -> str | None:
+        """See ``FastDecoder.refusal``; in transformers 5.17 the stock stack is not causal."""
+        ids = kwargs.get("input_ids")
+        several = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.shape[1] > 1
+        blocks: Any = self.block
+        if several and not all(block.layer[0].SelfAttention.is_causal for block in blocks):
+            return "the stock stack of this transformers lets several tokens see later tokens"
+        return super().refusal(**kwargs)
 
 
 _STACKS = FastUMT5Stack, FastUMT5DecoderStack
