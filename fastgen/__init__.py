@@ -10,11 +10,23 @@ _HOMES = {
     "FastAutoModelForSeq2SeqLM": "fastgen.auto",
     "FastMT5EncoderModel": "fastgen.models.mt5",
     "FastMT5ForConditionalGeneration": "fastgen.models.mt5",
+    "FastMT5ForQuestionAnswering": "fastgen.models.mt5",
+    "FastMT5ForSequenceClassification": "fastgen.models.mt5",
+    "FastMT5ForTokenClassification": "fastgen.models.mt5",
+    "FastMT5Model": "fastgen.models.mt5",
     "FastT5": "fastgen.models.t5",
     "FastT5EncoderModel": "fastgen.models.t5",
     "FastT5ForConditionalGeneration": "fastgen.models.t5",
+    "FastT5ForQuestionAnswering": "fastgen.models.t5",
+    "FastT5ForSequenceClassification": "fastgen.models.t5",
+    "FastT5ForTokenClassification": "fastgen.models.t5",
+    "FastT5Model": "fastgen.models.t5",
     "FastUMT5EncoderModel": "fastgen.models.umt5",
     "FastUMT5ForConditionalGeneration": "fastgen.models.umt5",
+    "FastUMT5ForQuestionAnswering": "fastgen.models.umt5",
+    "FastUMT5ForSequenceClassification": "fastgen.models.umt5",
+    "FastUMT5ForTokenClassification": "fastgen.models.umt5",
+    "FastUMT5Model": "fastgen.models.umt5",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": {"cuda", "engine_cache", "errors", "graph", "options", "runtime", "target"},
     "kv_cache": {"capturing", "engines", "errors", "hf", "seq2seq", "target"},
     "capturing": {"cuda", "engines", "options", "target"},
-    "encoder": {"capturing", "engines", "options", "target"},
+    "encoder": {"capturing", "engines", "options", "seq2seq", "target"},
     "decoder": {
         *("capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
         "target",
@@ -43,11 +43,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "weights",
     },
     "refusals": {"generation", "modeling"},
-    "modeling_seq2seq": {
-        *("decoder", "encoder", "engines", "errors", "generation", "hf", "kv_cache", "modeling"),
-        *("options", "refusals", "seq2seq", "target"),
+    "stacks": {
+        *("decoder", "encoder", "engines", "generation", "hf", "kv_cache", "modeling", "refusals"),
+        *("seq2seq", "target"),
     },
-    "models": {"errors", "hf", "modeling", "modeling_seq2seq", "ops", "seq2seq"},
+    "modeling_seq2seq": {
+        *("decoder", "engines", "generation", "hf", "kv_cache", "modeling"),
+        *("options", "refusals", "seq2seq", "stacks", "target"),
+    },
+    "models": {"errors", "hf", "modeling", "modeling_seq2seq", "ops", "seq2seq", "stacks"},
     "auto": {"errors", "models"},
     "doctor": {"engine_cache", "engines", "errors", "options", "runtime"},
     "bench": {"errors", "options", "runtime"},

@@ -1,7 +1,7 @@
 """Puts the oldest transformers that fastgen supports beside an environment: FOLDER, for PYTHONPATH.
 
 `.venv/bin/python tools/oldest_env.py FOLDER`: the version is the first of `MET` in
-fastgen/hf/contract.py. Only what it needs in other versions than the environment has goes there too.
+fastgen/hf/contract.py. What it needs goes there too, but for torch.
 """
 
 from __future__ import annotations

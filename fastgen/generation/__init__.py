@@ -13,6 +13,7 @@ from fastgen.errors import EngineError
 from fastgen.generation import beam, loop
 from fastgen.generation.call import Call
 from fastgen.hf import contract, trial
+from fastgen.hf.forward import as_torch
 from fastgen.kv_cache import StaticKVCache
 
 OPTIONAL_OUTPUTS = ("output_attentions", "output_hidden_states")
@@ -101,6 +102,8 @@ class FastGenerationMixin(GenerationMixin):
             reasons.append(trial.reason(_KINDS[mode], "the HF loop"))
         if config.use_cache is False:
             reasons.append("use_cache=False")
+        if config.output_hidden_states and config.return_dict_in_generate:
+            reasons.append("output_hidden_states are collected by the HF loop")
         if config.prefill_chunk_size is not None:
             reasons.append("prefill_chunk_size is set")
         reasons += [f"{name} is the program's own" for name in _STEPS if not self._is_known(name)]
@@ -110,7 +113,14 @@ class FastGenerationMixin(GenerationMixin):
         if past is not None and past.get_seq_length():
             reasons.append(f"{contract.CACHE} already holds tokens")
         served: tuple[str, ...] = ("encoder_outputs", "attention_mask", "use_cache")
-        served += ("input_ids", "inputs", "decoder_input_ids", *contract.CACHE_NAMES, *_ANY_LOOP)
+        served += (
+            "output_hidden_states",
+            "input_ids",
+            "inputs",
+            "decoder_input_ids",
+            *contract.CACHE_NAMES,
+            *_ANY_LOOP,
+        )
         for name, value in model_kwargs.items():
             if value is not None and value is not False and name not in served:
                 reasons.append(f"{name} is given")
@@ -225,10 +235,3 @@ def _same_tokens(expected: Any, result: Any) -> Any:
             f"{tokens[0].tolist()}. Use EngineOptions(fast_loop=False) and report this."
         )
     return result
-
-
-def as_torch(value: Any) -> Any:
-    """A foreign DLPack tensor as a torch tensor on the same memory; anything else as it is."""
-    if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
-        return value
-    return torch.from_dlpack(value)

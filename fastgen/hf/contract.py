@@ -158,6 +158,7 @@ RELIANCES: tuple[Reliance, ...] = (
         "called",
         "transformers.modeling_outputs",
         BaseModelOutput="what an encoder returns",
+        BaseModelOutputWithPastAndCrossAttentions="what a decoder's stack returns",
         Seq2SeqLMOutput="what forward returns",
     ),
     *_rows(

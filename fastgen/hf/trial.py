@@ -94,8 +94,11 @@ def _try(fast: type) -> dict[str, str]:
     """Compare ``fast`` with its stock class in every kind of call."""
     with _quiet_and_alone():
         stock, own = _models(fast)
-        decodes = hasattr(fast, "_sample")
-        calls = [_forward, _continued] if decodes else [_forward]
+        decodes, calls = hasattr(fast, "_sample"), [_forward]
+        if decodes:
+            calls.append(_continued)
+        elif stock.config.is_decoder:
+            calls = [_stack]
         right = all(_agree(call, stock, own, PATHS[1:2]) for call in calls)
         verdict = {"forward": PATHS[0] if right else "torch"}
         for kind, arguments in (_CALLS if decodes and right else {}).items():
@@ -182,6 +185,18 @@ def _forward(model: Any) -> tuple[torch.Tensor, ...]:
     if hasattr(model, "_sample"):
         arguments["decoder_input_ids"] = _inputs()["input_ids"][:, :1]
     return (model(**_inputs(), **arguments)[0],)
+
+
+def _stack(model: Any) -> tuple[torch.Tensor, ...]:
+    """Two tokens and a further one by a decoder's stack."""
+    generator = torch.Generator().manual_seed(2)
+    source = torch.randn(2, 5, model.config.hidden_size, generator=generator)
+    inputs = _inputs()
+    given = {"encoder_hidden_states": source, "encoder_attention_mask": inputs["attention_mask"]}
+    first = model(input_ids=inputs["input_ids"][:, :2], **given, use_cache=True)
+    kept = {contract.CACHE: first[contract.CACHE]}
+    step = model(input_ids=inputs["input_ids"][:, 2:3], **given, **kept, use_cache=True)
+    return first[0], step[0]
 
 
 def _generate(model: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
