@@ -269,3 +269,12 @@ def test_plans_and_timings_are_kept_for_one_model_of_gpu(
     assert len(set(files)) == 3
     models = {"sm90-NVIDIA-H100-132", "sm90-NVIDIA-H200-132", "sm90-NVIDIA-H100-16"}
     assert set(keys) == ({"sm90"} if backend(trt) == "tensorrt-rtx" else models)
+
+
+def test_a_failed_build_says_why(trt: Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, **_: Any) -> None:
+        simulation.error(self.logger, "no implementation of Gemm_10")
+
+    monkeypatch.setattr(simulation.Builder, "build_serialized_network", fail)
+    with pytest.raises(EngineError, match="did not build encoder: no implementation of Gemm_10"):
+        build(trt)
