@@ -199,8 +199,10 @@ class EngineModule(torch.nn.Module):
         options, backend = self.engine_options, engines.backend(target.backend)
         device = next(iter(own.values())).device
         backend.check(device)
+        built = []
 
         def build() -> Artifact:
+            built.append(name)
             graph = graphs.build(root, target, types, getattr(root, method), *specs)
             return backend.compile(graph, name, options, device)
 
@@ -210,6 +212,13 @@ class EngineModule(torch.nn.Module):
             key |= {"inputs": [asdict(spec) for spec in specs[0]]}
             key |= {"backend": backend.key(target, options, device)}
             artifact = kept.load_or_build(key, build, title=title)
+            try:
+                return backend.load(artifact, target, own, options)
+            except engines.Unloadable as error:
+                if built:  # again would be no other
+                    raise
+                kept.discard(key, str(error))
+                artifact = kept.load_or_build(key, build, title=title)
         else:
             artifact = build()
         return backend.load(artifact, target, own, options)

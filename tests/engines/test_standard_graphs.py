@@ -7,6 +7,7 @@ by ONNX Runtime, bfloat16 by onnx's reference evaluator.
 import copy
 import functools
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -18,7 +19,7 @@ from fastgen.engine_cache import Artifact
 from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.graph import Graph
 from fastgen.hf.contract import CACHE
-from fastgen.target import Target, tensorrt
+from fastgen.target import Target, onnxruntime_tensorrt, tensorrt
 from tests.configs import VARIANTS, Pair, build_pair, build_stock, fast_class, stock_class
 from tests.helpers import CLOSE, tokens
 from tests.modes import MODES
@@ -173,6 +174,22 @@ def test_narrow_hidden_states_are_what_stock_gives(dtype: torch.dtype, all_narro
             assert errors[1] <= 1.2 * errors[0]
 
 
+@pytest.mark.parametrize("name", ["t5-1.0", "t5-1.1", "umt5"])
+def test_attention_as_products_gives_the_same_tokens(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ONNX Runtime's TensorRT provider gets it."""
+    target = replace(onnxruntime_tensorrt("float32"), device="cpu", backend="onnxruntime")
+    monkeypatch.setattr("fastgen.modeling.choose_target", lambda *_: target)
+    models = Pair(build_pair(name).stock, copy.deepcopy(build_pair(name).fast))
+    found, _ = decode(models.fast, (PROMPT,) + (1,) * STEPS)
+    torch.testing.assert_close(found, decode(models.stock, (1,) * (PROMPT + STEPS))[0], **CLOSE)
+    for mode in ("ragged right", "ragged beams"):
+        expected, found = outcome(models.stock, name, mode), outcome(models.fast, name, mode)
+        assert found["sequences"].tolist() == expected["sequences"].tolist()
+    assert not served(models.fast).target.attends
+
+
 # What TensorRT reads
 
 
@@ -205,5 +222,5 @@ def test_what_is_compared_here_is_what_tensorrt_reads(
         model = onnx.load_from_string(onnx_bytes)
         assert {o.domain: o.version for o in model.opset_import} == {"": 24}
         onnx.checker.check_model(model, full_check=True)
-    for backend in ("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt"):
+    for backend in ("tensorrt", "tensorrt-rtx"):
         assert graphs_of(fast, tensorrt("float32", backend), monkeypatch) == here
