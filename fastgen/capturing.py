@@ -32,7 +32,7 @@ class Capturing:
     @property
     def captures(self) -> bool:
         """Whether what runs often is replayed as CUDA graphs."""
-        return self.target.captured and self.options.cuda_graphs
+        return self.target.captured and self.options.cuda_graphs and cuda.missing() is None
 
     def captures_sources(self, batch: int, sources: int) -> bool:
         """Whether what reads so many source tokens is captured."""
@@ -58,13 +58,19 @@ class Capturing:
     def _captured(
         self, function: Callable[[], None], mutable: Sequence[torch.Tensor] = ()
     ) -> Callable[[], None]:
-        """``function``, as the replay of a graph on a GPU; ``mutable`` is what it changes."""
+        """``function``, as the replay of a graph on a GPU; ``mutable`` is what it changes.
+
+        Where other threads keep on breaking the capture, its kernels are launched one by one.
+        """
         if not self.captures:
             return function
         if self._graph_pool is None:
             self._graph_pool = cuda.GraphPool(self.device)
         undo = cuda.restorer(list(mutable), self.device)
-        return cuda.CapturedGraph(function, self.device, undo, self._graph_pool).replay
+        try:
+            return cuda.CapturedGraph(function, self.device, undo, self._graph_pool).replay
+        except cuda.CaptureBroken:
+            return function
 
     def _once(
         self, made: dict[Any, Any], key: Hashable, make: Callable[[], Any], limit: float

@@ -117,6 +117,10 @@ class OnnxRuntimeEngine:
     def weight_pointers(self) -> dict[str, int]:
         return {name: value.data_ptr() for name, value in self._weights.items()}
 
+    def __del__(self) -> None:
+        if "_session" in vars(self):  # it waits for the GPU as it ends
+            cuda.dispose(self._device, [vars(self).pop("_session")])
+
     def run(self, io_binding: Any) -> None:
         """Run a bound session; a failed allocation becomes torch's out-of-memory error."""
 
@@ -233,7 +237,8 @@ def _on_device(compile_graph: Callable[[], Any], device: torch.device) -> Any:
     ONNX Runtime would have gone on without them on the CPU."""
     session = failure = None
     try:
-        session = _with_memory(compile_graph, device)
+        with cuda.exclusive(device):  # a session that is made works on the engine stream
+            session = _with_memory(compile_graph, device)
     except EngineError as error:
         failure = error
     lost = session is None or "CUDAExecutionProvider" not in session.get_providers()

@@ -124,7 +124,7 @@ class TensorRTEngine:
         self.device = next(iter(self._weights.values())).device
         self._idle: list[Any] = []
         self._seen: set[Any] = set()
-        with torch.cuda.device(self.device):
+        with cuda.exclusive(self.device), torch.cuda.device(self.device):
             self._runtime = self._trt.Runtime(self._logger)
             self._engine = self._checked(self._runtime.deserialize_cuda_engine(artifact.data))
             self._runtime_config = self._make_runtime_config()
