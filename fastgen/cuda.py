@@ -77,6 +77,10 @@ class _Gpu:
             if not error.value:
                 _driver().cuGraphDestroy(graph)
 
+    def dispose(self, parts: list[Any]) -> None:
+        self.dead.append(parts)
+        self.bury()
+
     def bury(self) -> None:
         """Destroy what waits for it. If another thread holds the lock, that thread will."""
         while self.dead and not self.capturing and self.lock.acquire(blocking=False):
@@ -164,9 +168,7 @@ def dispose(device: torch.device, parts: list[Any]) -> None:
     last reference goes, by threads that may hold any lock: so it never waits for one.
     """
     if device.type == "cuda":
-        gpu = _gpu(device)
-        gpu.dead.append(parts)
-        gpu.bury()
+        _gpu(device).dispose(parts)
 
 
 class RefuseDraws(TorchDispatchMode):
@@ -300,7 +302,7 @@ class CapturedGraph:
 
     def __del__(self) -> None:
         if self._parts:
-            dispose(self._device, self._parts)
+            self._gpu.dispose(self._parts)
 
 
 def _capture(gpu: _Gpu, function: Callable[[], None]) -> Any:
