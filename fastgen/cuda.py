@@ -6,35 +6,32 @@ it, and here is all that begins and ends a capture. What other threads do meanwh
 their own is not looked at: a relaxed capture forbids nobody to allocate, free or ask for events,
 only this thread's allocations go to the graph's pool, and nothing captured draws random numbers,
 for which torch would have to hold the generator that all threads share. One thing no capture
-survives, a wait for the whole device: then it is tried again.
+survives, a wait for the whole device, which then fails itself: torch's waits while a graph is
+captured, and where another library's does not, the capture is tried again.
 """
 
+import functools
 import importlib.util
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgen.capturable import RefuseDraws, RefuseWaits
 from fastgen.errors import EngineError, FastgenError
 
 ATTEMPTS = 3  # captures broken by other threads, before the kernels are launched one by one
-
-
-class NotCapturable(FastgenError):
-    """A function asks the GPU for a value or draws random numbers, which a graph cannot hold."""
 
 
 class CaptureBroken(FastgenError):
     """What other threads did broke every attempt to capture; the function itself is fine."""
 
 
-@cache
+@functools.cache
 def missing() -> str | None:
     """Why nothing can be captured here; None if it can."""
     with suppress(ModuleNotFoundError):
@@ -56,6 +53,8 @@ class _Gpu:
         self.index, self.stream = index, stream
         self.lock = threading.RLock()
         """Taken before every other lock of fastgen, and for as long as the stream is used."""
+        self.quiet = threading.RLock()
+        """Held by a capture, and by what must not happen during one; no lock is taken under it."""
         self.capturing = False
         self.dead: deque[list[Any]] = deque()
 
@@ -100,9 +99,30 @@ def _gpu(device: torch.device) -> _Gpu:
     found = _gpus.get(index)
     if found is None:
         with _making:
+            _shield_synchronize()
             found = _gpus.get(index) or _Gpu(index, _private_stream(index))
             _gpus[index] = found
     return found
+
+
+@functools.cache
+def _shield_synchronize() -> None:
+    """Let torch's waits for a whole GPU wait until no graph is being captured there: otherwise both
+    would fail, the program's own thread for what it knows nothing of."""
+
+    def shielded(wait: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(wait)
+        def synchronize(device: Any = None) -> None:
+            gpu = _gpus.get(torch.cuda._utils._get_device_index(device, optional=True))
+            if gpu is None:
+                return wait(device)
+            with gpu.quiet:
+                return wait(device)
+
+        return synchronize
+
+    for module in (torch.cuda, torch.accelerator):
+        module.synchronize = shielded(module.synchronize)  # type: ignore[attr-defined]
 
 
 def _private_stream(index: int) -> torch.cuda.Stream:
@@ -169,34 +189,6 @@ def dispose(device: torch.device, parts: list[Any]) -> None:
     """
     if device.type == "cuda":
         _gpu(device).dispose(parts)
-
-
-class RefuseDraws(TorchDispatchMode):
-    """Finds out, in this thread only, whether torch code draws random numbers."""
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if torch.Tag.nondeterministic_seeded in function.tags:
-            name = function.overloadpacket.__name__
-            raise NotCapturable(f"torch.{name} draws from the generator that all threads share")
-        return function(*args, **(kwargs or {}))
-
-
-class RefuseWaits(RefuseDraws):
-    """Finds out as well whether it would wait for a value of the GPU, which breaks a capture."""
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = function.overloadpacket.__name__
-        if name in _WAITING:
-            raise NotCapturable(f"torch.{name} gives the host a value of the GPU")
-        return super().__torch_dispatch__(function, types, args, kwargs)
-
-
-# What .item(), bool(), boolean indexing and unique() come down to
-_WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")
 
 
 class GraphPool:
@@ -310,14 +302,15 @@ def _capture(gpu: _Gpu, function: Callable[[], None]) -> Any:
     driver, failure = _driver(), None
     # not even this thread is forbidden anything: the garbage collector may free memory in it
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    try:
-        gpu.capturing = True
-        _checked(driver.cuStreamBeginCapture(gpu.stream.cuda_stream, mode))
-        function()
-    except Exception as error:
-        failure = error
-    finally:
-        ended, graph = gpu.end_capture()
+    with gpu.quiet:
+        try:
+            gpu.capturing = True
+            _checked(driver.cuStreamBeginCapture(gpu.stream.cuda_stream, mode))
+            function()
+        except Exception as error:
+            failure = error
+        finally:
+            ended, graph = gpu.end_capture()
     if ended.value:
         raise CaptureBroken(f"a capture was broken by other work: {ended.name}") from failure
     if failure is not None:

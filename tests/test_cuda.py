@@ -15,59 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.generation.logits_process import EtaLogitsWarper, TopPLogitsWarper
 
 from fastgen import cuda
 from fastgen.capturing import Capturing
-from fastgen.cuda import NotCapturable, RefuseDraws, RefuseWaits
 from fastgen.options import EngineOptions
 from fastgen.target import onnxruntime_cuda
 
-IDS, SCORES = torch.zeros(2, 3, dtype=torch.int64), torch.randn(2, 50)
 GPU = torch.device("cuda", 0)
 PACKAGE = Path(cuda.__file__).parent
-
-
-# What may be captured
-
-
-@pytest.mark.parametrize(
-    "wait",
-    [
-        lambda: SCORES.sum().item(),
-        lambda: bool((SCORES > 0).all()),
-        lambda: SCORES.argmax().nonzero(),
-        lambda: IDS.unique(),
-        lambda: EtaLogitsWarper(0.1)(IDS, SCORES),  # its distribution validates its arguments
-    ],
-)
-def test_code_that_asks_for_a_value_is_found(wait: Callable[[], object]) -> None:
-    with pytest.raises(NotCapturable), RefuseWaits():
-        wait()
-
-
-def test_code_that_does_not_gives_what_it_gives() -> None:
-    expected = TopPLogitsWarper(0.5)(IDS, SCORES)
-    with RefuseWaits():
-        found = TopPLogitsWarper(0.5)(IDS, SCORES)
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("refuse", [RefuseDraws, RefuseWaits])
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda: torch.multinomial(SCORES.softmax(-1), 1),
-        lambda: torch.rand(3),
-        lambda: torch.nn.functional.dropout(SCORES, 0.5),
-        lambda: SCORES.clone().exponential_(),
-    ],
-)
-def test_code_that_draws_is_found_before_it_does(draw: Any, refuse: Any) -> None:
-    state = torch.get_rng_state()
-    with pytest.raises(NotCapturable, match="draws"), refuse():
-        draw()
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 # The GPU, as far as cuda.py sees it
@@ -314,6 +269,33 @@ def test_a_gpu_is_not_held_while_another_is_used(driver: FakeDriver) -> None:
     with cuda.on_engine_stream(GPU):
         in_thread(use)
     assert used
+
+
+def test_a_wait_for_the_whole_gpu_waits_for_a_capture(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[bool] = []
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "synchronize", lambda device=None: waits.append(driver.open))
+    cuda._shield_synchronize.cache_clear()
+    cuda._shield_synchronize()
+    threads = [
+        threading.Thread(target=wait, args=(GPU,))
+        for wait in (torch.cuda.synchronize, torch.accelerator.synchronize)
+    ]
+
+    def function() -> None:
+        if driver.open:
+            for thread in threads:
+                thread.start()
+                thread.join(timeout=0.05)
+            assert not waits
+
+    captured(function)
+    for thread in threads:
+        thread.join(timeout=10)
+    assert waits == [False, False]
+    torch.cuda.synchronize(torch.device("cuda", 5))  # one that fastgen does not use
 
 
 # The package

@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "target": {"errors"},
     "runtime": {"errors"},
     "engine_cache": {"errors"},
-    "cuda": {"errors"},
+    "capturable": {"errors"},
+    "cuda": {"capturable", "errors"},
     "ops": {"errors", "target"},
     "contrib_ops": {"ops", "target"},
     "graph": {"contrib_ops", "errors", "target"},
@@ -33,7 +34,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
         "target",
     },
-    "generation": {"capturing", "cuda", "decoder", "engines", "errors", "kv_cache", "options"},
+    "generation": {
+        "capturable",
+        "capturing",
+        "cuda",
+        "decoder",
+        "engines",
+        "errors",
+        "kv_cache",
+        "options",
+    },
     "weights": {"engines"},
     "modeling": {
         *("engine_cache", "engines", "errors", "graph", "options", "runtime", "target", "weights"),
@@ -60,7 +70,17 @@ ONLY_IN: dict[str, set[str]] = {
 }
 #: Parts that must not know Hugging Face: the machinery below the models.
 NO_TRANSFORMERS = {
-    *("cuda", "engine_cache", "engines", "errors", "graph", "ops", "options", "runtime"),
+    *(
+        "capturable",
+        "cuda",
+        "engine_cache",
+        "engines",
+        "errors",
+        "graph",
+        "ops",
+        "options",
+        "runtime",
+    ),
     *("seq2seq", "target"),
 }
 

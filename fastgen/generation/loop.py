@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
-from fastgen import cuda
+from fastgen.capturable import NotCapturable
 from fastgen.capturing import lasting
 from fastgen.decoder import Step
 from fastgen.generation import cpu
@@ -169,7 +169,7 @@ class Loop:
     def _captured_or_eager(self, phase: tuple[bool, ...]) -> Any:
         try:
             return self._captured(phase)
-        except cuda.NotCapturable:  # a processor of this transformers version waits, or draws
+        except NotCapturable:  # a processor of this transformers version waits, or draws
             self.call.decoder.not_captured.add(self.plan.signature)
             self.captures = False
             return self._eager()

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from fastgen import cuda
+from fastgen.capturable import RefuseDraws
 from fastgen.capturing import Capturing
 from fastgen.decoder import Decoder
 from fastgen.generation.loop import RUN_AHEAD, Loop
@@ -27,7 +28,7 @@ class EagerGraph:
         pool: None,
     ) -> None:
         for _ in range(2):
-            with cuda.RefuseDraws():  # other threads draw from the same generator
+            with RefuseDraws():  # other threads draw from the same generator
                 function()
             undo()
         self.replay = function
