@@ -42,6 +42,10 @@ class Capturing:
         """Run the body on the engine's stream, ordered with the caller's."""
         return cuda.on_engine_stream(self.device) if self.device.type == "cuda" else nullcontext()
 
+    def hand_over(self, *tensors: torch.Tensor) -> None:
+        """Say that whose turn it is will use tensors made in it, on the caller's stream."""
+        cuda.hand_over(self.device, tensors)
+
     def sources_for(self, sources: int) -> int:
         """Source tokens of a buffer: exact on the CPU; four sizes per doubling on a GPU, so that
         one captured graph serves many lengths and at most a fifth of what is read is padding."""

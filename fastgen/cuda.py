@@ -15,7 +15,7 @@ import importlib.util
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -56,6 +56,7 @@ class _Gpu:
         self.quiet = threading.RLock()
         """Held by a capture, and by what must not happen during one; no lock is taken under it."""
         self.capturing = False
+        self.caller: torch.cuda.Stream | None = None
         self.dead: deque[list[Any]] = deque()
 
     def is_current(self) -> bool:
@@ -82,12 +83,23 @@ class _Gpu:
 
     def bury(self) -> None:
         """Destroy what waits for it. If another thread holds the lock, that thread will."""
-        while self.dead and not self.capturing and self.lock.acquire(blocking=False):
+        owned = self.lock._is_owned  # type: ignore[attr-defined]
+        if owned():
+            self._empty()
+            return
+        while self.dead:
             try:
-                while self.dead:
-                    self.dead.popleft().clear()
+                if not self.lock.acquire(blocking=False):
+                    return
+                self.settle()
+                self._empty()
             finally:
-                self.lock.release()
+                if owned():  # even if an interrupt came between the lock and the next line
+                    self.lock.release()
+
+    def _empty(self) -> None:
+        while self.dead and not self.capturing:
+            self.dead.popleft().clear()
 
 
 _gpus: dict[int, _Gpu] = {}
@@ -172,13 +184,23 @@ def on_engine_stream(device: torch.device) -> Iterator[None]:
     with gpu.lock:
         gpu.settle()
         stream.wait_stream(caller)
+        outer, gpu.caller = gpu.caller, caller
         try:
             with torch.cuda.stream(stream):
                 yield
         finally:
+            gpu.caller = outer
             gpu.settle()
             caller.wait_stream(stream)
     gpu.bury()
+
+
+def hand_over(device: torch.device, tensors: Iterable[torch.Tensor]) -> None:
+    """Say of tensors allocated on the engine stream that its present caller will use them on its
+    own: once freed, they must not serve another thread's call before that is done."""
+    if device.type == "cuda" and (caller := _gpu(device).caller) is not None:
+        for tensor in tensors:
+            tensor.record_stream(caller)
 
 
 def dispose(device: torch.device, parts: list[Any]) -> None:

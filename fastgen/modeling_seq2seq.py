@@ -300,6 +300,7 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
             logits = decoder.run(bucket, input_ids.to(torch.int64), length)
             if logits is bucket.tensors["logits"]:
                 logits = logits.clone()  # the next step overwrites the bucket's own
+            decoder.hand_over(logits)
         past.fill(total)
         return logits
 

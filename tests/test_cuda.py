@@ -208,6 +208,20 @@ def test_the_engine_stream_follows_and_precedes_the_callers(driver: FakeDriver) 
     assert caller.waited_for == ["engine"]
 
 
+def test_the_callers_stream_goes_on_with_what_is_handed_over(driver: FakeDriver) -> None:
+    class FakeTensor:
+        def record_stream(self, stream: FakeStream) -> None:
+            used_on.append(stream.name)
+
+    used_on: list[str] = []
+    with cuda.on_engine_stream(GPU):
+        inner: Any = FakeStream("inner")
+        with torch.cuda.stream(inner), cuda.on_engine_stream(GPU):
+            cuda.hand_over(GPU, [FakeTensor()])  # type: ignore[list-item]
+        cuda.hand_over(GPU, [FakeTensor()])  # type: ignore[list-item]
+    assert used_on == ["inner", "caller"]
+
+
 def test_one_thread_at_a_time_is_on_the_engine_stream(driver: FakeDriver) -> None:
     inside, most = [0], [0]
 

@@ -5,7 +5,7 @@ what it does, in the same order, with the installed processors and stopping crit
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -107,7 +107,9 @@ class Loop:
             self._prefill()
             while not self._finished():
                 self._record(self._choose())
-            return self._output()
+            output = self._output()
+            self.call.decoder.hand_over(*_tensors(output))
+            return output
         finally:
             self.state.busy = False
 
@@ -326,6 +328,15 @@ class SampleLoop(Loop):
         ends = (new[:, :, None] == self.state.eos).any(dim=-1)
         first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, new.shape[1])
         return call.prompt + int(first.max())
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors of what a method returns, but for a KV cache's."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, tuple | dict):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(part)
 
 
 def sample(call: Call) -> Any:
