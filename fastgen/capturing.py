@@ -1,5 +1,6 @@
 """What the two sides of a model share: functions captured as CUDA graphs, and how many are kept."""
 
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -116,3 +117,23 @@ class SourceBuffers:
                 tensor[:, :sources].copy_(value)
             else:
                 tensor[:, :sources].fill_(value)
+
+
+_idle_flags: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+
+
+def host_flags(owner: Any, count: int, device: torch.device) -> torch.Tensor:
+    """Bool [count] that the GPU writes and the host reads; ``owner``'s for as long as it lives.
+
+    Pinned memory is kept for the next owner. Given back to torch it would be followed by an event
+    on the engine stream, in whatever thread, and that would be part of a capture.
+    """
+    if device.type != "cuda":
+        return torch.ones(count, dtype=torch.bool)
+    idle = _idle_flags.setdefault((device, count), [])
+    try:
+        flags = idle.pop()
+    except IndexError:
+        flags = torch.ones(count, dtype=torch.bool, pin_memory=True)
+    weakref.finalize(owner, idle.append, flags).atexit = False
+    return flags

@@ -13,7 +13,6 @@ captured, and where another library's does not, the capture is tried again.
 import functools
 import importlib.util
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -381,23 +380,3 @@ def restorer(tensors: list[torch.Tensor], device: torch.device) -> Callable[[], 
                 tensor.copy_(copy)
 
     return restore
-
-
-_idle_flags: dict[tuple[int, int], list[torch.Tensor]] = {}
-
-
-def host_flags(owner: Any, count: int, device: torch.device) -> torch.Tensor:
-    """Bool [count] that the GPU writes and the host reads; ``owner``'s for as long as it lives.
-
-    Pinned memory is kept for the next owner. Given back to torch it would be followed by an event
-    on the engine stream, in whatever thread, and that would be part of a capture.
-    """
-    if device.type != "cuda":
-        return torch.ones(count, dtype=torch.bool)
-    idle = _idle_flags.setdefault((_gpu(device).index, count), [])
-    try:
-        flags = idle.pop()
-    except IndexError:
-        flags = torch.ones(count, dtype=torch.bool, pin_memory=True)
-    weakref.finalize(owner, idle.append, flags).atexit = False
-    return flags

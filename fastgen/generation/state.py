@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from fastgen import cuda
-from fastgen.capturing import lasting
+from fastgen.capturing import host_flags, lasting
 from fastgen.generation.call import Call
 from fastgen.generation.draws import Draws
 
@@ -22,7 +21,7 @@ class SampleState:
         self.pad = torch.zeros((), dtype=torch.int64, device=device)
         self.eos = torch.zeros(0, dtype=torch.int64, device=device)
         self.draws: Draws | None = None
-        self.seen = cuda.host_flags(self, batch, device)
+        self.seen = host_flags(self, batch, device)
         """``unfinished`` as the host sees it, at most ``RUN_AHEAD`` tokens late."""
         self.seen_by_host = self.seen.numpy()
         self.busy = False
@@ -66,7 +65,7 @@ class BeamState:
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)  # tokens until ``done``
         self.limit = torch.zeros(1, dtype=torch.int64, device=device)
         self.draws: Draws | None = None
-        self.seen = cuda.host_flags(self, 1, device)
+        self.seen = host_flags(self, 1, device)
         """``done`` as the host sees it, at most ``RUN_AHEAD`` tokens late."""
         self.final_divisor = torch.zeros(capacity + 2, dtype=torch.float32, device=device)
         self.best_divisor = torch.zeros(capacity + 2, dtype=torch.float32, device=device)
