@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from fastgen.capturing import lasting
+from fastgen.hf import contract
 from fastgen.seq2seq import DecoderShape
 from fastgen.target import Target
 
@@ -278,8 +279,12 @@ class SlotLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if self.own:
             super().crop(tokens_to_remove)
-        elif tokens_to_remove > 0:  # the meaning before transformers 5.18: tokens to keep
+        elif tokens_to_remove > 0 and contract.CROP_TAKES_LENGTH:
             self.length = min(self.length, tokens_to_remove)
+        elif tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): give the number of tokens to remove as a negative one."
+            )
         else:
             self.length = max(0, self.length + tokens_to_remove)
 

@@ -22,6 +22,7 @@ from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, choose_target
 from fastgen.errors import UnsupportedConfigError
 from fastgen.graph import TensorSpec
+from fastgen.hf import trial
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 from fastgen.weights import Glance, changed_part, weights_state
@@ -135,7 +136,10 @@ class EngineModule(torch.nn.Module):
         engine = self._engine
         if engine is None:
             try:
-                engine = self._engine = self._build_engine(self._choose_target())
+                target = self._choose_target()
+                if trial.path(type(self), "forward", self.engine_options) == "torch":
+                    raise NoEngine(trial.reason("forward", "torch"))
+                engine = self._engine = self._build_engine(target)
             except (NoEngine, UnsupportedConfigError) as error:
                 self._refusal = str(error)
                 raise NoEngine(self._refusal) from error

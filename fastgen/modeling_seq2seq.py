@@ -1,8 +1,10 @@
 """Encoder-decoder models: which calls the engine serves, and how torch serves the others."""
 
+import inspect
 import weakref
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from fastgen.encoder import Encoder
 from fastgen.engines import Engine, NoEngine, too_large
 from fastgen.engines.fused import FusedEngine
 from fastgen.generation import FastGenerationMixin, as_torch, with_signature
+from fastgen.hf import contract
 from fastgen.kv_cache import Bucket, StaticKVCache
 from fastgen.modeling import EngineModule, stock_class
 from fastgen.options import EngineOptions
@@ -123,6 +126,8 @@ class FastEncoderModel(FastPreTrained):
 class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
     """Mixin of an encoder-decoder with a language model head."""
 
+    forward: Any
+
     def _decoder_root(self) -> Any:
         """The family's graph module with methods ``cross`` and ``decode``, and its ``shape``."""
         raise NotImplementedError
@@ -173,19 +178,19 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         mask = kwargs.get("decoder_attention_mask")
         if mask is not None and (mask.ndim != 2 or not bool(mask.all())):
             return "decoder_attention_mask hides tokens"
-        past = kwargs.get("past_key_values")
+        past = contract.given_cache(kwargs)
         if past is not None and not isinstance(past, StaticKVCache):
-            return f"past_key_values is a {type(past).__name__}, not the engine's own KV cache"
+            return f"{contract.CACHE} is a {type(past).__name__}, not the engine's own KV cache"
         if past is not None and past.bucket is not None:
             if not same_mask(getattr(past, "source_mask", ...), kwargs.get("attention_mask")):
-                return "attention_mask is not the one that past_key_values began with"
+                return f"attention_mask is not the one that {contract.CACHE} began with"
             if self._engine is not None:  # a further token: all else was looked at with the first
                 return self._further_refusal(kwargs["decoder_input_ids"], past.bucket)
         return self._input_refusal(kwargs) or self._engine_refusal(past)
 
     def _further_refusal(self, ids: Any, bucket: Bucket) -> str | None:
         if isinstance(ids, torch.Tensor) and len(ids) != bucket.size.batch:
-            return f"decoder_input_ids have {len(ids)} rows, past_key_values {bucket.size.batch}"
+            return f"decoder_input_ids have {len(ids)} rows, {contract.CACHE} {bucket.size.batch}"
         return ids_refusal(self, ids) or self._bucket_refusal(bucket)
 
     def _input_refusal(self, kwargs: dict[str, Any]) -> str | None:
@@ -215,38 +220,14 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         decoder: Decoder | None = self._engine
         if decoder is None or (bucket.target, bucket.device) == (decoder.target, decoder.device):
             return None
-        return "past_key_values was made by another engine"
+        return f"{contract.CACHE} was made by another engine"
 
-    @with_signature
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As the stock model: arguments, shapes and outputs are those of its ``forward``."""
-        arguments = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "decoder_input_ids": decoder_input_ids,
-            "decoder_attention_mask": decoder_attention_mask,
-            "encoder_outputs": encoder_outputs,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "decoder_inputs_embeds": decoder_inputs_embeds,
-            "labels": labels,
-            "use_cache": use_cache,
-            **kwargs,
-        }
-        arguments = {name: as_torch(value) for name, value in arguments.items()}
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if FastSeq2SeqLM in cls.__bases__:  # a class of ours, not a program's own
+            cls.forward = _forward_like(stock_class(cls).forward)
+
+    def _forward(self, **arguments: Any) -> Any:
         if self.refusal(**arguments) is not None:
             return super().forward(**arguments)
         return self._run(**arguments)
@@ -254,13 +235,12 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
     def _run(
         self,
         decoder_input_ids: torch.Tensor,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        encoder_outputs: Any,
-        past_key_values: StaticKVCache | None,
-        use_cache: bool | None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        use_cache: bool | None = None,
         return_dict: bool | None = None,
-        **_: Any,
+        **others: Any,
     ) -> Any:
         """``forward`` on the engine."""
         if encoder_outputs is None:
@@ -270,15 +250,14 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         hidden = encoder_outputs.last_hidden_state
         if use_cache is None:
             use_cache = self.config.use_cache
-        past = past_key_values
-        if past is None:
-            past = StaticKVCache(self.config.num_decoder_layers)
+        given = contract.given_cache(others)
+        past = StaticKVCache(self.config.num_decoder_layers) if given is None else given
         output = Seq2SeqLMOutput(
             logits=self._decode(decoder_input_ids, hidden, attention_mask, past),
-            past_key_values=past if use_cache or past_key_values is not None else None,
             encoder_last_hidden_state=hidden,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
+            **{contract.CACHE: past if use_cache or given is not None else None},
         )
         return output if _return_dict(self, return_dict) else output.to_tuple()
 
@@ -303,6 +282,21 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
             decoder.hand_over(logits)
         past.fill(total)
         return logits
+
+
+def _forward_like(stock: Any) -> Any:
+    """A Fast class's ``forward``, with the stock one's parameters, which ``generate`` reads."""
+    signature = inspect.signature(stock)
+    names = tuple(signature.parameters)[1:]
+
+    @contract.renames_cache
+    def forward(self: FastSeq2SeqLM, *args: Any, **kwargs: Any) -> Any:
+        """As the stock model: arguments, shapes and outputs are those of its ``forward``."""
+        given = chain(zip(names, args, strict=False), kwargs.items())
+        return self._forward(**{name: as_torch(value) for name, value in given})
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward
 
 
 _introduced: set[type] = set()

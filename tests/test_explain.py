@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from fastgen import FastT5
+from fastgen.hf.contract import CACHE
 from tests.configs import TINY, build_pair
 from tests.helpers import copies, sources, targets
 
@@ -31,7 +32,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "hidden states": ({"output_hidden_states": True}, ("torch",), "output_hidden_states"),
     "static": ({"cache_implementation": "static"}, ("torch",), "cache_implementation='static'"),
     "stock KV cache": (
-        {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())},
+        {CACHE: EncoderDecoderCache(DynamicCache(), DynamicCache())},
         ("torch",),
         "EncoderDecoderCache",
     ),

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "fastgen"
 #: and the modules of a model's life imports `modeling`.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "hf": {"engine_cache", "engines", "errors", "options"},
     "options": {"errors"},
     "target": {"errors"},
     "runtime": {"errors"},
@@ -27,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "graph": {"contrib_ops", "errors", "target"},
     "seq2seq": {"graph", "target"},
     "engines": {"cuda", "engine_cache", "errors", "graph", "options", "runtime", "target"},
-    "kv_cache": {"capturing", "engines", "errors", "seq2seq", "target"},
+    "kv_cache": {"capturing", "engines", "errors", "hf", "seq2seq", "target"},
     "capturing": {"cuda", "engines", "options", "target"},
     "encoder": {"capturing", "engines", "options", "target"},
     "decoder": {
@@ -35,25 +36,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         "target",
     },
     "generation": {
-        "capturable",
-        "capturing",
-        "cuda",
-        "decoder",
-        "engines",
-        "errors",
-        "kv_cache",
+        *("capturable", "capturing", "decoder", "engines", "errors", "hf", "kv_cache"),
         "options",
     },
     "weights": {"engines"},
     "modeling": {
-        *("engine_cache", "engines", "errors", "graph", "options", "runtime", "target", "weights"),
+        *("engine_cache", "engines", "errors", "graph", "hf", "options", "runtime", "target"),
+        "weights",
     },
     "refusals": {"generation", "modeling"},
     "modeling_seq2seq": {
-        *("decoder", "encoder", "engines", "errors", "generation", "kv_cache", "modeling"),
+        *("decoder", "encoder", "engines", "errors", "generation", "hf", "kv_cache", "modeling"),
         *("options", "refusals", "seq2seq", "target"),
     },
-    "models": {"errors", "modeling", "modeling_seq2seq", "ops", "seq2seq"},
+    "models": {"errors", "hf", "modeling", "modeling_seq2seq", "ops", "seq2seq"},
     "auto": {"errors", "models"},
     "doctor": {"engine_cache", "engines", "errors", "options", "runtime"},
     "bench": {"errors", "options", "runtime"},

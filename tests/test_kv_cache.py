@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import DynamicCache, EncoderDecoderCache
 
+from fastgen.hf.contract import CACHE
 from fastgen.kv_cache import Bucket, BucketPool, BucketSize, StaticKVCache
 from fastgen.seq2seq import DecoderShape
 from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
@@ -172,7 +173,7 @@ def test_keys_keep_their_bucket_alive() -> None:
     model = build_pair("t5-1.1").fast
     call = {"input_ids": tokens(2, 6, 1), "decoder_input_ids": tokens(2, 4, 2)}
     with torch.no_grad():
-        past = model(**call).past_key_values
+        past = model(**call)[CACHE]
         keys = past.self_attention_cache.layers[0].keys
         kept = keys.clone()
         del past
@@ -184,11 +185,11 @@ def test_two_sequences_do_not_share_a_bucket() -> None:
     model = copy.deepcopy(build_pair("t5-1.1").fast)
     call = {"input_ids": tokens(2, 6, 1), "decoder_input_ids": tokens(2, 4, 2)}
     with torch.no_grad():
-        first, second = model(**call).past_key_values, model(**call).past_key_values
+        first, second = model(**call)[CACHE], model(**call)[CACHE]
         assert first.bucket is not second.bucket
         gone = first.bucket
         del first
-        third = model(**call).past_key_values
+        third = model(**call)[CACHE]
     assert third.bucket is gone
 
 
@@ -249,9 +250,9 @@ class SameAsStock(RuleBasedStateMachine):
                     encoder_outputs=(self.hidden,),
                     attention_mask=self.mask,
                     decoder_input_ids=prompt,
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 )
-            assert output.past_key_values is cache
+            assert output[CACHE] is cache
             found.append(output.logits)
         torch.testing.assert_close(found[1], found[0], **CLOSE)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from fastgen.hf.contract import CACHE
 from fastgen.kv_cache import StaticKVCache
 from tests.configs import Pair, build_pair
 from tests.helpers import CAUSAL, CLOSE, refusal, sources, targets, tokens
@@ -311,11 +312,11 @@ def continued(
     for step, size in enumerate(chunks):
         given: dict[str, Any] = {"encoder_outputs": state} if state else {"input_ids": sources()}
         given["attention_mask"] = mask if step == 0 or later_mask is ... else later_mask
-        given |= {"decoder_input_ids": prompt[:, start : start + size], "past_key_values": past}
+        given |= {"decoder_input_ids": prompt[:, start : start + size], CACHE: past}
         with torch.no_grad():
             output = model(**given, use_cache=True)
         state = (output.encoder_last_hidden_state,)
-        past, start = between(model, output.past_key_values, step), start + size
+        past, start = between(model, output[CACHE], step), start + size
         found.append(output.logits)
     assert past.get_seq_length() == start
     return torch.cat(found, 1)
@@ -354,8 +355,8 @@ def test_a_later_call_may_see_other_source_tokens() -> None:
 def test_an_equal_mask_stays_on_the_engine() -> None:
     model = build_pair("t5-1.1").fast
     past = StaticKVCache(2)
-    forward(model, past_key_values=past)
-    step = {"decoder_input_ids": targets()[:, :1], "past_key_values": past}
+    forward(model, **{CACHE: past})
+    step = {"decoder_input_ids": targets()[:, :1], CACHE: past}
     assert refusal(model, **step) is None
     assert refusal(model, **step, attention_mask=torch.ones_like(sources())) is None
     assert "attention_mask" in str(refusal(model, **step, attention_mask=ragged()))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastgen.hf.contract import CACHE
 from tests.configs import VARIANTS, build_pair
 from tests.modes import MODES, generate, plain
 
@@ -74,7 +75,7 @@ def test_continues_from_a_stock_kv_cache(name: str) -> None:
         call |= {
             "decoder_input_ids": first.sequences,
             "decoder_attention_mask": torch.ones_like(first.sequences),
-            "past_key_values": first.past_key_values,
+            CACHE: first[CACHE],
             "max_new_tokens": 7,
         }
         results.append(generate(model, name, call).sequences.tolist())

@@ -21,6 +21,7 @@ from fastgen.generation.draws import Draws
 from fastgen.generation.kernels import BeamTail, beam_obstacle
 from fastgen.generation.loop import Loop
 from fastgen.generation.state import NEVER, BeamState
+from fastgen.hf import contract
 from fastgen.kv_cache import Bucket, StaticKVCache
 
 
@@ -103,6 +104,9 @@ class Advance:
             probabilities = torch.nn.functional.softmax(log_probs, dim=-1)
             indices = self._multinomial(probabilities, self._candidates)
             top = torch.gather(log_probs, 1, indices)
+            if contract.SORTS_DRAWN_BEAMS:
+                top, order = top.sort(dim=-1, descending=True)
+                indices = indices.gather(-1, order)
         else:
             top, indices = cpu.topk_of_sums(log_probs, state.running_scores, self._candidates)
         return top, indices
@@ -295,7 +299,7 @@ class BeamLoop(Loop):
             scores=tuple(self.scores[:steps]) if keeps(call, "output_scores") else None,
             logits=tuple(self.logits[:steps]) if keeps(call, "output_logits") else None,
             beam_indices=parents[:, :new].clone(),
-            past_key_values=self._cache(call.prompt + steps - 1),
+            **{contract.CACHE: self._cache(call.prompt + steps - 1)},
         )
 
     def _cache(self, length: int) -> StaticKVCache:

@@ -20,6 +20,7 @@ from fastgen.generation.call import Call, keeps, records
 from fastgen.generation.draws import Draws
 from fastgen.generation.kernels import GreedyTail, greedy_obstacle
 from fastgen.generation.state import SampleState
+from fastgen.hf import contract
 from fastgen.kv_cache import Bucket
 
 RUN_AHEAD = 2  # tokens that the host may be ahead of the GPU; as many may be computed in vain
@@ -316,7 +317,7 @@ class SampleLoop(Loop):
             sequences=sequences,
             scores=tuple(self.scores[:new]) if keeps(call, "output_scores") else None,
             logits=tuple(self.logits[:new]) if keeps(call, "output_logits") else None,
-            past_key_values=call.cache,
+            **{contract.CACHE: call.cache},
         )
 
     def _final_length(self) -> int:

@@ -4,11 +4,13 @@ from transformers import MT5EncoderModel, MT5ForConditionalGeneration
 from transformers.models.mt5.modeling_mt5 import MT5Stack
 
 from fastgen.modeling_seq2seq import FastEncoder, FastEncoderModel, FastSeq2SeqLM
-from fastgen.models.t5 import Decoder, Encoder
+from fastgen.models.t5 import TRIAL_CONFIG, Decoder, Encoder
 
 
 class FastMT5Stack(FastEncoder, MT5Stack):
     """The encoder stack, on the engine."""
+
+    trial_config = TRIAL_CONFIG
 
     def _encoder_root(self) -> Encoder:
         return Encoder(self.config)
@@ -23,6 +25,7 @@ class FastMT5EncoderModel(FastEncoderModel, MT5EncoderModel):
 class FastMT5ForConditionalGeneration(FastSeq2SeqLM, MT5ForConditionalGeneration):
     """MT5ForConditionalGeneration on a compiled engine."""
 
+    trial_config = TRIAL_CONFIG
     _stack_class = FastMT5Stack
 
     def _decoder_root(self) -> Decoder:

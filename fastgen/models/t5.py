@@ -292,8 +292,17 @@ class Decoder(nn.Module):
         return results
 
 
+TRIAL_CONFIG = {
+    **{"d_model": 16, "d_kv": 4, "d_ff": 32, "num_heads": 4, "num_layers": 2},
+    **{"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},
+}
+"""The fields of a config whose models take milliseconds (see ``hf/trial.py``)."""
+
+
 class FastT5Stack(FastEncoder, T5Stack):
     """The encoder stack, on the engine."""
+
+    trial_config = TRIAL_CONFIG
 
     def _encoder_root(self) -> Encoder:
         return Encoder(self.config)
@@ -308,6 +317,7 @@ class FastT5EncoderModel(FastEncoderModel, T5EncoderModel):
 class FastT5ForConditionalGeneration(FastSeq2SeqLM, T5ForConditionalGeneration):
     """T5ForConditionalGeneration on a compiled engine: T5 1.0, 1.1, FLAN-T5, ByT5."""
 
+    trial_config = TRIAL_CONFIG
     _stack_class = FastT5Stack
 
     def _decoder_root(self) -> Decoder:

@@ -17,6 +17,7 @@ from fastgen import engines
 from fastgen.engine_cache import Artifact
 from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.graph import Graph
+from fastgen.hf.contract import CACHE
 from fastgen.target import Target, tensorrt
 from tests.configs import VARIANTS, Pair, build_pair, build_stock, fast_class, stock_class
 from tests.helpers import CLOSE, tokens
@@ -75,8 +76,8 @@ def decode(model: Any, chunks: tuple[int, ...], rows: int = 3) -> tuple[torch.Te
     past, found, start = None, [], 0
     for chunk in chunks:
         new = ids[:, start : start + chunk]
-        output = model(**call, decoder_input_ids=new, past_key_values=past, use_cache=True)
-        past, start = output.past_key_values, start + chunk
+        output = model(**call, decoder_input_ids=new, **{CACHE: past}, use_cache=True)
+        past, start = output[CACHE], start + chunk
         found.append(output.logits.clone())
     return torch.cat(found, dim=1), past
 

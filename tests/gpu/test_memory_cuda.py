@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastgen.cuda import CapturedGraph
+from fastgen.hf.contract import CACHE
 from tests.gpu.memory import MIB, at_most, used
 from tests.gpu.models import DEVICE, cuda_copies, decoded, fast_of, ids, medium_stock
 
@@ -62,12 +63,12 @@ def test_running_out_of_memory_in_a_step_keeps_the_kv_cache_usable() -> None:
         step = {
             "encoder_outputs": (first.encoder_last_hidden_state,),
             "decoder_input_ids": prompt[:, 1020:1030],
-            "past_key_values": first.past_key_values,
+            CACHE: first[CACHE],
         }
         # the bucket of 2,048 slots takes 64 MiB and more
         with at_most(24 * MIB), pytest.raises(torch.OutOfMemoryError):
             pair.fast(**step)
-        assert first.past_key_values.get_seq_length() == 1020
+        assert first[CACHE].get_seq_length() == 1020
         found = pair.fast(**step).logits
         expected = pair.stock(input_ids=source, decoder_input_ids=prompt).logits[:, 1020:]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=5e-3)
