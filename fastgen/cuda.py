@@ -56,6 +56,8 @@ class _Gpu:
         """Held by a capture, and by what must not happen during one; no lock is taken under it."""
         self.capturing = False
         self.caller: torch.cuda.Stream | None = None
+        self.several = False
+        """Whether callers have been on other streams than the default one, which orders them."""
         self.dead: deque[list[Any]] = deque()
 
     def is_current(self) -> bool:
@@ -184,6 +186,7 @@ def on_engine_stream(device: torch.device) -> Iterator[None]:
         gpu.settle()
         stream.wait_stream(caller)
         outer, gpu.caller = gpu.caller, caller
+        gpu.several = gpu.several or caller.cuda_stream != 0
         try:
             with torch.cuda.stream(stream):
                 yield
@@ -197,9 +200,9 @@ def on_engine_stream(device: torch.device) -> Iterator[None]:
 def hand_over(device: torch.device, tensors: Iterable[torch.Tensor]) -> None:
     """Say of tensors allocated on the engine stream that its present caller will use them on its
     own: once freed, they must not serve another thread's call before that is done."""
-    if device.type == "cuda" and (caller := _gpu(device).caller) is not None:
+    if device.type == "cuda" and (gpu := _gpu(device)).several and gpu.caller is not None:
         for tensor in tensors:
-            tensor.record_stream(caller)
+            tensor.record_stream(gpu.caller)
 
 
 def dispose(device: torch.device, parts: list[Any]) -> None:

@@ -214,6 +214,11 @@ def test_the_callers_stream_goes_on_with_what_is_handed_over(driver: FakeDriver)
             used_on.append(stream.name)
 
     used_on: list[str] = []
+    caller: Any = torch.cuda.current_stream()
+    caller.cuda_stream = 0
+    with cuda.on_engine_stream(GPU):
+        cuda.hand_over(GPU, [FakeTensor()])  # type: ignore[list-item]
+    assert not used_on, "the default stream orders all calls"
     with cuda.on_engine_stream(GPU):
         inner: Any = FakeStream("inner")
         with torch.cuda.stream(inner), cuda.on_engine_stream(GPU):

@@ -90,7 +90,8 @@ class OnnxRuntimeEngine:
         def compile_graph() -> Any:
             return ort.InferenceSession(data, settings, providers=providers)
 
-        self._session = _on_device(compile_graph, self._device)
+        with cuda.exclusive(self._device):  # a session that is made works on the engine stream
+            self._session = _on_device(compile_graph, self._device)
         self._run_options = None  # looking into it costs ONNX Runtime 0.1 ms
         if target.device == "cuda":
             self._run_options = ort.RunOptions()
@@ -237,8 +238,7 @@ def _on_device(compile_graph: Callable[[], Any], device: torch.device) -> Any:
     ONNX Runtime would have gone on without them on the CPU."""
     session = failure = None
     try:
-        with cuda.exclusive(device):  # a session that is made works on the engine stream
-            session = _with_memory(compile_graph, device)
+        session = _with_memory(compile_graph, device)
     except EngineError as error:
         failure = error
     lost = session is None or "CUDAExecutionProvider" not in session.get_providers()
