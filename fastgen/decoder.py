@@ -71,12 +71,10 @@ class Decoder(Capturing):
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """A call's turn: on a GPU one after the other, on the engine's stream; on a CPU, where
-        each has buffers of its own, calls of several threads run side by side."""
-        if self.target.device == "cpu":
-            yield
-            return
-        with self.lock, self.stream():
+        """A call's turn: on a GPU one after the other, on the engine's stream, whose lock comes
+        before this decoder's own; on a CPU, where each has buffers of its own, calls of several
+        threads run side by side."""
+        with self.stream():
             yield
 
     # Buckets

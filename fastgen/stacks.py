@@ -272,6 +272,7 @@ def decode(
             output = decoder.run(bucket, ids, length)
         if output is bucket.tensors[decoder.shape.output[0]]:
             output = output.clone()  # the next step overwrites the bucket's own
+        decoder.hand_over(output, *found)
     past.fill(total)
     return output, found
 

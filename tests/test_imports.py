@@ -21,7 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "target": {"errors"},
     "runtime": {"errors"},
     "engine_cache": {"errors"},
-    "cuda": {"errors"},
+    "capturable": {"errors"},
+    "cuda": {"capturable", "errors"},
     "ops": {"errors", "target"},
     "contrib_ops": {"ops", "target"},
     "graph": {"contrib_ops", "errors", "target"},
@@ -35,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "target",
     },
     "generation": {
-        *("capturing", "cuda", "decoder", "engines", "errors", "hf", "kv_cache", "options"),
+        *("capturable", "capturing", "decoder", "engines", "errors", "hf", "kv_cache"),
+        "options",
     },
     "weights": {"engines"},
     "modeling": {
@@ -68,7 +70,17 @@ ONLY_IN: dict[str, set[str]] = {
 }
 #: Parts that must not know Hugging Face: the machinery below the models.
 NO_TRANSFORMERS = {
-    *("cuda", "engine_cache", "engines", "errors", "graph", "ops", "options", "runtime"),
+    *(
+        "capturable",
+        "cuda",
+        "engine_cache",
+        "engines",
+        "errors",
+        "graph",
+        "ops",
+        "options",
+        "runtime",
+    ),
     *("seq2seq", "target"),
 }
 

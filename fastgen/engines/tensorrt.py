@@ -129,7 +129,7 @@ class TensorRTEngine:
         self.device = next(iter(self._weights.values())).device
         self._idle: list[Any] = []
         self._seen: set[Any] = set()
-        with torch.cuda.device(self.device):
+        with cuda.exclusive(self.device), torch.cuda.device(self.device):
             make = self._trt.Runtime
             self._runtime = tensorrt_build.made(self._trt, self._logger, make, self._logger)
             self._logger.take()

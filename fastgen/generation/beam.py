@@ -17,6 +17,7 @@ from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
 
 from fastgen.generation import cpu
 from fastgen.generation.call import Call, keeps, records
+from fastgen.generation.draws import Draws
 from fastgen.generation.kernels import BeamTail, beam_obstacle
 from fastgen.generation.loop import Loop
 from fastgen.generation.state import NEVER, BeamState
@@ -33,10 +34,13 @@ class Advance:
         state: BeamState,
         bucket: Bucket,
         process: Callable[[torch.Tensor], torch.Tensor] | None,
+        draws: Draws | None = None,
     ) -> None:
         # not the call itself: a captured graph keeps this object, and must not keep the KV cache
         self._state, self.bucket, self._process = state, bucket, process
         self._do_sample, self._records = call.config.do_sample, records(call)
+        self.draws = draws
+        self._multinomial = torch.multinomial if draws is None else draws.multinomial
         self._early = call.config.early_stopping is True
         self._candidates = candidates(call)
         self._criteria = None if call.plain else call.criteria
@@ -98,7 +102,7 @@ class Advance:
         if self._do_sample:
             log_probs = (log_probs + state.running_scores[:, :, None]).view(state.batch, -1)
             probabilities = torch.nn.functional.softmax(log_probs, dim=-1)
-            indices = torch.multinomial(probabilities, num_samples=self._candidates)
+            indices = self._multinomial(probabilities, self._candidates)
             top = torch.gather(log_probs, 1, indices)
             if contract.SORTS_DRAWN_BEAMS:
                 top, order = top.sort(dim=-1, descending=True)
@@ -249,14 +253,15 @@ class BeamLoop(Loop):
         def make_after() -> Advance:
             buffers = bucket.without_steps()
             if not self.plan.processors:
-                return Advance(call, state, buffers, None)
+                return Advance(call, state, buffers, None, self._draws())
             flat = state.running.view(-1, state.capacity)
             places = torch.arange(state.capacity, device=flat.device)
 
             def as_set() -> torch.Tensor:
                 return torch.where(places < state.index, flat, flat[:, :1])
 
-            return Advance(call, state, buffers, self.plan.process(flat[:, : self.length], as_set))
+            process = self.plan.process(flat[:, : self.length], as_set)
+            return Advance(call, state, buffers, process, self._draws())
 
         settings = (config.do_sample, config.early_stopping, candidates(call), records(call))
         step = call.decoder.step_with(
@@ -265,8 +270,7 @@ class BeamLoop(Loop):
             make_after=make_after,
             mutable=[*state.mutable(), bucket.tensors["slot_mask"]],
         )
-        step.run()
-        return step.after
+        return self._replay(step)
 
     def _finished(self) -> bool:
         """Whether to stop before the next token; waits only for tokens of a while ago."""

@@ -5,16 +5,19 @@ what it does, in the same order, with the installed processors and stopping crit
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
-from fastgen import cuda
+from fastgen.capturable import NotCapturable
 from fastgen.capturing import lasting
+from fastgen.decoder import Step
 from fastgen.generation import cpu
+from fastgen.generation import draws as drawing
 from fastgen.generation.call import Call, keeps, records
+from fastgen.generation.draws import Draws
 from fastgen.generation.kernels import GreedyTail, greedy_obstacle
 from fastgen.generation.state import SampleState
 from fastgen.hf import contract
@@ -32,10 +35,12 @@ class Choose:
         state: SampleState,
         bucket: Bucket,
         process: Callable[[torch.Tensor], torch.Tensor] | None,
+        draws: Draws | None = None,
     ) -> None:
         # not the call itself: a captured graph keeps this object, and must not keep the KV cache
         self._state, self.bucket, self._process = state, bucket, process
-        self._do_sample = call.config.do_sample
+        self._do_sample, self.draws = call.config.do_sample, draws
+        self._multinomial = torch.multinomial if draws is None else draws.multinomial
         self._has_eos, self._eos = call.has_eos, call.plain and call.eos is not None
         self._records = records(call)
         self.logits: torch.Tensor | None = None
@@ -59,7 +64,7 @@ class Choose:
         self.scores = scores
         if self._do_sample:
             probabilities = torch.nn.functional.softmax(scores, dim=-1)
-            tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1)
+            tokens = self._multinomial(probabilities, 1).squeeze(1)
         else:
             tokens = cpu.argmax(scores)
         if self._has_eos:
@@ -82,6 +87,8 @@ class Loop:
         self.plan = call.plan()
         self.captures = call.decoder.captures and call.plain and self.plan.obstacle is None
         self.captures = self.captures and self.plan.signature not in call.decoder.not_captured
+        if self.captures and call.config.do_sample:
+            self.captures = drawing.are_torchs(call.decoder.device)
         self.beams = beams
         self.hidden = call.hidden[::beams]  # generate() repeats each row for its beams
         self.mask = None if call.mask is None else call.mask[::beams]
@@ -101,7 +108,9 @@ class Loop:
             self._prefill()
             while not self._finished():
                 self._record(self._choose())
-            return self._output()
+            output = self._output()
+            self.call.decoder.hand_over(*_tensors(output))
+            return output
         finally:
             self.state.busy = False
 
@@ -163,7 +172,7 @@ class Loop:
     def _captured_or_eager(self, phase: tuple[bool, ...]) -> Any:
         try:
             return self._captured(phase)
-        except cuda.NotCapturable:  # a processor of this transformers version waits for the GPU
+        except NotCapturable:  # a processor of this transformers version waits, or draws
             self.call.decoder.not_captured.add(self.plan.signature)
             self.captures = False
             return self._eager()
@@ -173,6 +182,21 @@ class Loop:
 
     def _captured(self, phase: tuple[bool, ...]) -> Any:
         raise NotImplementedError
+
+    def _draws(self) -> Draws | None:
+        """What all captured steps over one state draw with."""
+        if self.call.config.do_sample and self.state.draws is None:
+            columns = self.beams * self.call.decoder.shape.vocab_size
+            batch = self.bucket.size.batch
+            self.state.draws = Draws(batch, columns, self.call.decoder.device)
+        return self.state.draws if self.call.config.do_sample else None
+
+    def _replay(self, step: Step) -> Any:
+        """Run a captured step; gives the choice."""
+        if step.after.draws is not None:
+            step.after.draws.draw()
+        step.run()
+        return step.after
 
     def _once_a_bucket(self, make: Callable[[], Any]) -> Any:
         """The choice without processors, which is the same for every token of a bucket."""
@@ -192,8 +216,10 @@ class Loop:
 
     def _undo(self, tokens: int) -> None:
         """Take back the last tokens' random draws: the HF loop would not have made them."""
-        if tokens and self.draws:
-            torch.cuda.set_rng_state(self.draws[-1 - tokens], self.call.decoder.device)
+        device = self.call.decoder.device
+        # unless another thread drew meanwhile, who must not draw the same again
+        if tokens and self.draws and self.draws[-1].equal(torch.cuda.get_rng_state(device)):
+            torch.cuda.set_rng_state(self.draws[-1 - tokens], device)
 
     def _wait(self) -> bool:
         """Wait for a token of a while ago; whether the host may look at what it left."""
@@ -244,7 +270,7 @@ class SampleLoop(Loop):
             if self.plan.processors:
                 sequences = state.sequences
                 process = self.plan.process(sequences[:, : self.length], lambda: sequences)
-            return Choose(call, state, bucket.without_steps(), process)
+            return Choose(call, state, bucket.without_steps(), process, self._draws())
 
         step = call.decoder.step_with(
             bucket,
@@ -252,8 +278,7 @@ class SampleLoop(Loop):
             make_after=make_after,
             mutable=state.mutable(),
         )
-        step.run()
-        return step.after
+        return self._replay(step)
 
     def _finished(self) -> bool:
         """Whether to stop before the next token; waits only for tokens of a while ago."""
@@ -304,6 +329,15 @@ class SampleLoop(Loop):
         ends = (new[:, :, None] == self.state.eos).any(dim=-1)
         first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, new.shape[1])
         return call.prompt + int(first.max())
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors of what a method returns, but for a KV cache's."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, tuple | dict):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(part)
 
 
 def sample(call: Call) -> Any:

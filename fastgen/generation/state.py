@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from fastgen.capturing import lasting
+from fastgen.capturing import host_flags, lasting
 from fastgen.generation.call import Call
+from fastgen.generation.draws import Draws
 
 NEVER = -1.0e9  # transformers' score of what must not be chosen
 
@@ -19,7 +20,8 @@ class SampleState:
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
         self.pad = torch.zeros((), dtype=torch.int64, device=device)
         self.eos = torch.zeros(0, dtype=torch.int64, device=device)
-        self.seen = torch.ones(batch, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self.draws: Draws | None = None
+        self.seen = host_flags(self, batch, device)
         """``unfinished`` as the host sees it, at most ``RUN_AHEAD`` tokens late."""
         self.seen_by_host = self.seen.numpy()
         self.busy = False
@@ -62,7 +64,8 @@ class BeamState:
         self.done = torch.zeros(1, dtype=torch.bool, device=device)
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)  # tokens until ``done``
         self.limit = torch.zeros(1, dtype=torch.int64, device=device)
-        self.seen = torch.zeros(1, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self.draws: Draws | None = None
+        self.seen = host_flags(self, 1, device)
         """``done`` as the host sees it, at most ``RUN_AHEAD`` tokens late."""
         self.final_divisor = torch.zeros(capacity + 2, dtype=torch.float32, device=device)
         self.best_divisor = torch.zeros(capacity + 2, dtype=torch.float32, device=device)
