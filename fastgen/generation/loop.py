@@ -186,7 +186,7 @@ class Loop:
     def _draws(self) -> Draws | None:
         """What all captured steps over one state draw with."""
         if self.call.config.do_sample and self.state.draws is None:
-            columns = self.beams * self.call.decoder.shape.vocab_size
+            columns = self.beams * self.bucket.tensors["logits"].shape[-1]
             batch = self.bucket.size.batch
             self.state.draws = Draws(batch, columns, self.call.decoder.device)
         return self.state.draws if self.call.config.do_sample else None
