@@ -306,8 +306,10 @@ class Decoder(nn.Module):
         self.logits_scale = config.d_model**-0.5 if scale_outputs else 1.0
         self.shape = replace(self.decoder.shape, vocab_size=config.vocab_size)
 
-    def cross(self, op: Ops, **inputs: Value) -> dict[str, Value]:
-        return self.decoder.cross(op, **inputs)
+    def cross(
+        self, op: Ops, encoder_hidden_states: Value, attention_mask: Value
+    ) -> dict[str, Value]:
+        return self.decoder.cross(op, encoder_hidden_states, attention_mask)
 
     def decode(self, op: Ops, **inputs: Value) -> dict[str, Value]:
         """As the stack, and logits [B, Q, V]."""

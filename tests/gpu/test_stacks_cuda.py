@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastgen import FastT5Model
+from fastgen.hf.contract import CACHE
 from tests.gpu.models import DEVICE, DTYPES, error, fast_of, ids, mask, medium_stock
 
 pytestmark = pytest.mark.cuda
@@ -16,12 +17,12 @@ def steps(model: Any, tokens: torch.Tensor, states: bool) -> list[torch.Tensor]:
     """What the decoder stack gives for tokens one by one, [B, Q, E]: all states, or the last."""
     shown = mask(3, 40)
     encoded = model.encoder(ids(3, 40), attention_mask=shown).last_hidden_state
-    past, found = None, []
+    kept: dict[str, Any] = {}
+    found = []
+    source = {"encoder_hidden_states": encoded, "encoder_attention_mask": shown}
     for token in tokens.split(1, dim=1):
-        output = model.decoder(
-            token, None, encoded, shown, None, past, True, output_hidden_states=states
-        )
-        past = output[1]
+        output = model.decoder(token, **source, **kept, use_cache=True, output_hidden_states=states)
+        kept = {CACHE: output[CACHE]}
         found.append(output.hidden_states if states else (output.last_hidden_state,))
     return [torch.cat(layer, dim=1) for layer in zip(*found, strict=True)]
 

@@ -169,9 +169,9 @@ def test_broken_captures_are_mended() -> None:
     def breaking(gpu: Any, function: Callable[[], None]) -> Any:
         def middle() -> None:
             function()
-            if len(broken) % 4 != 3:  # three times in a row: then kernel by kernel
-                gpu.stream.query()
             broken.append(1)
+            if len(broken) % 4:  # three times in a row: then kernel by kernel
+                gpu.stream.query()
 
         return capture(gpu, middle)
 
