@@ -14,7 +14,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from fastgen.kv_cache import StaticKVCache
 from fastgen.modeling import EngineModule
 from fastgen.stacks import PAST, as_stock
-from tests.configs import VARIANTS, Pair, build_pair
+from tests.configs import Pair, build_pair
 from tests.helpers import CAUSAL, CLOSE, copies, logits, refusal, sources, targets
 
 MASK = (torch.arange(9) < torch.tensor([[9], [5], [1]])).long()
@@ -72,7 +72,7 @@ def assert_same(pair: Pair, **arguments: Any) -> Any:
 # A program's own loop
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["t5-1.0", "byt5", "mt5", "umt5", "t5-untied-scaled"])
 def test_an_own_loop_chooses_the_same_tokens(name: str) -> None:
     pair = build_pair(name)
     found = loop(pair.fast, 8)
