@@ -232,6 +232,16 @@ def test_usual_calls_build_no_more_than_before(monkeypatch: pytest.MonkeyPatch) 
     assert sorted(built[3:]) == ["decoder-masked-states", "encoder-states"]
 
 
+def test_further_graphs_hold_no_weights_a_second_time() -> None:
+    """As the usual decoder graph may on a CPU (``EngineOptions.prepack``)."""
+    model: Any = build_pair("t5-1.1").fast
+    whole, stack = model._current_engine(), model.decoder._current_engine()
+    usual = whole.decoder(False, 64)
+    assert len(usual._inputs) < len(usual.graph.parameters)
+    for engine in (whole.decoder(False, 64, True), stack.decoder(False, 64)):
+        assert len(engine._inputs) == len(engine.graph.parameters)
+
+
 # When weights or forwards change
 
 
