@@ -274,7 +274,9 @@ MODES: dict[str, Mode] = {
     "continued by sampling": Mode(continued(mask=True, do_sample=True), FEW),
     "input embeddings": Mode(embedded, FEW),
     "attentions": Mode(plain(output_attentions=True, output_hidden_states=True), FEW, "torch"),
-    "hidden states": Mode(ragged("right", output_hidden_states=True), path="HF loop"),
+    "hidden states": Mode(
+        ragged("right", output_hidden_states=True), (*FEW, "byt5"), path="HF loop"
+    ),
     "hidden states beams": Mode(plain(num_beams=3, output_hidden_states=True), FEW, "HF loop"),
     "hidden states assisted": Mode(
         plain(rows=1, prompt_lookup_num_tokens=3, output_hidden_states=True), FEW, "HF loop"

@@ -14,7 +14,7 @@ from fastgen.hf.contract import CACHE
 from fastgen.kv_cache import StaticKVCache
 from fastgen.modeling import EngineModule
 from fastgen.stacks import as_stock
-from tests.configs import VARIANTS, Pair, build_pair
+from tests.configs import Pair, build_pair
 from tests.helpers import CAUSAL, CLOSE, copies, logits, refusal, sources, targets
 
 MASK = (torch.arange(9) < torch.tensor([[9], [5], [1]])).long()
@@ -72,7 +72,7 @@ def assert_same(pair: Pair, **arguments: Any) -> Any:
 # A program's own loop
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["t5-1.0", "byt5", "mt5", "umt5", "t5-untied-scaled"])
 def test_an_own_loop_chooses_the_same_tokens(name: str) -> None:
     pair = build_pair(name)
     found = loop(pair.fast, 8)
@@ -227,6 +227,16 @@ def test_usual_calls_build_no_more_than_before(monkeypatch: pytest.MonkeyPatch) 
         sources(), max_new_tokens=4, output_hidden_states=True, return_dict_in_generate=True
     )
     assert sorted(built[3:]) == ["decoder-masked-states", "encoder-states"]
+
+
+def test_further_graphs_hold_no_weights_a_second_time() -> None:
+    """As the usual decoder graph may on a CPU (``EngineOptions.prepack``)."""
+    model: Any = build_pair("t5-1.1").fast
+    whole, stack = model._current_engine(), model.decoder._current_engine()
+    usual = whole.decoder(False, 64)
+    assert len(usual._inputs) < len(usual.graph.parameters)
+    for engine in (whole.decoder(False, 64, True), stack.decoder(False, 64)):
+        assert len(engine._inputs) == len(engine.graph.parameters)
 
 
 # When weights or forwards change
