@@ -193,7 +193,8 @@ class EngineModule(torch.nn.Module):
             graph = graphs.build(root, target, types, getattr(root, method), *specs)
             return backend.compile(graph, name, options, device)
 
-        title = f"{type(self).__name__} {name} ({target.backend}, {target.device}, {target.dtype})"
+        where = f"({target.backend}, {target.device}, {target.dtype})"
+        title = f"{type(self).__qualname__} {name} {where}"
         if kept := self._engine_cache():
             key = {"graph": name, "parameters": types, **_engine_key(self, target)}
             key |= {"inputs": [asdict(spec) for spec in specs[0]]}
@@ -283,7 +284,7 @@ def _engine_key(module: EngineModule, target: Target) -> dict[str, Any]:
     """Everything besides parameters that changes a compiled graph: no path, no time."""
     config = module.config.to_dict()
     return {
-        "class": type(module).__name__,
+        "class": type(module).__qualname__,
         "config": {k: repr(v) for k, v in config.items() if k not in _NOT_COMPUTATION},
         "target": asdict(target),
         "sources": _sources_digest(),

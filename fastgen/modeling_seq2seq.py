@@ -1,11 +1,13 @@
 """Encoder-decoder models: which calls the engine serves, and how torch serves the others."""
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastgen.decoder import Decoder
@@ -74,16 +76,54 @@ class FastEncoder(EngineModule):
         return output if _return_dict(self, kwargs.get("return_dict")) else output.to_tuple()
 
 
+def _is_ours(fast: type) -> bool:
+    """Whether fastgen defines a class; a program's own subclass is known by its own name."""
+    return fast.__module__.partition(".")[0] == "fastgen"
+
+
 class FastPreTrained(EngineModule):
-    """Mixin of a whole Hugging Face model whose encoder stack is a FastEncoder."""
+    """Mixin of a whole Hugging Face model whose encoder stack is a FastEncoder.
+
+    Programs that write down a model's class, to load it again later, find the stock one: a class
+    of fastgen has the stock class's ``__name__``, and its models that one's ``__module__``. So what
+    they wrote loads without fastgen too. ``__qualname__``, by which pickles find a class, is its own.
+    """
 
     _stack_class: type[FastEncoder]
     encoder: FastEncoder
     get_output_embeddings: Any
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if _is_ours(cls) and issubclass(cls, PreTrainedModel):
+            cls.__name__ = stock_class(cls).__name__
+
+    def __init__(
+        self,
+        config: Any,
+        *args: Any,
+        engine_options: EngineOptions | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As the stock constructor.
+
+        Args:
+            engine_options: EngineOptions, a dict of them, or None for the defaults.
+
+        Raises:
+            OptionError: an option that does not exist, or a value that is not allowed.
+        """
+        options = None if engine_options is None else EngineOptions.resolve(engine_options)
         super().__init__(config, *args, **kwargs)
         self.encoder.__class__ = self._stack_class
+        if _is_ours(type(self)):
+            self.__module__ = stock_class(type(self)).__module__
+        if options is not None:
+            self.engine_options = options
+
+    def __repr__(self) -> str:
+        """As the stock class's, under the Fast class's own name."""
+        return type(self).__qualname__ + super().__repr__().removeprefix(self._get_name())
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -91,11 +131,16 @@ class FastPreTrained(EngineModule):
         return False
 
     @classmethod
-    def from_pretrained(cls, *args: Any, engine_options: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        *args: Any,
+        engine_options: EngineOptions | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """As the stock ``from_pretrained``.
 
         Args:
-            engine_options: EngineOptions, a dict of them, or None for the defaults.
+            engine_options: as in the constructor.
         """
         options = EngineOptions.resolve(engine_options)
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]

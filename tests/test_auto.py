@@ -61,7 +61,7 @@ def test_the_auto_class_itself_has_no_instances() -> None:
 
 def test_every_fast_class_for_generation_is_found_by_its_model_type() -> None:
     public = {n for n in fastgen.__all__ if n.endswith("ForConditionalGeneration")}
-    assert {fast_class(name).__name__ for name in NAMES} == public
+    assert {fast_class(name).__qualname__ for name in NAMES} == public
 
 
 def test_names_of_arguments_are_those_of_the_stock_auto_class(tmp_path: Path) -> None:
