@@ -85,8 +85,8 @@ class FastPreTrained(EngineModule):
     """Mixin of a whole Hugging Face model whose encoder stack is a FastEncoder.
 
     Programs that write down a model's class, to load it again later, find the stock one: a class
-    of fastgen has the stock class's ``__name__``, and its models that one's ``__module__``. So what
-    they wrote loads without fastgen too. ``__qualname__``, by which pickles find a class, is its own.
+    of fastgen has the stock class's ``__name__``, and its models that one's ``__module__``. What
+    they wrote loads without fastgen too. Pickles find a class by ``__qualname__``, which is its own.
     """
 
     _stack_class: type[FastEncoder]
