@@ -86,7 +86,7 @@ class FastPreTrained(EngineModule):
 
     Programs that write down a model's class, to load it again later, find the stock one: a class
     of fastgen has the stock class's ``__name__``, and its models that one's ``__module__``. What
-    they wrote loads without fastgen too. Pickles find a class by ``__qualname__``, which is its own.
+    they wrote loads without fastgen too. Pickles go by ``__qualname__``, which is its own.
     """
 
     _stack_class: type[FastEncoder]

@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"engine_cache", "engines", "errors", "options", "runtime"},
     "bench": {"errors", "options", "runtime"},
     "cli": {"auto", "bench", "doctor", "engine_cache", "errors", "options"},
+    "__main__": {"cli"},
 }
 
 #: Libraries that only these parts may import.
