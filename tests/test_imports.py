@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("options", "refusals", "seq2seq", "target"),
     },
     "models": {"errors", "modeling", "modeling_seq2seq", "ops", "seq2seq"},
-    "auto": {"errors", "models"},
+    "auto": {"errors", "models", "options"},
     "doctor": {"engine_cache", "engines", "errors", "options", "runtime"},
     "bench": {"errors", "options", "runtime"},
     "cli": {"auto", "bench", "doctor", "engine_cache", "errors", "options"},
