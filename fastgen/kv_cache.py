@@ -46,8 +46,8 @@ class Bucket:
             "slot_positions": (torch.arange(slots, device=device) // queries).view(1, slots),
             **self._counters(batch, queries),
             "cross_mask": self._empty(batch, 1, queries, sources),
-            "logits": self._empty(batch, queries, shape.vocab_size),
         }
+        self.output(*shape.output)
         if queries > 1 or target.always_masked:  # zero until beams say what hides what
             self.tensors["slot_mask"] = self._empty(batch, 1, queries, slots).zero_()
         self.tensors |= {name: self._empty(*axes) for name, axes in shape.tables.items()}
@@ -58,6 +58,14 @@ class Bucket:
         """Captured graphs of these buffers, by whatever made them."""
         self.bindings: dict[Any, Any] = {}
         """What runs engines over these buffers, likewise."""
+
+    def output(self, name: str, width: int) -> torch.Tensor:
+        """What a step writes, [B, Q, width]: made on first use, as a cache may go from a decoder
+        with a head to one without."""
+        if name not in self.tensors:
+            with lasting():
+                self.tensors[name] = self._empty(self.size.batch, self.size.queries, width)
+        return self.tensors[name]
 
     def without_steps(self) -> "Bucket":
         """The same buffers for what a step itself keeps: with the steps, nothing would be freed."""

@@ -29,7 +29,7 @@ from fastgen.weights import Glance, changed_part, weights_state
 # Config fields that name where a model came from, not what it computes
 _NOT_COMPUTATION = ("_name_or_path", "architectures", "transformers_version", "dtype")
 
-_KNOWN_LIBRARIES = ("torch", "transformers")
+_KNOWN_LIBRARIES = ("torch", "transformers", "fastgen")
 
 
 class _Steady(threading.local):
@@ -57,6 +57,8 @@ class EngineModule(torch.nn.Module):
     _parts_glance: Glance | None = None
     _engine_options: EngineOptions | None = None
     _refusal: str | None = None
+    _waits = False
+    """Whether its engine is built by its own first call, not with the whole model's."""
 
     @property
     def engine_options(self) -> EngineOptions:
@@ -91,7 +93,7 @@ class EngineModule(torch.nn.Module):
             NoEngine: no engine serves this model; the message says why.
         """
         for module in self.modules():
-            if isinstance(module, EngineModule):
+            if isinstance(module, EngineModule) and (module is self or not module._waits):
                 module._current_engine()
 
     @contextmanager
@@ -102,7 +104,8 @@ class EngineModule(torch.nn.Module):
             self._current_engine()
             glance = self._glance
             if glance is not None and glance is not self._parts_glance:
-                self._parts = [m for m in glance.descendants if isinstance(m, EngineModule)]
+                parts = [m for m in glance.descendants if isinstance(m, EngineModule)]
+                self._parts = [part for part in parts if not part._waits]
                 for part in self._parts:
                     part._current_engine()
                 self._parts_glance = glance  # until it changes, so do none of the parts
@@ -125,7 +128,7 @@ class EngineModule(torch.nn.Module):
         if id(self) in _steady.modules and engine is not None:
             return engine
         if self._glance is None or not self._glance.same(self):
-            weights = weights_state(self, self._copies_weights(), own=EngineModule)
+            weights = weights_state(self, self._copies_weights(), own=self._called())
             if weights != self._engine_weights:
                 self._engine = self._refusal = None
                 self._engine_weights = weights
@@ -140,9 +143,13 @@ class EngineModule(torch.nn.Module):
                 self._refusal = str(error)
                 raise NoEngine(self._refusal) from error
             # once more: making weights contiguous may have moved them
-            self._engine_weights = weights_state(self, self._copies_weights(), own=EngineModule)
+            self._engine_weights = weights_state(self, self._copies_weights(), own=self._called())
             self._glance = Glance(self, self._copies_weights())
         return engine
+
+    def _called(self) -> tuple[type, ...]:
+        """Classes of the modules whose forward the engine's user calls, replaced or not."""
+        return (EngineModule,)
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
@@ -221,7 +228,7 @@ class EngineModule(torch.nn.Module):
                 raise NoEngine(f"parameter {name} is not part of the {type(self).__name__} graph")
         for name, module in self.named_modules():
             home = type(module).__module__.partition(".")[0]
-            own = home in _KNOWN_LIBRARIES or isinstance(module, EngineModule)
+            own = home in _KNOWN_LIBRARIES or isinstance(module, self._called())
             if not own and not name.startswith(others):
                 kind = f"{type(module).__module__}.{type(module).__name__}"
                 raise NoEngine(f"module {name} is a {kind}, which no graph knows")

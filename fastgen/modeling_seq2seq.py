@@ -1,9 +1,7 @@
 """Encoder-decoder models: which calls the engine serves, and how torch serves the others."""
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Any, Self
 
 import torch
@@ -11,69 +9,32 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastgen.decoder import Decoder
-from fastgen.encoder import Encoder
-from fastgen.engines import Engine, NoEngine, too_large
+from fastgen.engines import NoEngine, too_large
 from fastgen.engines.fused import FusedEngine
 from fastgen.generation import FastGenerationMixin, as_torch, with_signature
 from fastgen.kv_cache import Bucket, StaticKVCache
 from fastgen.modeling import EngineModule, stock_class
 from fastgen.options import EngineOptions
-from fastgen.refusals import common_refusal, ids_refusal, mask_refusal, same_mask
-from fastgen.seq2seq import cross_specs, decoder_specs, encoder_specs
+from fastgen.refusals import common_refusal, ids_refusal, mask_refusal, same_mask, states_wanted
+from fastgen.stacks import (
+    PAST,
+    FastDecoder,
+    FastEncoder,
+    as_stock,
+    bucket_refusal,
+    build_decoder,
+    decode,
+    rows_refusal,
+    wants_dict,
+)
 from fastgen.target import Target
 
-
-class FastEncoder(EngineModule):
-    """Mixin of an encoder stack: token ids in, hidden states out, on the engine."""
-
-    def _encoder_root(self) -> Any:
-        """The family's graph module with a method ``encode``."""
-        raise NotImplementedError
-
-    def _build_engine(self, target: Target) -> Encoder:
-        root, width = self._encoder_root(), self.config.d_model
-        self._refuse_foreign_parts([root], ignore="")
-        specs = encoder_specs(target, width)
-        engine = self._engine_for("encoder", root, target, "encode", specs)
-        return Encoder(engine, target, self.device, width, self.engine_options)
-
-    def refusal(self, **kwargs: Any) -> str | None:
-        """Why a call with these arguments goes to torch; None if the engine serves it."""
-        if reason := common_refusal(self, kwargs):
-            return reason
-        input_ids = kwargs.get("input_ids")
-        if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            return "inputs_embeds are served by torch"
-        if kwargs.get("use_cache"):
-            return "use_cache=True: torch reports that an encoder has no KV cache"
-        mask = kwargs.get("attention_mask")
-        if reason := ids_refusal(self, input_ids) or mask_refusal(mask, input_ids.shape):
-            return reason
-        if reason := too_large(self.engine_options, *input_ids.shape):
-            return reason
-        try:
-            self._current_engine()
-        except NoEngine as error:
-            return str(error)
-        return None
-
-    @with_signature
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As the stock stack: token ids [B, S] to hidden states [B, S, E]."""
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        arguments = {name: as_torch(value) for name, value in arguments.items()}
-        if self.refusal(**arguments) is not None:
-            _introduce(type(self), self.config)
-            return super().forward(**arguments)
-        encoder: Encoder = self._current_engine()
-        ids, mask = arguments["input_ids"].to(torch.int64), arguments["attention_mask"]
-        output = BaseModelOutput(last_hidden_state=encoder.run(ids, mask))
-        return output if _return_dict(self, kwargs.get("return_dict")) else output.to_tuple()
+# What a whole model's own code does not hand on to its stacks under this name
+_OF_THE_WHOLE: tuple[str, ...] = (
+    *("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"),
+    *("encoder_outputs", "inputs_embeds", "decoder_inputs_embeds", "use_cache", PAST),
+    *("labels", "start_positions", "end_positions"),
+)
 
 
 def _is_ours(fast: type) -> bool:
@@ -82,15 +43,14 @@ def _is_ours(fast: type) -> bool:
 
 
 class FastPreTrained(EngineModule):
-    """Mixin of a whole Hugging Face model whose encoder stack is a FastEncoder.
+    """Mixin of a whole Hugging Face model whose stacks are Fast ones.
 
     Programs that write down a model's class, to load it again later, find the stock one: a class
     of fastgen has the stock class's ``__name__``, and its models that one's ``__module__``. What
     they wrote loads without fastgen too. Pickles go by ``__qualname__``, which is its own.
     """
 
-    _stack_class: type[FastEncoder]
-    encoder: FastEncoder
+    _stacks: tuple[type[FastEncoder], type[FastDecoder]]
     get_output_embeddings: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -115,7 +75,9 @@ class FastPreTrained(EngineModule):
         """
         options = None if engine_options is None else EngineOptions.resolve(engine_options)
         super().__init__(config, *args, **kwargs)
-        self.encoder.__class__ = self._stack_class
+        for part in self.modules():
+            if type(part) is stock_class(self._stacks[0]):
+                part.__class__ = self._stacks[bool(part.is_decoder)]
         if _is_ours(type(self)):
             self.__module__ = stock_class(type(self)).__module__
         if options is not None:
@@ -158,15 +120,48 @@ class FastPreTrained(EngineModule):
             self.__class__ = fast
 
 
-class FastEncoderModel(FastPreTrained):
-    """Mixin of an encoder-only model: its stack does the work."""
+class FastTask(FastPreTrained):
+    """Mixin of a whole model whose own code is the stock class's: its stacks do the work."""
+
+    def _fast_stacks(self) -> list[FastEncoder | FastDecoder]:
+        return [part for part in self.modules() if isinstance(part, FastEncoder | FastDecoder)]
 
     def compile_engine(self) -> None:
-        self.encoder.compile_engine()
+        """Build the engines of all stacks now (and store them in the engine cache)."""
+        for stack in self._fast_stacks():
+            stack.compile_engine()
+
+    def refusal(self, **kwargs: Any) -> str | None:
+        """Why a forward with these arguments goes to torch, in part at least; None if the engines
+        serve both stacks."""
+        others = {name: value for name, value in kwargs.items() if name not in _OF_THE_WHOLE}
+        encoded, ids = kwargs.get("encoder_outputs"), kwargs.get("decoder_input_ids")
+        for stack in self._fast_stacks():
+            if isinstance(stack, FastDecoder):
+                call = {
+                    # heads that get no tokens for it shift the encoder's
+                    "input_ids": kwargs.get("input_ids") if ids is None else ids,
+                    "attention_mask": kwargs.get("decoder_attention_mask"),
+                    "inputs_embeds": kwargs.get("decoder_inputs_embeds"),
+                    "encoder_hidden_states": ... if encoded is None else encoded[0],
+                    "encoder_attention_mask": kwargs.get("attention_mask"),
+                    PAST: kwargs.get(PAST),
+                }
+            elif encoded is None:
+                names = "input_ids", "attention_mask", "inputs_embeds"
+                call = {name: kwargs.get(name) for name in names}
+            else:
+                continue
+            if reason := stack.refusal(**call, **others):
+                return reason
+        return None
 
 
 class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
     """Mixin of an encoder-decoder with a language model head."""
+
+    encoder: FastEncoder
+    decoder: FastDecoder
 
     def _decoder_root(self) -> Any:
         """The family's graph module with methods ``cross`` and ``decode``, and its ``shape``."""
@@ -175,32 +170,17 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
     def _build_engine(self, target: Target) -> Decoder:
         root = self._decoder_root()
         self._refuse_foreign_parts([root], ignore="shared. encoder.")
-        cross = self._engine_for("cross", root, target, "cross", cross_specs(target, root.shape))
         # a head that was replaced may have another size than the config says
         shape = replace(root.shape, vocab_size=self.get_output_embeddings().weight.shape[0])
-        model = weakref.proxy(self)  # or each would keep the other, and with it the GPU's memory
-
-        @cache
-        def build_decoder(slot_mask: bool, slots: int | None) -> Engine:
-            name = "decoder-masked" if slot_mask else "decoder"
-            name += "" if slots is None else f"-{slots}"
-            specs = decoder_specs(target, shape, slot_mask, slots)
-            engine: Engine = model._engine_for(name, model._decoder_root(), target, "decode", specs)
-            return engine
-
-        def decoder(slot_mask: bool, slots: int) -> Engine:
-            return build_decoder(
-                slot_mask or target.always_masked, slots if target.static_slots else None
-            )
-
-        options, fused = self.engine_options, None
-        if target.device == "cuda" and target.contrib and options.fused_kernels:
+        fused = None
+        if target.device == "cuda" and target.contrib and self.engine_options.fused_kernels:
             step = self._decoder_root()
             own = dict(self.named_parameters(remove_duplicate=False))
             fused = FusedEngine(step, step.decode, target, own, self._engine_cache())
-        if fused is None:  # else it serves long prompts and large batches only, and can wait
-            decoder(False, options.min_bucket)
-        return Decoder(shape, target, self.device, cross, decoder, fused, options)
+        return build_decoder(self, target, shape, "decoder", fused)
+
+    def _called(self) -> tuple[type, ...]:
+        return FastEncoder, FastPreTrained  # the decoder stack is part of the graph
 
     def compile_engine(self) -> None:
         super().compile_engine()
@@ -229,8 +209,8 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         return self._input_refusal(kwargs) or self._engine_refusal(past)
 
     def _further_refusal(self, ids: Any, bucket: Bucket) -> str | None:
-        if isinstance(ids, torch.Tensor) and len(ids) != bucket.size.batch:
-            return f"decoder_input_ids have {len(ids)} rows, past_key_values {bucket.size.batch}"
+        if reason := rows_refusal(ids, bucket):
+            return reason
         return ids_refusal(self, ids) or self._bucket_refusal(bucket)
 
     def _input_refusal(self, kwargs: dict[str, Any]) -> str | None:
@@ -258,9 +238,7 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
 
     def _bucket_refusal(self, bucket: Bucket) -> str | None:
         decoder: Decoder | None = self._engine
-        if decoder is None or (bucket.target, bucket.device) == (decoder.target, decoder.device):
-            return None
-        return "past_key_values was made by another engine"
+        return None if decoder is None else bucket_refusal(decoder, bucket)
 
     @with_signature
     def forward(
@@ -305,11 +283,15 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         past_key_values: StaticKVCache | None,
         use_cache: bool | None,
         return_dict: bool | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> Any:
         """``forward`` on the engine."""
+        # refusal() has looked; unless another thread dropped the engine since
+        decoder: Decoder = self._engine or self._current_engine()
+        asked = {k: value for k, value in kwargs.items() if k == "output_hidden_states"}
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+            source = {"input_ids": input_ids, "attention_mask": attention_mask}
+            encoder_outputs = self.encoder(**source, **asked)
         if not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
         hidden = encoder_outputs.last_hidden_state
@@ -318,48 +300,15 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         past = past_key_values
         if past is None:
             past = StaticKVCache(self.config.num_decoder_layers)
+        wanted = states_wanted(self.decoder, asked)
+        call = decoder_input_ids, hidden, attention_mask, past
+        logits, states = decode(decoder, *call, wanted)
         output = Seq2SeqLMOutput(
-            logits=self._decode(decoder_input_ids, hidden, attention_mask, past),
+            logits=logits,
             past_key_values=past if use_cache or past_key_values is not None else None,
+            decoder_hidden_states=as_stock(self.decoder, states) if wanted else None,
             encoder_last_hidden_state=hidden,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
         )
-        return output if _return_dict(self, return_dict) else output.to_tuple()
-
-    def _decode(
-        self,
-        input_ids: torch.Tensor,
-        hidden: torch.Tensor,
-        mask: torch.Tensor | None,
-        past: StaticKVCache,
-    ) -> torch.Tensor:
-        # refusal() has looked; unless another thread dropped the engine since
-        decoder: Decoder = self._engine or self._current_engine()
-        length = past.get_seq_length()
-        total = length + input_ids.shape[1]
-        with decoder.turn():
-            if past.bucket is None:
-                past.source_mask = mask  # what the bucket's cross-attention mask is made of
-            bucket = decoder.enter(past, hidden.detach(), mask, total)
-            logits = decoder.run(bucket, input_ids.to(torch.int64), length)
-            if logits is bucket.tensors["logits"]:
-                logits = logits.clone()  # the next step overwrites the bucket's own
-        past.fill(total)
-        return logits
-
-
-_introduced: set[type] = set()
-
-
-def _introduce(stack_class: type, config: Any) -> None:
-    """Let transformers learn which outputs a stack can record: it does when one is constructed,
-    and ours took the place of a stock one (or came out of a pickle)."""
-    if stack_class not in _introduced:
-        with torch.device("meta"):
-            stack_class(config)
-        _introduced.add(stack_class)
-
-
-def _return_dict(module: EngineModule, asked: bool | None) -> bool:
-    return bool(module.config.return_dict if asked is None else asked)
+        return output if wants_dict(self, return_dict) else output.to_tuple()

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from fastgen.generation import OPTIONAL_OUTPUTS
 from fastgen.modeling import EngineModule
 
 
@@ -18,10 +17,25 @@ def common_refusal(module: EngineModule, kwargs: dict[str, Any]) -> str | None:
         return "torch is tracing or compiling the model"
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return "torch.autocast is on: load the model in the dtype to compute in instead"
-    for name in OPTIONAL_OUTPUTS:
-        asked = kwargs.pop(name, None)
-        if asked or (asked is None and getattr(module.config, name, False)):
-            return f"{name} are recorded by torch only"
+    asked = kwargs.pop("output_attentions", None)
+    if asked or (asked is None and getattr(module.config, "output_attentions", False)):
+        return "output_attentions are recorded by torch only"
+    return _states_refusal(module, kwargs)
+
+
+def states_wanted(module: EngineModule, kwargs: dict[str, Any]) -> Any:
+    """What a call says of ``output_hidden_states``, or else the config, as in transformers."""
+    default = getattr(module.config, "output_hidden_states", False)
+    return kwargs.get("output_hidden_states", default)
+
+
+def _states_refusal(module: EngineModule, kwargs: dict[str, Any]) -> str | None:
+    wanted, backend = states_wanted(module, kwargs), module.engine_options.backend
+    kwargs.pop("output_hidden_states", None)
+    if isinstance(wanted, (list, tuple, set)):
+        return "output_hidden_states of chosen layers are recorded by torch only"
+    if wanted and "tensorrt" in backend:
+        return f"output_hidden_states are recorded by ONNX Runtime or torch, not by {backend}"
     return None
 
 

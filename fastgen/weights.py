@@ -115,12 +115,14 @@ def _entries(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:
     return chain.from_iterable(map(dict.values, filter(None, tables)))
 
 
-def weights_state(root: torch.nn.Module, versions: bool, own: type) -> tuple[Any, ...]:
+def weights_state(
+    root: torch.nn.Module, versions: bool, own: type | tuple[type, ...]
+) -> tuple[Any, ...]:
     """Types of all modules, place and layout of all parameters, in a fixed order.
 
     Args:
         versions: adds how often each parameter was edited in place, for engines that copy them.
-        own: class of the modules that may replace a forward.
+        own: classes of the modules that may replace a forward.
 
     Raises:
         NoEngine: a module does what only torch can do; the message says what.

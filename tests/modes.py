@@ -272,7 +272,12 @@ MODES: dict[str, Mode] = {
     "continued without mask": Mode(continued(mask=False), FEW),
     "continued by sampling": Mode(continued(mask=True, do_sample=True), FEW),
     "input embeddings": Mode(embedded, FEW),
-    "attentions": Mode(plain(output_attentions=True, output_hidden_states=True), FEW),
+    "attentions": Mode(plain(output_attentions=True, output_hidden_states=True), FEW, "torch"),
+    "hidden states": Mode(ragged("right", output_hidden_states=True), path="HF loop"),
+    "hidden states beams": Mode(plain(num_beams=3, output_hidden_states=True), FEW, "HF loop"),
+    "hidden states assisted": Mode(
+        plain(rows=1, prompt_lookup_num_tokens=3, output_hidden_states=True), FEW, "HF loop"
+    ),
     "static KV cache": Mode(plain(cache_implementation="static"), FEW),
     "assisted": Mode(assisted(), FEW),
     "assisted by stock": Mode(assisted(same_kind=False), FEW),

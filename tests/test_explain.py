@@ -28,7 +28,12 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "assisted": ({"input_ids": sources()[:1], "prompt_lookup_num_tokens": 2}, ("HF loop",), ""),
     "no KV cache": ({"use_cache": False}, ("HF loop",), "use_cache"),
     "attentions": ({"output_attentions": True}, ("torch",), "output_attentions"),
-    "hidden states": ({"output_hidden_states": True}, ("torch",), "output_hidden_states"),
+    "hidden states": (
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        ("HF loop",),
+        "output_hidden_states",
+    ),
+    "hidden states dropped": ({"output_hidden_states": True}, ENGINE, ""),
     "static": ({"cache_implementation": "static"}, ("torch",), "cache_implementation='static'"),
     "stock KV cache": (
         {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())},

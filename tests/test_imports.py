@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": {"cuda", "engine_cache", "errors", "graph", "options", "runtime", "target"},
     "kv_cache": {"capturing", "engines", "errors", "seq2seq", "target"},
     "capturing": {"cuda", "engines", "options", "target"},
-    "encoder": {"capturing", "engines", "options", "target"},
+    "encoder": {"capturing", "engines", "options", "seq2seq", "target"},
     "decoder": {
         *("capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
         "target",
@@ -39,11 +39,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("engine_cache", "engines", "errors", "graph", "options", "runtime", "target", "weights"),
     },
     "refusals": {"generation", "modeling"},
-    "modeling_seq2seq": {
-        *("decoder", "encoder", "engines", "errors", "generation", "kv_cache", "modeling"),
-        *("options", "refusals", "seq2seq", "target"),
+    "stacks": {
+        *("decoder", "encoder", "engines", "generation", "kv_cache", "modeling", "refusals"),
+        *("seq2seq", "target"),
     },
-    "models": {"errors", "modeling", "modeling_seq2seq", "ops", "seq2seq"},
+    "modeling_seq2seq": {
+        *("decoder", "engines", "generation", "kv_cache", "modeling"),
+        *("options", "refusals", "seq2seq", "stacks", "target"),
+    },
+    "models": {"errors", "modeling", "modeling_seq2seq", "ops", "seq2seq", "stacks"},
     "auto": {"errors", "models", "options"},
     "doctor": {"engine_cache", "engines", "errors", "options", "runtime"},
     "bench": {"errors", "options", "runtime"},

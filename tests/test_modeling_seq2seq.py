@@ -31,11 +31,12 @@ def forward(model: Any, **arguments: Any) -> Any:
 
 
 def assert_same(pair: Pair, **arguments: Any) -> Any:
-    """Same logits and encoder states, and the same entries, of both models; the Fast output."""
+    """Same logits and hidden states, and the same entries, of both models; the Fast output."""
     expected, found = forward(pair.stock, **arguments), forward(pair.fast, **arguments)
     assert found.keys() == expected.keys()
     assert found.logits.dtype == expected.logits.dtype
-    for name in ("logits", "encoder_last_hidden_state", "loss"):
+    states = "encoder_last_hidden_state", "encoder_hidden_states", "decoder_hidden_states"
+    for name in ("logits", "loss", *states):
         torch.testing.assert_close(found.get(name), expected.get(name), **CLOSE)
     return found
 
@@ -61,6 +62,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "decoder mask of ones": {"decoder_attention_mask": torch.ones_like(targets())},
     "use_cache=False": {"use_cache": False},
     "use_cache=True": {"use_cache": True},
+    "hidden states": {"output_hidden_states": True},
 }
 
 
@@ -77,7 +79,7 @@ def test_the_engine_serves(name: str, case: str) -> None:
 TORCH: dict[str, tuple[str, dict[str, Any]]] = {
     "labels": ("labels", {"labels": targets(), "decoder_input_ids": None}),
     "attentions": ("output_attentions", {"output_attentions": True}),
-    "hidden states": ("output_hidden_states", {"output_hidden_states": True}),
+    "hidden states of a layer": ("output_hidden_states", {"output_hidden_states": [1]}),
     "hidden decoder tokens": (
         "decoder_attention_mask",
         {"decoder_attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1] * 5, [0, 1, 1, 1, 1]])},

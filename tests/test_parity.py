@@ -44,7 +44,8 @@ def test_same_tokens(name: str, mode: str) -> None:
 def test_explain_names_a_path(mode: str) -> None:
     name = MODES[mode].variants[0]
     model: Any = build_pair(name).fast
-    explanation = model.explain(**MODES[mode].arguments(model, name))
+    arguments = MODES[mode].arguments(model, name)
+    explanation = model.explain(**arguments, return_dict_in_generate=True)
     assert explanation.path in ((MODES[mode].path,) if MODES[mode].path else PATHS)
     assert explanation.path in str(explanation)
 

@@ -177,7 +177,8 @@ def _prepacked(
     a token, those of short rows first, which unpacked are read slowest; with 1, all of all."""
     if share == 1:
         return graph.parameters
-    if not any(spec.name == "logits" for spec in graph.outputs):
+    outputs = {spec.name for spec in graph.outputs}
+    if "logits" not in outputs or "last_hidden_state" in outputs:  # the latter with hidden states
         return ()
     nodes = onnx.load_from_string(graph.onnx).graph.node
     matrices = {n.input[1] for n in nodes if n.op_type == "FusedMatMul"}.intersection(parameters)

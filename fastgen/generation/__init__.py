@@ -91,6 +91,8 @@ class FastGenerationMixin(GenerationMixin):
             reasons.append("EngineOptions(fast_loop=False)")
         if config.use_cache is False:
             reasons.append("use_cache=False")
+        if config.output_hidden_states and config.return_dict_in_generate:
+            reasons.append("output_hidden_states are collected by the HF loop")
         if config.prefill_chunk_size is not None:
             reasons.append("prefill_chunk_size is set")
         reasons += [f"{name} is the program's own" for name in _STEPS if not self._is_known(name)]
@@ -104,6 +106,7 @@ class FastGenerationMixin(GenerationMixin):
             "attention_mask",
             "past_key_values",
             "use_cache",
+            "output_hidden_states",
         )
         served += ("input_ids", "inputs", "decoder_input_ids", *_ANY_LOOP)
         for name, value in model_kwargs.items():

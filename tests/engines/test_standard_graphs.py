@@ -152,6 +152,26 @@ def test_narrow_types_are_no_farther_from_float32_than_stock(
     assert fast <= 1.2 * stock, f"RMS error {fast:.4f}, stock {stock:.4f}"
 
 
+@pytest.mark.parametrize("all_narrow", [True, False], ids=["narrow", "wide kept"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@torch.no_grad()
+def test_narrow_hidden_states_are_what_stock_gives(dtype: torch.dtype, all_narrow: bool) -> None:
+    """In its dtypes, and no farther from float32."""
+    models = narrow_pair("t5-1.1", dtype, all_narrow)
+    call = sources(48) | {"output_hidden_states": True}
+    call["decoder_input_ids"] = tokens(48, 5, seed=2)
+    wide = build_pair("t5-1.1").stock
+    exact, stock, fast = (model(**call) for model in (wide, models.stock, models.fast))
+    served(models.fast)
+    seen = call["attention_mask"].bool()
+    for side, rows in (("encoder", seen), ("decoder", torch.ones(48, 5, dtype=torch.bool))):
+        states = [output[f"{side}_hidden_states"] for output in (exact, stock, fast)]
+        assert [s.dtype for s in states[2]] == [s.dtype for s in states[1]]
+        for right, *others in zip(*states, strict=True):
+            errors = [(s.float() - right)[rows].square().mean().sqrt() for s in others]
+            assert errors[1] <= 1.2 * errors[0]
+
+
 # What TensorRT reads
 
 
