@@ -21,6 +21,7 @@ from fastgen import graph as graphs
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, choose_target
 from fastgen.errors import UnsupportedConfigError
+from fastgen.explain import Explained
 from fastgen.graph import TensorSpec
 from fastgen.options import EngineOptions
 from fastgen.target import Target
@@ -41,7 +42,7 @@ class _Steady(threading.local):
 _steady = _Steady()
 
 
-class EngineModule(torch.nn.Module):
+class EngineModule(Explained, torch.nn.Module):
     """Mixin of a Hugging Face module: keeps its compiled engines and knows when they are stale.
 
     Subclasses say in ``_build_engine`` what an engine of theirs is.

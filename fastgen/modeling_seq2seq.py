@@ -119,21 +119,12 @@ class FastPreTrained(EngineModule):
         finally:
             self.__class__ = fast
 
-
-class FastTask(FastPreTrained):
-    """Mixin of a whole model whose own code is the stock class's: its stacks do the work."""
-
     def _fast_stacks(self) -> list[FastEncoder | FastDecoder]:
         return [part for part in self.modules() if isinstance(part, FastEncoder | FastDecoder)]
 
-    def compile_engine(self) -> None:
-        """Build the engines of all stacks now (and store them in the engine cache)."""
-        for stack in self._fast_stacks():
-            stack.compile_engine()
-
-    def refusal(self, **kwargs: Any) -> str | None:
-        """Why a forward with these arguments goes to torch, in part at least; None if the engines
-        serve both stacks."""
+    def stacks_refusal(self, **kwargs: Any) -> str | None:
+        """Why torch runs a stack in a stock forward with these arguments; None if engines serve
+        them all."""
         others = {name: value for name, value in kwargs.items() if name not in _OF_THE_WHOLE}
         encoded, ids = kwargs.get("encoder_outputs"), kwargs.get("decoder_input_ids")
         for stack in self._fast_stacks():
@@ -157,8 +148,24 @@ class FastTask(FastPreTrained):
         return None
 
 
+class FastTask(FastPreTrained):
+    """Mixin of a whole model whose own code is the stock class's: its stacks do the work."""
+
+    def compile_engine(self) -> None:
+        """Build the engines of all stacks now (and store them in the engine cache)."""
+        for stack in self._fast_stacks():
+            stack.compile_engine()
+
+    def refusal(self, **kwargs: Any) -> str | None:
+        """Why a forward with these arguments goes to torch, in part at least; None if the engines
+        serve both stacks."""
+        return self.stacks_refusal(**kwargs)
+
+
 class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
     """Mixin of an encoder-decoder with a language model head."""
+
+    explain = FastGenerationMixin.explain  # of generate; explain_forward is of forward
 
     encoder: FastEncoder
     decoder: FastDecoder

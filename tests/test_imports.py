@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "fastgen"
 #: and the modules of a model's life imports `modeling`.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "explain": set(),
     "options": {"errors"},
     "target": {"errors"},
     "runtime": {"errors"},
@@ -33,10 +34,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
         "target",
     },
-    "generation": {"capturing", "cuda", "decoder", "engines", "errors", "kv_cache", "options"},
+    "generation": {
+        *("capturing", "cuda", "decoder", "engines", "errors", "explain", "kv_cache", "options"),
+    },
     "weights": {"engines"},
     "modeling": {
-        *("engine_cache", "engines", "errors", "graph", "options", "runtime", "target", "weights"),
+        *("engine_cache", "engines", "errors", "explain", "graph", "options", "runtime"),
+        *("target", "weights"),
     },
     "refusals": {"generation", "modeling"},
     "stacks": {
