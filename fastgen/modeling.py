@@ -21,6 +21,7 @@ from fastgen import graph as graphs
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, choose_target
 from fastgen.errors import UnsupportedConfigError
+from fastgen.explain import Explained
 from fastgen.graph import TensorSpec
 from fastgen.hf import trial
 from fastgen.options import EngineOptions
@@ -42,7 +43,7 @@ class _Steady(threading.local):
 _steady = _Steady()
 
 
-class EngineModule(torch.nn.Module):
+class EngineModule(Explained, torch.nn.Module):
     """Mixin of a Hugging Face module: keeps its compiled engines and knows when they are stale.
 
     Subclasses say in ``_build_engine`` what an engine of theirs is.
@@ -206,7 +207,8 @@ class EngineModule(torch.nn.Module):
             graph = graphs.build(root, target, types, getattr(root, method), *specs)
             return backend.compile(graph, name, options, device)
 
-        title = f"{type(self).__name__} {name} ({target.backend}, {target.device}, {target.dtype})"
+        where = f"({target.backend}, {target.device}, {target.dtype})"
+        title = f"{type(self).__qualname__} {name} {where}"
         if kept := self._engine_cache():
             key = {"graph": name, "parameters": types, **_engine_key(self, target)}
             key |= {"inputs": [asdict(spec) for spec in specs[0]]}
@@ -303,7 +305,7 @@ def _engine_key(module: EngineModule, target: Target) -> dict[str, Any]:
     """Everything besides parameters that changes a compiled graph: no path, no time."""
     config = module.config.to_dict()
     return {
-        "class": type(module).__name__,
+        "class": type(module).__qualname__,
         "config": {k: repr(v) for k, v in config.items() if k not in _NOT_COMPUTATION},
         "target": asdict(target),
         "sources": _sources_digest(),

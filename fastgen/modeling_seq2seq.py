@@ -1,9 +1,11 @@
 """Encoder-decoder models: which calls the engine serves, and how torch serves the others."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastgen.decoder import Decoder
@@ -36,17 +38,55 @@ _OF_THE_WHOLE: tuple[str, ...] = (
 )
 
 
+def _is_ours(fast: type) -> bool:
+    """Whether fastgen defines a class; a program's own subclass is known by its own name."""
+    return fast.__module__.partition(".")[0] == "fastgen"
+
+
 class FastPreTrained(EngineModule):
-    """Mixin of a whole Hugging Face model whose stacks are Fast ones."""
+    """Mixin of a whole Hugging Face model whose stacks are Fast ones.
+
+    Programs that write down a model's class, to load it again later, find the stock one: a class
+    of fastgen has the stock class's ``__name__``, and its models that one's ``__module__``. What
+    they wrote loads without fastgen too. Pickles go by ``__qualname__``, which is its own.
+    """
 
     _stacks: tuple[type[FastEncoder], type[FastDecoder]]
     get_output_embeddings: Any
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if _is_ours(cls) and issubclass(cls, PreTrainedModel):
+            cls.__name__ = stock_class(cls).__name__
+
+    def __init__(
+        self,
+        config: Any,
+        *args: Any,
+        engine_options: EngineOptions | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As the stock constructor.
+
+        Args:
+            engine_options: EngineOptions, a dict of them, or None for the defaults.
+
+        Raises:
+            OptionError: an option that does not exist, or a value that is not allowed.
+        """
+        options = None if engine_options is None else EngineOptions.resolve(engine_options)
         super().__init__(config, *args, **kwargs)
         for part in self.modules():
             if type(part) is stock_class(self._stacks[0]):
                 part.__class__ = self._stacks[bool(part.is_decoder)]
+        if _is_ours(type(self)):
+            self.__module__ = stock_class(type(self)).__module__
+        if options is not None:
+            self.engine_options = options
+
+    def __repr__(self) -> str:
+        """As the stock class's, under the Fast class's own name."""
+        return type(self).__qualname__ + super().__repr__().removeprefix(self._get_name())
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -54,11 +94,16 @@ class FastPreTrained(EngineModule):
         return False
 
     @classmethod
-    def from_pretrained(cls, *args: Any, engine_options: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        *args: Any,
+        engine_options: EngineOptions | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """As the stock ``from_pretrained``.
 
         Args:
-            engine_options: EngineOptions, a dict of them, or None for the defaults.
+            engine_options: as in the constructor.
         """
         options = EngineOptions.resolve(engine_options)
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
@@ -75,21 +120,12 @@ class FastPreTrained(EngineModule):
         finally:
             self.__class__ = fast
 
-
-class FastTask(FastPreTrained):
-    """Mixin of a whole model whose own code is the stock class's: its stacks do the work."""
-
     def _fast_stacks(self) -> list[FastEncoder | FastDecoder]:
         return [part for part in self.modules() if isinstance(part, FastEncoder | FastDecoder)]
 
-    def compile_engine(self) -> None:
-        """Build the engines of all stacks now (and store them in the engine cache)."""
-        for stack in self._fast_stacks():
-            stack.compile_engine()
-
-    def refusal(self, **kwargs: Any) -> str | None:
-        """Why a forward with these arguments goes to torch, in part at least; None if the engines
-        serve both stacks."""
+    def stacks_refusal(self, **kwargs: Any) -> str | None:
+        """Why torch runs a stack in a stock forward with these arguments; None if engines serve
+        them all."""
         others = {name: value for name, value in kwargs.items() if name not in _OF_THE_WHOLE}
         encoded, ids = kwargs.get("encoder_outputs"), kwargs.get("decoder_input_ids")
         for stack in self._fast_stacks():
@@ -113,8 +149,24 @@ class FastTask(FastPreTrained):
         return None
 
 
+class FastTask(FastPreTrained):
+    """Mixin of a whole model whose own code is the stock class's: its stacks do the work."""
+
+    def compile_engine(self) -> None:
+        """Build the engines of all stacks now (and store them in the engine cache)."""
+        for stack in self._fast_stacks():
+            stack.compile_engine()
+
+    def refusal(self, **kwargs: Any) -> str | None:
+        """Why a forward with these arguments goes to torch, in part at least; None if the engines
+        serve both stacks."""
+        return self.stacks_refusal(**kwargs)
+
+
 class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
     """Mixin of an encoder-decoder with a language model head."""
+
+    explain = FastGenerationMixin.explain  # of generate; explain_forward is of forward
 
     encoder: FastEncoder
     decoder: FastDecoder

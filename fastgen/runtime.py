@@ -42,12 +42,12 @@ def onnxruntime() -> ModuleType:
             f"Both onnxruntime {installed['onnxruntime']} and onnxruntime-gpu "
             f"{installed['onnxruntime-gpu']} are installed; they are one module in two packages "
             "and overwrite each other. Run: "
-            f"pip uninstall -y onnxruntime onnxruntime-gpu && {_INSTALL_CUDA}"
+            f"pip uninstall -y onnxruntime onnxruntime-gpu && {_install()}"
         )
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:
-        install = _INSTALL_CUDA if _torch_sees_cuda() else _INSTALL_CPU
+        install = _install()
         if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
             raise MissingRuntimeError(f"ONNX Runtime is not installed. Run: {install}") from error
         raise MissingRuntimeError(
@@ -112,10 +112,11 @@ def _folder(package: str) -> str | None:
         return None
 
 
-def _torch_sees_cuda() -> bool:
+def _install() -> str:
+    """The command that installs the ONNX Runtime for this machine."""
     import torch
 
-    return torch.cuda.is_available()
+    return _INSTALL_CUDA if torch.cuda.is_available() else _INSTALL_CPU
 
 
 def _identity_model() -> bytes:

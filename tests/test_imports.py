@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "fastgen"
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "hf": {"engine_cache", "engines", "errors", "options"},
+    "explain": set(),
     "options": {"errors"},
     "target": {"errors"},
     "runtime": {"errors"},
@@ -36,13 +37,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "target",
     },
     "generation": {
-        *("capturable", "capturing", "decoder", "engines", "errors", "hf", "kv_cache"),
-        "options",
+        *("capturable", "capturing", "decoder", "engines", "errors", "explain", "hf"),
+        *("kv_cache", "options"),
     },
     "weights": {"engines"},
     "modeling": {
-        *("engine_cache", "engines", "errors", "graph", "hf", "options", "runtime", "target"),
-        "weights",
+        *("engine_cache", "engines", "errors", "explain", "graph", "hf", "options", "runtime"),
+        *("target", "weights"),
     },
     "refusals": {"generation", "modeling"},
     "stacks": {
@@ -54,10 +55,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("options", "refusals", "seq2seq", "stacks", "target"),
     },
     "models": {"errors", "hf", "modeling", "modeling_seq2seq", "ops", "seq2seq", "stacks"},
-    "auto": {"errors", "models"},
+    "auto": {"errors", "models", "options"},
     "doctor": {"engine_cache", "engines", "errors", "options", "runtime"},
     "bench": {"errors", "options", "runtime"},
     "cli": {"auto", "bench", "doctor", "engine_cache", "errors", "options"},
+    "__main__": {"cli"},
 }
 
 #: Libraries that only these parts may import.

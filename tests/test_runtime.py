@@ -78,13 +78,15 @@ def test_onnxruntime_is_the_module() -> None:
     assert runtime.onnxruntime() is onnxruntime
 
 
-def test_both_packages_installed_is_an_error_with_the_command(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("cuda", "extra"), [(False, "cpu"), (True, "cuda")])
+def test_both_packages_installed_is_an_error_with_the_command_for_this_machine(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, extra: str
 ) -> None:
     monkeypatch.setattr(runtime, "_folder", lambda package: "/site-packages")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     with pytest.raises(MissingRuntimeError) as caught:
         runtime.onnxruntime()
-    command = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "fastgen[cuda]"'
+    command = f'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "fastgen[{extra}]"'
     assert str(caught.value).endswith(f"Run: {command}")
 
 

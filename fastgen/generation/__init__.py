@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +9,7 @@ from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from fastgen.errors import EngineError
+from fastgen.explain import Explanation
 from fastgen.generation import beam, loop
 from fastgen.generation.call import Call
 from fastgen.hf import contract, trial
@@ -47,18 +47,6 @@ def with_signature(function: _F) -> _F:
     """Keep the signature, which ``generate`` asks for several times a call at 50 us each."""
     function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return function
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which path a ``generate`` call takes, and why not a faster one."""
-
-    path: str
-    """``fast loop``, ``HF loop`` (both on the engine) or ``torch``."""
-    reasons: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return "\n".join([self.path, *(f"  - {reason}" for reason in self.reasons)])
 
 
 class FastGenerationMixin(GenerationMixin):
