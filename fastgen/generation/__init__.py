@@ -172,7 +172,7 @@ class FastGenerationMixin(GenerationMixin):
                 return fast()
             devices = [call.decoder.device] if call.decoder.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
-                expected = slow(past_key_values=StaticKVCache(self.config.num_decoder_layers))
+                expected = slow(past_key_values=self._new_cache())
             result = fast()
         tokens = [out if torch.is_tensor(out) else out.sequences for out in (expected, result)]
         if not torch.equal(*tokens):
@@ -224,11 +224,14 @@ class FastGenerationMixin(GenerationMixin):
             and generation_config.use_cache is not False
             and generation_config.cache_implementation in (None, "dynamic")
         ):
-            model_kwargs["past_key_values"] = StaticKVCache(self.config.num_decoder_layers)
+            model_kwargs["past_key_values"] = self._new_cache()
             return None
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )
+
+    def _new_cache(self) -> StaticKVCache:
+        return StaticKVCache(self.config.num_decoder_layers, self.config.num_hidden_layers)
 
 
 def as_torch(value: Any) -> Any:
