@@ -19,13 +19,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "options": {"errors"},
     "target": {"errors"},
     "runtime": {"errors"},
+    "processes": set(),
     "engine_cache": {"errors"},
     "cuda": {"errors"},
     "ops": {"errors", "target"},
     "contrib_ops": {"ops", "target"},
     "graph": {"contrib_ops", "errors", "target"},
     "seq2seq": {"graph", "target"},
-    "engines": {"cuda", "engine_cache", "errors", "graph", "options", "runtime", "target"},
+    "engines": {
+        *("cuda", "engine_cache", "errors", "graph", "options", "processes", "runtime"),
+        "target",
+    },
     "kv_cache": {"capturing", "engines", "errors", "seq2seq", "target"},
     "capturing": {"cuda", "engines", "options", "target"},
     "encoder": {"capturing", "engines", "options", "target"},
@@ -36,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": {"capturing", "cuda", "decoder", "engines", "errors", "kv_cache", "options"},
     "weights": {"engines"},
     "modeling": {
-        *("engine_cache", "engines", "errors", "graph", "options", "runtime", "target", "weights"),
+        *("engine_cache", "engines", "errors", "graph", "options", "processes", "runtime"),
+        *("target", "weights"),
     },
     "refusals": {"generation", "modeling"},
     "modeling_seq2seq": {
@@ -60,8 +65,8 @@ ONLY_IN: dict[str, set[str]] = {
 }
 #: Parts that must not know Hugging Face: the machinery below the models.
 NO_TRANSFORMERS = {
-    *("cuda", "engine_cache", "engines", "errors", "graph", "ops", "options", "runtime"),
-    *("seq2seq", "target"),
+    *("cuda", "engine_cache", "engines", "errors", "graph", "ops", "options", "processes"),
+    *("runtime", "seq2seq", "target"),
 }
 
 
