@@ -32,7 +32,7 @@ def versions() -> dict[str, str | None]:
 def onnxruntime() -> ModuleType:
     """The ``onnxruntime`` module, with pip's NVIDIA libraries loaded if it is a CUDA build.
 
-    Its telemetry stays off, unless the user has set ``ORT_DISABLE_TELEMETRY`` or imported it before:
+    Its telemetry stays off, unless the user set ``ORT_DISABLE_TELEMETRY`` or imported it before:
     from 1.29 on a thread that sends usage data, and that a forked child waits for at its end.
 
     Raises:
