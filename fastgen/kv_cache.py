@@ -2,6 +2,8 @@
 
 import copy
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -138,12 +140,13 @@ class Bucket:
             filled = self.filled(buffers, slots)
             filled.copy_(filled.index_select(1, rows.to(self.device)))
 
-    def unshare(self, slots: torch.Tensor, sources: int) -> "StaticKVCache":
+    def unshare(self, slots: torch.Tensor, sources: int, listed: int = 0) -> "StaticKVCache":
         """Copies of the keys and values of sequences that share rows.
 
         Args:
             slots: [B, N, length] slots of row b that hold sequence n's tokens.
             sources: source tokens without padding.
+            listed: as of ``StaticKVCache``.
 
         Returns:
             A cache of B * N rows that is independent of this bucket.
@@ -151,7 +154,7 @@ class Bucket:
         batch, beams, length = slots.shape
         heads, head_size = self.shape.heads, self.shape.head_size
         index = slots.view(batch, 1, -1, 1).expand(-1, heads, -1, head_size)
-        cache = StaticKVCache(self.shape.layers)
+        cache = StaticKVCache(self.shape.layers, listed)
         pairs = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
         for i in range(2 * self.shape.layers):
             name = "values" if i % 2 else "keys"
@@ -162,7 +165,7 @@ class Bucket:
                 setattr(layers[i // 2], name, tensor.contiguous())
                 layers[i // 2].is_initialized = True
                 layers[i // 2].dtype, layers[i // 2].device = tensor.dtype, tensor.device
-        cache.is_updated = dict.fromkeys(range(self.shape.layers), True)
+            cache.is_updated[i // 2] = True
         return cache
 
 
@@ -171,18 +174,25 @@ class BucketPool:
 
     def __init__(self, make: Callable[[BucketSize], Bucket], limit: int) -> None:
         self._make, self._limit = make, limit
+        self._leased: set[_Due] = set()
+        self._ended: deque[_Due] = deque()
         self._idle: list[Bucket] = []
-        self._lock = threading.RLock()  # a lease may end in any thread, wherever memory is freed
+        self._lock = threading.Lock()
 
     def lease(self, size: BucketSize) -> "Lease":
         """A bucket of this size, for as long as the lease lives."""
         with self._lock:
+            self._take_back()
             bucket = next((b for b in reversed(self._idle) if b.size == size), None)
             if bucket is not None:
                 self._idle.remove(bucket)
         bucket = bucket or self._allocate(size)
         bucket.clear()
-        return Lease(self, bucket)
+        lease = Lease(bucket)
+        due = _Due(lease, self._ended.append)
+        due.bucket = bucket
+        self._leased.add(due)
+        return lease
 
     def _allocate(self, size: BucketSize) -> Bucket:
         with lasting():
@@ -192,14 +202,24 @@ class BucketPool:
                 self.release_idle()
                 return self._make(size)
 
-    def give_back(self, bucket: Bucket) -> None:
+    def _take_back(self) -> None:
+        """Under the lock: make what leases have left idle, up to the limit."""
+        while self._ended:
+            due = self._ended.popleft()
+            self._leased.discard(due)
+            self._idle.append(due.bucket)
+        del self._idle[: -self._limit]
+
+    def idle(self) -> list[Bucket]:
+        """The buckets that no cache holds, the last used last."""
         with self._lock:
-            self._idle.append(bucket)
-            del self._idle[: -self._limit]
+            self._take_back()
+            return [*self._idle]
 
     def release_idle(self) -> None:
         """Free every bucket that no cache holds, with its captured graphs."""
         with self._lock:
+            self._take_back()
             self._idle.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -208,11 +228,15 @@ class BucketPool:
 class Lease:
     """A bucket in use; goes back to its pool when nothing refers to it any more."""
 
-    def __init__(self, pool: BucketPool, bucket: Bucket) -> None:
-        self._pool, self.bucket = pool, bucket
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
 
-    def __del__(self) -> None:
-        self._pool.give_back(self.bucket)
+
+class _Due(weakref.ref):
+    """Puts itself, with its bucket, on a list when a lease ends. Memory is freed anywhere, in any
+    thread: this runs no Python code, so that no signal's handler can interrupt it, and no lock."""
+
+    bucket: Bucket
 
 
 class _Slots:
@@ -311,18 +335,29 @@ class SlotLayer(DynamicLayer):
 class StaticKVCache(EncoderDecoderCache):
     """A KV cache in engine-owned device buffers that is a Hugging Face cache too."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, listed: int = 0) -> None:
+        """
+        Args:
+            layers: those of the decoder.
+            listed: stock's ``generate`` makes a cache of as many layers as the encoder has: where
+                that is more, those behind stay empty.
+        """
         self._slots = _Slots()
         caches = DynamicCache(), DynamicCache()
         for cross, cache in enumerate(caches):
             cache.layers = [SlotLayer(self._slots, i, bool(cross)) for i in range(layers)]
+            cache.layers += [DynamicLayer() for _ in range(layers, listed)]
         super().__init__(*caches)
+
+    def _own_layers(self, cross: bool) -> list[SlotLayer]:
+        cache = self.cross_attention_cache if cross else self.self_attention_cache
+        return [layer for layer in cache.layers if isinstance(layer, SlotLayer)]
 
     @property
     def bucket(self) -> Bucket | None:
         """The leased bucket, if every layer's content is in it."""
         lease = self._slots.lease
-        layers = self.self_attention_cache.layers + self.cross_attention_cache.layers
+        layers = self._own_layers(False) + self._own_layers(True)
         if lease is None or any(layer.own for layer in layers):
             return None
         return lease.bucket
@@ -335,7 +370,7 @@ class StaticKVCache(EncoderDecoderCache):
             for name in ("cross_mask", *old.bucket.shape.tables):
                 lease.bucket.tensors[name].copy_(old.bucket.tensors[name])
             lease.bucket.cross_kv.copy_(old.bucket.cross_kv)  # padding too: it must be finite
-        self._copy_into(lease.bucket, self.self_attention_cache.layers)
+        self._copy_into(lease.bucket, self._own_layers(cross=False))
         self._slots.lease = lease
         return lease.bucket
 
@@ -352,15 +387,15 @@ class StaticKVCache(EncoderDecoderCache):
         stays what later tokens attend to."""
         lease = self._slots.lease
         assert lease is not None
-        self._copy_into(lease.bucket, self.cross_attention_cache.layers)
+        self._copy_into(lease.bucket, self._own_layers(cross=True))
         self.fill(self.get_seq_length(), sources)
 
     def fill(self, length: int, sources: int | None = None) -> None:
         """Say that the bucket holds ``length`` tokens (and ``sources`` source tokens)."""
-        for layer in self.self_attention_cache.layers:
+        for layer in self._own_layers(cross=False):
             layer.move_in(length)
         if sources is not None:
-            for i, layer in enumerate(self.cross_attention_cache.layers):
+            for i, layer in enumerate(self._own_layers(cross=True)):
                 layer.move_in(sources)
                 self.is_updated[i] = True
 

@@ -16,7 +16,7 @@ import transformers
 from onnxscript import nn as graph_nn
 from transformers import PreTrainedModel
 
-from fastgen import engines
+from fastgen import engines, processes
 from fastgen import graph as graphs
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, choose_target
@@ -26,7 +26,7 @@ from fastgen.graph import TensorSpec
 from fastgen.hf import trial
 from fastgen.options import EngineOptions
 from fastgen.target import Target
-from fastgen.weights import Glance, changed_part, weights_state
+from fastgen.weights import Fingerprint, Glance, changed_part, weights_state
 
 # Config fields that name where a model came from, not what it computes
 _NOT_COMPUTATION = ("_name_or_path", "architectures", "transformers_version", "dtype")
@@ -54,6 +54,7 @@ class EngineModule(Explained, torch.nn.Module):
     dtype: torch.dtype
     _engine: Any = None
     _engine_weights: tuple[Any, ...] | None = None
+    _copies: tuple[Fingerprint, ...] = ()
     _glance: Glance | None = None
     _parts: Sequence["EngineModule"] = ()
     _parts_glance: Glance | None = None
@@ -80,13 +81,20 @@ class EngineModule(Explained, torch.nn.Module):
     def invalidate_engine(self) -> None:
         """Drop compiled engines, KV buckets and captured graphs; the next call builds anew.
 
-        Needed only after some weights were edited through ``.data`` while an engine on a CPU holds
-        them packed (``EngineOptions.prepack``) too; moving, casting, loading, resizing and edits
-        in place are noticed, and so is an edit through ``.data`` that changes most of a matrix.
+        No call needs it: moving, casting, loading, resizing and edits are noticed, those through
+        ``.data`` too.
         """
         for module in self.modules():
             if isinstance(module, EngineModule):
-                module._engine = module._engine_weights = module._glance = module._refusal = None
+                module._drop_engine()
+                module._engine_weights = module._glance = None
+
+    def forget_engines(self) -> list[Any]:
+        """In a forked child: drop engines that cannot run here (see ``processes``)."""
+        engine = self._engine
+        self._drop_engine()
+        self._engine_weights = self._glance = None
+        return [] if engine is None else [engine]
 
     def compile_engine(self) -> None:
         """Build every engine now (and store it in the engine cache), not at the first call.
@@ -117,6 +125,13 @@ class EngineModule(Explained, torch.nn.Module):
         finally:
             _steady.modules = outer
 
+    def _goes_on(self) -> bool:
+        """Whether there is an engine, and its weights are where they were: enough for one more
+        token of a sequence, with whose first all else was looked at."""
+        if self._engine is None or id(self) in _steady.modules:
+            return self._engine is not None
+        return self._glance is not None and self._glance.in_place()
+
     def _build_engine(self, target: Target) -> Any:
         raise NotImplementedError
 
@@ -132,13 +147,16 @@ class EngineModule(Explained, torch.nn.Module):
         if self._glance is None or not self._glance.same(self):
             weights = weights_state(self, self._copies_weights(), own=self._called())
             if weights != self._engine_weights:
-                self._engine = self._refusal = None
+                self._drop_engine()
                 self._engine_weights = weights
             self._glance = Glance(self, self._copies_weights())
+        if not all(copy.same() for copy in self._copies):  # an edit through .data
+            self._drop_engine()
         if self._refusal is not None:
             raise NoEngine(self._refusal)
         engine = self._engine
         if engine is None:
+            processes.forget_in_children(self)
             try:
                 target = self._choose_target()
                 if trial.path(type(self), "forward", self.engine_options) == "torch":
@@ -155,6 +173,10 @@ class EngineModule(Explained, torch.nn.Module):
     def _called(self) -> tuple[type, ...]:
         """Classes of the modules whose forward the engine's user calls, replaced or not."""
         return (EngineModule,)
+
+    def _drop_engine(self) -> None:
+        self._engine = self._refusal = None
+        self._copies = ()
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
@@ -215,15 +237,18 @@ class EngineModule(Explained, torch.nn.Module):
             key |= {"backend": backend.key(target, options, device)}
             artifact = kept.load_or_build(key, build, title=title)
             try:
-                return backend.load(artifact, target, own, options)
+                engine = backend.load(artifact, target, own, options)
             except engines.Unloadable as error:
                 if built:  # again would be no other
                     raise
                 kept.discard(key, str(error))
                 artifact = kept.load_or_build(key, build, title=title)
+                engine = backend.load(artifact, target, own, options)
         else:
-            artifact = build()
-        return backend.load(artifact, target, own, options)
+            engine = backend.load(build(), target, own, options)
+        if copied := getattr(engine, "copied", ()):
+            self._copies += (Fingerprint(own[n] for n in copied),)
+        return engine
 
     def _engine_cache(self) -> EngineCache | None:
         options = self.engine_options
@@ -267,11 +292,18 @@ class EngineModule(Explained, torch.nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.invalidate_engine()
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """As of the stock class: transformers reads the source of the class's module to know."""
+        stock: Any = stock_class(cls)
+        return bool(stock._can_set_attn_implementation())
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)  # a copy or a pickle starts without an engine
         for name in (
             "_engine",
             "_engine_weights",
+            "_copies",
             "_refusal",
             "_glance",
             "_parts",

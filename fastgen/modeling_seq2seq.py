@@ -213,7 +213,7 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         if past is not None and past.bucket is not None:
             if not same_mask(getattr(past, "source_mask", ...), kwargs.get("attention_mask")):
                 return f"attention_mask is not the one that {contract.CACHE} began with"
-            if self._engine is not None:  # a further token: all else was looked at with the first
+            if self._goes_on():  # a further token: all else was looked at with the first
                 return self._further_refusal(kwargs["decoder_input_ids"], past.bucket)
         return self._input_refusal(kwargs) or self._engine_refusal(past)
 

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.metadata
+import os
 from types import ModuleType
 
 from fastgen.errors import MissingRuntimeError
@@ -31,6 +32,9 @@ def versions() -> dict[str, str | None]:
 def onnxruntime() -> ModuleType:
     """The ``onnxruntime`` module, with pip's NVIDIA libraries loaded if it is a CUDA build.
 
+    Its telemetry stays off, unless the user set ``ORT_DISABLE_TELEMETRY`` or imported it before:
+    from 1.29 on a thread that sends usage data, and that a forked child waits for at its end.
+
     Raises:
         MissingRuntimeError: it is not installed, installed twice or does not import; the
             message holds the one command that mends it.
@@ -44,6 +48,7 @@ def onnxruntime() -> ModuleType:
             "and overwrite each other. Run: "
             f"pip uninstall -y onnxruntime onnxruntime-gpu && {_install()}"
         )
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is imported
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:

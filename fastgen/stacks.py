@@ -144,7 +144,7 @@ class FastDecoder(EngineModule):
                 getattr(past, "source_mask", ...), kwargs.get("encoder_attention_mask")
             ):
                 return f"encoder_attention_mask is not the one that {contract.CACHE} began with"
-            if self._engine is not None:  # a further token: all else was looked at with the first
+            if self._goes_on():  # a further token: all else was looked at with the first
                 return rows_refusal(ids, past.bucket) or self._bucket_refusal(ids, past.bucket)
         return self._input_refusal(kwargs) or self._engine_refusal(past)
 

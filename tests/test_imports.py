@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "options": {"errors"},
     "target": {"errors"},
     "runtime": {"errors"},
+    "processes": set(),
     "engine_cache": {"errors"},
     "capturable": {"errors"},
     "cuda": {"capturable", "errors"},
@@ -28,7 +29,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "contrib_ops": {"ops", "target"},
     "graph": {"contrib_ops", "errors", "target"},
     "seq2seq": {"graph", "target"},
-    "engines": {"cuda", "engine_cache", "errors", "graph", "options", "runtime", "target"},
+    "engines": {
+        *("cuda", "engine_cache", "errors", "graph", "options", "processes", "runtime"),
+        "target",
+    },
     "kv_cache": {"capturing", "engines", "errors", "hf", "seq2seq", "target"},
     "capturing": {"cuda", "engines", "options", "target"},
     "encoder": {"capturing", "engines", "options", "seq2seq", "target"},
@@ -42,8 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "weights": {"engines"},
     "modeling": {
-        *("engine_cache", "engines", "errors", "explain", "graph", "hf", "options", "runtime"),
-        *("target", "weights"),
+        *("engine_cache", "engines", "errors", "explain", "graph", "hf", "options", "processes"),
+        *("runtime", "target", "weights"),
     },
     "refusals": {"generation", "modeling"},
     "stacks": {
@@ -72,18 +76,8 @@ ONLY_IN: dict[str, set[str]] = {
 }
 #: Parts that must not know Hugging Face: the machinery below the models.
 NO_TRANSFORMERS = {
-    *(
-        "capturable",
-        "cuda",
-        "engine_cache",
-        "engines",
-        "errors",
-        "graph",
-        "ops",
-        "options",
-        "runtime",
-    ),
-    *("seq2seq", "target"),
+    *("capturable", "cuda", "engine_cache", "engines", "errors", "graph", "ops", "options"),
+    *("processes", "runtime", "seq2seq", "target"),
 }
 
 

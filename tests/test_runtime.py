@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,40 @@ def test_a_runtime_that_does_not_import_says_why(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(MissingRuntimeError, match=r"libonnxruntime\.so.*--force-reinstall"):
         runtime.onnxruntime()
+
+
+@pytest.mark.parametrize("chosen", [None, "0", "1", ""])
+def test_telemetry_is_off_unless_the_user_wants_it(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    """Set before the import, which is when it is read."""
+    if chosen is None:
+        monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    else:
+        monkeypatch.setenv("ORT_DISABLE_TELEMETRY", chosen)
+    seen = []
+
+    def imported(name: str) -> SimpleNamespace:
+        seen.append(os.environ["ORT_DISABLE_TELEMETRY"])
+        return FakeOnnxRuntime(*CPU_BUILD)
+
+    monkeypatch.setattr(importlib, "import_module", imported)
+    runtime.onnxruntime()
+    assert seen == ["1" if chosen is None else chosen]
+
+
+def test_importing_onnxruntime_through_fastgen_starts_no_thread() -> None:
+    """But those that NumPy starts."""
+    code = (
+        "import os, numpy; from fastgen import runtime; "
+        "threads = lambda: set(os.listdir('/proc/self/task')); "
+        "before = threads(); runtime.onnxruntime(); print(threads() - before)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert result.stdout == "set()\n", result.stderr
 
 
 @pytest.mark.parametrize(("build", "preloads"), [(CPU_BUILD, []), (CUDA_BUILD, [""])])

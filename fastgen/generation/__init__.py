@@ -151,11 +151,10 @@ class FastGenerationMixin(GenerationMixin):
         with call.decoder.turn():
             if not self.engine_options.check_fast_loop:
                 return fast(call)
-            cache = StaticKVCache(self.config.num_decoder_layers)
             devices = [call.decoder.device] if call.decoder.device.type == "cuda" else []
             again = {name: value for name, value in kwargs.items() if name != "streamer"}
             with torch.random.fork_rng(devices):
-                expected = stock(*args, **again | {contract.CACHE: cache})
+                expected = stock(*args, **again | {contract.CACHE: self._new_cache()})
             return _same_tokens(expected, fast(call))
 
     def _fast_call(
@@ -207,11 +206,14 @@ class FastGenerationMixin(GenerationMixin):
             and generation_config.use_cache is not False
             and generation_config.cache_implementation in (None, "dynamic")
         ):
-            model_kwargs[contract.CACHE] = StaticKVCache(self.config.num_decoder_layers)
+            model_kwargs[contract.CACHE] = self._new_cache()
             return None
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )
+
+    def _new_cache(self) -> StaticKVCache:
+        return StaticKVCache(self.config.num_decoder_layers, self.config.num_hidden_layers)
 
 
 def _same_tokens(expected: Any, result: Any) -> Any:

@@ -307,7 +307,8 @@ class BeamLoop(Loop):
         state, bucket = self.state, self.bucket
         slots = torch.arange(length, device=bucket.device) * self.beams
         slots = slots + state.ancestors[:, :, :length]  # [B, N, length]
-        return bucket.unshare(slots, self.hidden.shape[1])
+        listed = len(self.call.cache.self_attention_cache.layers)
+        return bucket.unshare(slots, self.hidden.shape[1], listed)
 
 
 def beam_search(call: Call) -> Any:
