@@ -1,0 +1,108 @@
+"""Which path a ``generate`` call takes, and why not a faster one: ``model.explain``."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.generation.configuration_utils import GenerationMode
+
+from fastgen.options import EngineOptions
+
+OPTIONAL_OUTPUTS = ("output_attentions", "output_hidden_states")
+_FAST_MODES: tuple[Any, ...] = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
+# Arguments of ``generate`` that become processors and criteria, or go with them: for any loop
+_ANY_LOOP: tuple[str, ...] = (
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "streamer",
+)
+_ANY_LOOP += ("tokenizer", "assistant_tokenizer")
+_ANY_LOOP += ("negative_prompt_ids", "negative_prompt_attention_mask")
+
+
+# What the HF loop calls for every token, and the fast loop does not
+_STEPS = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which path a ``generate`` call takes, and why not a faster one."""
+
+    path: str
+    """``fast loop``, ``HF loop`` (both on the engine) or ``torch``."""
+    reasons: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([self.path, *(f"  - {reason}" for reason in self.reasons)])
+
+
+class Explained:
+    """Mixin of a model that generates: says how, and tells the loops what they serve."""
+
+    engine_options: EngineOptions
+    refusal: Any
+    _prepare_generation_config: Any
+
+    @torch.no_grad()
+    def explain(self, **generate_kwargs: Any) -> Explanation:
+        """Say which path ``generate(**generate_kwargs)`` takes, without running it."""
+        assistant = generate_kwargs.pop("assistant_model", None)
+        config, model_kwargs = self._prepare_generation_config(
+            generate_kwargs.pop("generation_config", None), **generate_kwargs
+        )
+        reasons = self._torch_reasons(config, model_kwargs)
+        if reasons:
+            return Explanation("torch", reasons)
+        mode = config.get_generation_mode(assistant)
+        if mode not in _FAST_MODES:
+            reasons.append(f"{mode.value} decodes in the HF loop")
+        reasons += self._slow_reasons(config, model_kwargs)
+        return Explanation("HF loop" if reasons else "fast loop", reasons)
+
+    def _torch_reasons(self, config: Any, model_kwargs: dict[str, Any]) -> list[str]:
+        """Why the engine does not run a ``generate`` call at all."""
+        reasons = []
+        if config.cache_implementation not in (None, "dynamic"):
+            reasons.append(f"cache_implementation={config.cache_implementation!r} asks for torch's")
+        arguments = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
+        arguments["inputs_embeds"] = None  # the encoder's affair: the decoder runs on the engine
+        refusal = self.refusal(**{"decoder_input_ids": ..., **model_kwargs, **arguments})
+        return reasons + ([refusal] if refusal else [])
+
+    def _slow_reasons(self, config: Any, model_kwargs: dict[str, Any]) -> list[str]:
+        """Why the engine is driven by the HF loop, not by the fast loop."""
+        reasons = []
+        if not self.engine_options.fast_loop:
+            reasons.append("EngineOptions(fast_loop=False)")
+        if config.use_cache is False:
+            reasons.append("use_cache=False")
+        if config.prefill_chunk_size is not None:
+            reasons.append("prefill_chunk_size is set")
+        reasons += [f"{name} is the program's own" for name in _STEPS if not self._is_known(name)]
+        if getattr(config, "is_assistant", False):
+            reasons.append("an assistant model's tokens may be taken back")
+        past = model_kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length():
+            reasons.append("past_key_values already holds tokens")
+        served: tuple[str, ...] = (
+            "encoder_outputs",
+            "attention_mask",
+            "past_key_values",
+            "use_cache",
+        )
+        served += ("input_ids", "inputs", "decoder_input_ids", *_ANY_LOOP)
+        for name, value in model_kwargs.items():
+            if value is not None and value is not False and name not in served:
+                reasons.append(f"{name} is given")
+        return reasons
+
+    def _is_known(self, method: str) -> bool:
+        """Whether a method is the one of a library, which the fast loop does the work of."""
+        home = getattr(type(self), method).__module__.partition(".")[0]
+        return method not in vars(self) and home in ("fastgen", "transformers")
