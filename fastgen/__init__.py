@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "EngineOptions": "fastgen.options",
+    "FallbackWarning": "fastgen.errors",
     "FastAutoModelForSeq2SeqLM": "fastgen.auto",
     "FastMT5EncoderModel": "fastgen.models.mt5",
     "FastMT5ForConditionalGeneration": "fastgen.models.mt5",

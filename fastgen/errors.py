@@ -1,4 +1,4 @@
-"""The exceptions fastgen raises: each names the value, what is allowed and the remedy."""
+"""What fastgen raises and warns of: each names the value, what is allowed and the remedy."""
 
 
 class FastgenError(RuntimeError):
@@ -19,3 +19,7 @@ class UnsupportedConfigError(FastgenError, ValueError):
 
 class EngineError(FastgenError):
     """A compiled engine could not be built or failed while running."""
+
+
+class FallbackWarning(UserWarning):
+    """A model's calls take a slower path; the message says why, and what mends it."""

@@ -3,10 +3,11 @@
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -23,19 +24,23 @@ from fastgen.engines import Engine, NoEngine, choose_target
 from fastgen.errors import UnsupportedConfigError
 from fastgen.graph import TensorSpec
 from fastgen.options import EngineOptions
+from fastgen.standing import Remembered, Standing
 from fastgen.target import Target
-from fastgen.weights import Glance, changed_part, weights_state
+from fastgen.weights import Glance, changed_part, refuse_adapters, weights_state
 
 # Config fields that name where a model came from, not what it computes
 _NOT_COMPUTATION = ("_name_or_path", "architectures", "transformers_version", "dtype")
+
+_QUANTISED = "quantised or sharded, which only torch runs: load the model without that"
 
 _KNOWN_LIBRARIES = ("torch", "transformers")
 
 
 class _Steady(threading.local):
-    """Modules whose weights this thread has just looked at, by id."""
+    """Modules whose weights this thread has just looked at, by id: served, or why not."""
 
     modules: frozenset[int] = frozenset()
+    refused: Mapping[int, str] = MappingProxyType({})
 
 
 _steady = _Steady()
@@ -57,6 +62,7 @@ class EngineModule(torch.nn.Module):
     _parts_glance: Glance | None = None
     _engine_options: EngineOptions | None = None
     _refusal: str | None = None
+    _standing: Remembered | None = None
 
     @property
     def engine_options(self) -> EngineOptions:
@@ -83,6 +89,7 @@ class EngineModule(torch.nn.Module):
         for module in self.modules():
             if isinstance(module, EngineModule):
                 module._engine = module._engine_weights = module._glance = module._refusal = None
+                module._standing = None
 
     def compile_engine(self) -> None:
         """Build every engine now (and store it in the engine cache), not at the first call.
@@ -97,20 +104,37 @@ class EngineModule(torch.nn.Module):
     @contextmanager
     def steady(self) -> Iterator[None]:
         """Look at the weights once, and take them as unchanged until the end of the body."""
-        outer = _steady.modules
-        with suppress(NoEngine):
+        outer = _steady.modules, _steady.refused
+        try:
             self._current_engine()
+        except NoEngine as error:
+            _steady.refused = {**outer[1], id(self): str(error)}
+        else:
             glance = self._glance
             if glance is not None and glance is not self._parts_glance:
-                self._parts = [m for m in glance.descendants if isinstance(m, EngineModule)]
-                for part in self._parts:
-                    part._current_engine()
+                parts = [m for m in glance.descendants if isinstance(m, EngineModule)]
+                self._parts = [part for part in parts if part._has_engine()]
                 self._parts_glance = glance  # until it changes, so do none of the parts
-            _steady.modules = outer | {id(self), *map(id, self._parts)}
+            _steady.modules = outer[0] | {id(self), *map(id, self._parts)}
         try:
             yield
         finally:
-            _steady.modules = outer
+            _steady.modules, _steady.refused = outer
+
+    def standing_refusal(self) -> str | None:
+        """Why no engine serves the model, where that takes no look at all its weights."""
+        reason = _steady.refused.get(id(self))
+        standing = self._standing
+        if reason is None and standing is not None and standing.holds(self):
+            reason = standing.reason
+        return reason
+
+    def _has_engine(self) -> bool:
+        try:
+            self._current_engine()
+        except NoEngine:
+            return False
+        return True
 
     def _build_engine(self, target: Target) -> Any:
         raise NotImplementedError
@@ -124,6 +148,17 @@ class EngineModule(torch.nn.Module):
         engine = self._engine  # another thread may drop it meanwhile
         if id(self) in _steady.modules and engine is not None:
             return engine
+        if reason := self.standing_refusal():
+            raise NoEngine(reason)
+        try:
+            engine = self._engine_of_now()
+        except Standing as error:
+            self._standing = Remembered(self, error)
+            raise
+        self._standing = None
+        return engine
+
+    def _engine_of_now(self) -> Any:
         if self._glance is None or not self._glance.same(self):
             weights = weights_state(self, self._copies_weights(), own=EngineModule)
             if weights != self._engine_weights:
@@ -136,6 +171,8 @@ class EngineModule(torch.nn.Module):
         if engine is None:
             try:
                 engine = self._engine = self._build_engine(self._choose_target())
+            except Standing:
+                raise
             except (NoEngine, UnsupportedConfigError) as error:
                 self._refusal = str(error)
                 raise NoEngine(self._refusal) from error
@@ -150,20 +187,39 @@ class EngineModule(torch.nn.Module):
 
     def _choose_target(self) -> Target:
         parameters = dict(self.named_parameters())
-        first = next(iter(parameters.values()))
-        target = choose_target(self.engine_options, first.device, first.dtype)
+        name, first = next(iter(parameters.items()))
+        try:
+            target = choose_target(self.engine_options, first.device, first.dtype)
+        except NoEngine as error:
+            raise self._while_as_it_is(name, first, str(error)) from error
         kept = tuple(getattr(self, "_keep_in_fp32_modules", None) or ())
         for name, parameter in parameters.items():
             if type(parameter.data) is not torch.Tensor or parameter.layout != torch.strided:
-                raise NoEngine(f"{name} is a {type(parameter.data).__name__}, no plain tensor")
+                reason = f"weights are no plain tensors ({name} is a {_kind(parameter)}): "
+                raise self._while_as_it_is(name, parameter, reason + _QUANTISED)
+            if not parameter.is_floating_point():
+                reason = f"weights are integers ({name} is {parameter.dtype}): "
+                raise self._while_as_it_is(name, parameter, reason + _QUANTISED)
             if parameter.device != first.device:
                 raise NoEngine(f"{name} is on {parameter.device}, other weights on {first.device}")
             wide = parameter.dtype == torch.float32 and any(k in name.split(".") for k in kept)
             if parameter.dtype != first.dtype and not wide:
+                refuse_adapters(self)
                 raise NoEngine(f"{name} is {parameter.dtype}, other weights {first.dtype}")
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
         return target
+
+    def _while_as_it_is(self, name: str, parameter: torch.Tensor, reason: str) -> Standing:
+        """A refusal that stands while the parameter is of its kind."""
+        path, _, leaf = name.rpartition(".")
+        kind = _kind(parameter), parameter.dtype, parameter.device
+
+        def still(part: torch.nn.Module) -> bool:
+            found = part._parameters.get(leaf)
+            return found is not None and (_kind(found), found.dtype, found.device) == kind
+
+        return Standing(reason, self.get_submodule(path), still)
 
     def _engine_for(
         self,
@@ -214,6 +270,7 @@ class EngineModule(torch.nn.Module):
             ignore: prefixes of the names of parts that ``roots`` do not stand for.
         """
         others = tuple(ignore.split())
+        refuse_adapters(self, others)
         known = {name for root in roots for name, _ in root.named_parameters()}
         for name, _ in self.named_parameters(remove_duplicate=False):
             if name not in known and not name.startswith(others):
@@ -251,12 +308,18 @@ class EngineModule(torch.nn.Module):
             "_engine",
             "_engine_weights",
             "_refusal",
+            "_standing",
+            "_reported",
             "_glance",
             "_parts",
             "_parts_glance",
         ):
             state.pop(name, None)
         return state
+
+
+def _kind(parameter: torch.Tensor) -> str:
+    return type(parameter.data).__name__
 
 
 def stock_class(fast: type) -> type:

@@ -12,11 +12,22 @@ from fastgen.decoder import Decoder
 from fastgen.encoder import Encoder
 from fastgen.engines import Engine, NoEngine, too_large
 from fastgen.engines.fused import FusedEngine
+from fastgen.fallback import Asked, report
 from fastgen.generation import FastGenerationMixin, as_torch, with_signature
 from fastgen.kv_cache import Bucket, StaticKVCache
 from fastgen.modeling import EngineModule, stock_class
 from fastgen.options import EngineOptions
-from fastgen.refusals import common_refusal, ids_refusal, mask_refusal, same_mask
+from fastgen.refusals import (
+    ENCODER_ARGUMENTS,
+    MODEL_ARGUMENTS,
+    common_refusal,
+    decoder_mask_refusal,
+    form_refusal,
+    hidden_refusal,
+    ids_refusal,
+    mask_refusal,
+    same_mask,
+)
 from fastgen.seq2seq import cross_specs, decoder_specs, encoder_specs
 from fastgen.target import Target
 
@@ -37,13 +48,13 @@ class FastEncoder(EngineModule):
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""
-        if reason := common_refusal(self, kwargs):
+        if reason := common_refusal(self, kwargs, ENCODER_ARGUMENTS):
             return reason
         input_ids = kwargs.get("input_ids")
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            return "inputs_embeds are served by torch"
+            return Asked("inputs_embeds are served by torch")
         if kwargs.get("use_cache"):
-            return "use_cache=True: torch reports that an encoder has no KV cache"
+            return Asked("use_cache=True: torch reports that an encoder has no KV cache")
         mask = kwargs.get("attention_mask")
         if reason := ids_refusal(self, input_ids) or mask_refusal(mask, input_ids.shape):
             return reason
@@ -65,7 +76,8 @@ class FastEncoder(EngineModule):
         """As the stock stack: token ids [B, S] to hidden states [B, S, E]."""
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         arguments = {name: as_torch(value) for name, value in arguments.items()}
-        if self.refusal(**arguments) is not None:
+        if (reason := self.refusal(**arguments)) is not None:
+            report(self, "torch", reason)
             _introduce(type(self), self.config)
             return super().forward(**arguments)
         encoder: Encoder = self._current_engine()
@@ -80,6 +92,7 @@ class FastPreTrained(EngineModule):
     _stack_class: type[FastEncoder]
     encoder: FastEncoder
     get_output_embeddings: Any
+    _shift_right: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -163,43 +176,60 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a forward with these arguments goes to torch; None if the engine serves it."""
-        if reason := common_refusal(self, kwargs):
+        if reason := common_refusal(self, kwargs, MODEL_ARGUMENTS):
             return reason
-        for name in ("inputs_embeds", "decoder_inputs_embeds", "labels"):
+        for name in ("inputs_embeds", "decoder_inputs_embeds"):
             if kwargs.get(name) is not None:
-                return f"{name} are served by torch"
-        if kwargs.get("decoder_input_ids") is None:
-            return "no decoder_input_ids: torch reports what is missing"
-        mask = kwargs.get("decoder_attention_mask")
-        if mask is not None and (mask.ndim != 2 or not bool(mask.all())):
-            return "decoder_attention_mask hides tokens"
-        past = kwargs.get("past_key_values")
+                return Asked(f"{name} are served by torch")
+        ids, past = self._decoder_ids(kwargs), kwargs.get("past_key_values")
+        past = kwargs.get("cache") if past is None else past
+        if ids is None:
+            return Asked("no decoder_input_ids: torch reports what is missing")
         if past is not None and not isinstance(past, StaticKVCache):
-            return f"past_key_values is a {type(past).__name__}, not the engine's own KV cache"
+            kind = type(past).__name__
+            return (
+                f"past_key_values is a {kind}, not the engine's own KV cache: leave it (and "
+                "cache_implementation) out"
+            )
+        if reason := decoder_mask_refusal(kwargs.get("decoder_attention_mask"), ids, past):
+            return reason
         if past is not None and past.bucket is not None:
             if not same_mask(getattr(past, "source_mask", ...), kwargs.get("attention_mask")):
                 return "attention_mask is not the one that past_key_values began with"
             if self._engine is not None:  # a further token: all else was looked at with the first
-                return self._further_refusal(kwargs["decoder_input_ids"], past.bucket)
-        return self._input_refusal(kwargs) or self._engine_refusal(past)
+                return self._further_refusal(ids, past.bucket)
+        return self._input_refusal(ids, kwargs) or self._engine_refusal(past)
+
+    def _decoder_ids(self, kwargs: dict[str, Any]) -> Any:
+        """What the decoder reads: of labels alone, the labels one place later, as in training."""
+        ids, labels = kwargs.get("decoder_input_ids"), kwargs.get("labels")
+        if ids is None and isinstance(labels, torch.Tensor) and labels.ndim == 2:
+            return self._shift_right(labels)
+        return ids
 
     def _further_refusal(self, ids: Any, bucket: Bucket) -> str | None:
-        if isinstance(ids, torch.Tensor) and len(ids) != bucket.size.batch:
-            return f"decoder_input_ids have {len(ids)} rows, past_key_values {bucket.size.batch}"
-        return ids_refusal(self, ids) or self._bucket_refusal(bucket)
+        if reason := ids_refusal(self, ids) or self._bucket_refusal(bucket):
+            return reason
+        if ids is not ... and len(ids) != bucket.size.batch:
+            rows = f"{len(ids)} rows, past_key_values {bucket.size.batch}"
+            return Asked(f"decoder_input_ids have {rows}")
+        return None
 
-    def _input_refusal(self, kwargs: dict[str, Any]) -> str | None:
+    def _input_refusal(self, ids: Any, kwargs: dict[str, Any]) -> str | None:
         """Ranks and sizes that the graphs do not know; many of them torch reports as errors."""
-        ids, source = kwargs["decoder_input_ids"], kwargs.get("encoder_outputs")
         if reason := ids_refusal(self, ids):
             return reason
-        source = kwargs.get("input_ids") if source is None else source[0]
-        if source is None:
-            return None  # before there are any: explain() was asked
-        if source.requires_grad and torch.is_grad_enabled():
-            return "gradients of encoder_outputs may be asked for"
-        if isinstance(ids, torch.Tensor) and len(ids) != len(source):
-            return f"decoder_input_ids have {len(ids)} rows, the encoder's {len(source)}"
+        source = kwargs.get("input_ids")
+        reason = None
+        if (given := kwargs.get("encoder_outputs")) is not None:
+            source = given[0]
+            reason = hidden_refusal(source, self)
+        elif source is not None:  # else before there are any: explain() was asked
+            reason = form_refusal("input_ids", source, self)
+        if reason or source is None:
+            return reason
+        if ids is not ... and len(ids) != len(source):
+            return Asked(f"decoder_input_ids have {len(ids)} rows, the encoder's {len(source)}")
         size = too_large(self.engine_options, *source.shape[:2])
         return size or mask_refusal(kwargs.get("attention_mask"), source.shape)
 
@@ -247,18 +277,21 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
             **kwargs,
         }
         arguments = {name: as_torch(value) for name, value in arguments.items()}
-        if self.refusal(**arguments) is not None:
+        if (reason := self.refusal(**arguments)) is not None:
+            report(self, "torch", reason)
             return super().forward(**arguments)
         return self._run(**arguments)
 
     def _run(
         self,
-        decoder_input_ids: torch.Tensor,
+        decoder_input_ids: torch.Tensor | None,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         encoder_outputs: Any,
         past_key_values: StaticKVCache | None,
         use_cache: bool | None,
+        labels: torch.Tensor | None,
+        cache: StaticKVCache | None = None,
         return_dict: bool | None = None,
         **_: Any,
     ) -> Any:
@@ -270,12 +303,14 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         hidden = encoder_outputs.last_hidden_state
         if use_cache is None:
             use_cache = self.config.use_cache
-        past = past_key_values
-        if past is None:
-            past = StaticKVCache(self.config.num_decoder_layers)
+        given = cache if past_key_values is None else past_key_values
+        past = StaticKVCache(self.config.num_decoder_layers) if given is None else given
+        ids = self._shift_right(labels) if decoder_input_ids is None else decoder_input_ids
+        logits = self._decode(ids, hidden, attention_mask, past)
         output = Seq2SeqLMOutput(
-            logits=self._decode(decoder_input_ids, hidden, attention_mask, past),
-            past_key_values=past if use_cache or past_key_values is not None else None,
+            loss=None if labels is None else _loss(logits, labels),
+            logits=logits,
+            past_key_values=past if use_cache or given is not None else None,
             encoder_last_hidden_state=hidden,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
@@ -302,6 +337,12 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
                 logits = logits.clone()  # the next step overwrites the bucket's own
         past.fill(total)
         return logits
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """As the stock models: the mean over all labels but -100, from logits [B, Q, V]."""
+    labels = labels.to(logits.device).view(-1)
+    return torch.nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), labels)
 
 
 _introduced: set[type] = set()

@@ -33,15 +33,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
         "target",
     },
-    "generation": {"capturing", "cuda", "decoder", "engines", "errors", "kv_cache", "options"},
-    "weights": {"engines"},
-    "modeling": {
-        *("engine_cache", "engines", "errors", "graph", "options", "runtime", "target", "weights"),
+    "fallback": {"errors"},
+    "generation": {
+        *("capturing", "cuda", "decoder", "engines", "errors", "fallback", "kv_cache", "options"),
     },
-    "refusals": {"generation", "modeling"},
+    "standing": {"engines"},
+    "weights": {"engines", "standing"},
+    "modeling": {
+        *("engine_cache", "engines", "errors", "graph", "options", "runtime", "standing"),
+        *("target", "weights"),
+    },
+    "refusals": {"fallback", "generation", "modeling", "weights"},
     "modeling_seq2seq": {
-        *("decoder", "encoder", "engines", "errors", "generation", "kv_cache", "modeling"),
-        *("options", "refusals", "seq2seq", "target"),
+        *("decoder", "encoder", "engines", "errors", "fallback", "generation", "kv_cache"),
+        *("modeling", "options", "refusals", "seq2seq", "target"),
     },
     "models": {"errors", "modeling", "modeling_seq2seq", "ops", "seq2seq"},
     "auto": {"errors", "models"},

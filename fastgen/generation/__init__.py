@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from transformers import GenerationMixin
 
@@ -65,7 +66,7 @@ class FastGenerationMixin(Explained, GenerationMixin):
         """Beam search and beam sampling: the fast loop where it applies, else the HF loop."""
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         call = self._fast_call(*arguments, None, model_kwargs)
-        if call is None or synced_gpus or generation_config.low_memory:
+        if call is None or synced_gpus:
             return super()._beam_search(*arguments, synced_gpus=synced_gpus, **model_kwargs)
 
         def slow(**changed: Any) -> Any:
@@ -103,7 +104,9 @@ class FastGenerationMixin(Explained, GenerationMixin):
     ) -> "loop.Call | None":
         """What the fast loop needs to serve a decoding call; None if it does not serve it."""
         past = model_kwargs.get("past_key_values")
-        if not isinstance(past, StaticKVCache) or self._slow_reasons(config, model_kwargs):
+        if not isinstance(past, StaticKVCache):
+            return None
+        if not self._serves_fast_loop(config, model_kwargs):
             return None
         arguments = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
         if self.refusal(decoder_input_ids=input_ids, **{**model_kwargs, **arguments}) is not None:
@@ -133,6 +136,7 @@ class FastGenerationMixin(Explained, GenerationMixin):
             model_kwargs.get("past_key_values") is None
             and generation_config.use_cache is not False
             and generation_config.cache_implementation in (None, "dynamic")
+            and self.standing_refusal() is None
         ):
             model_kwargs["past_key_values"] = StaticKVCache(self.config.num_decoder_layers)
             return None
@@ -142,7 +146,8 @@ class FastGenerationMixin(Explained, GenerationMixin):
 
 
 def as_torch(value: Any) -> Any:
-    """A foreign DLPack tensor as a torch tensor on the same memory; anything else as it is."""
-    if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
+    """A foreign DLPack tensor as a torch tensor on the same memory; anything else as it is, and so
+    are NumPy arrays: the stock classes refuse them."""
+    if isinstance(value, (torch.Tensor, np.ndarray)) or not hasattr(value, "__dlpack__"):
         return value
     return torch.from_dlpack(value)

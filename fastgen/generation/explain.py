@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 
+from fastgen.fallback import AUTOCAST, Asked, report, runs_under_autocast
 from fastgen.options import EngineOptions
 
 OPTIONAL_OUTPUTS = ("output_attentions", "output_hidden_states")
@@ -16,14 +17,14 @@ _FAST_MODES: tuple[Any, ...] = (
     GenerationMode.BEAM_SAMPLE,
 )
 # Arguments of ``generate`` that become processors and criteria, or go with them: for any loop
-_ANY_LOOP: tuple[str, ...] = (
+ANY_LOOP: tuple[str, ...] = (
     "logits_processor",
     "stopping_criteria",
     "prefix_allowed_tokens_fn",
     "streamer",
 )
-_ANY_LOOP += ("tokenizer", "assistant_tokenizer")
-_ANY_LOOP += ("negative_prompt_ids", "negative_prompt_attention_mask")
+ANY_LOOP += ("tokenizer", "assistant_tokenizer")
+ANY_LOOP += ("negative_prompt_ids", "negative_prompt_attention_mask")
 
 
 # What the HF loop calls for every token, and the fast loop does not
@@ -69,40 +70,62 @@ class Explained:
         """Why the engine does not run a ``generate`` call at all."""
         reasons = []
         if config.cache_implementation not in (None, "dynamic"):
-            reasons.append(f"cache_implementation={config.cache_implementation!r} asks for torch's")
+            asked = f"cache_implementation={config.cache_implementation!r}"
+            reasons.append(f"{asked} asks for a KV cache of torch's: leave it out")
+        if runs_under_autocast(vars(self).get("forward")):
+            reasons.append(AUTOCAST)
         arguments = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
-        arguments["inputs_embeds"] = None  # the encoder's affair: the decoder runs on the engine
-        refusal = self.refusal(**{"decoder_input_ids": ..., **model_kwargs, **arguments})
+        # these are the encoder's affair, or become part of what the decoder reads
+        arguments |= dict.fromkeys(("inputs_embeds", "decoder_attention_mask", "labels"))
+        given = dict(model_kwargs)
+        given["input_ids"] = given.pop("inputs", given.get("input_ids"))
+        refusal = self.refusal(**{"decoder_input_ids": ..., **given, **arguments})
         return reasons + ([refusal] if refusal else [])
 
     def _slow_reasons(self, config: Any, model_kwargs: dict[str, Any]) -> list[str]:
         """Why the engine is driven by the HF loop, not by the fast loop."""
-        reasons = []
+        reasons: list[str] = []
         if not self.engine_options.fast_loop:
-            reasons.append("EngineOptions(fast_loop=False)")
+            reasons.append(Asked("EngineOptions(fast_loop=False)"))
         if config.use_cache is False:
-            reasons.append("use_cache=False")
+            reasons.append(Asked("use_cache=False"))
         if config.prefill_chunk_size is not None:
-            reasons.append("prefill_chunk_size is set")
-        reasons += [f"{name} is the program's own" for name in _STEPS if not self._is_known(name)]
+            reasons.append("prefill_chunk_size is set: leave it out")
+        if config.num_beams > 1 and getattr(config, "low_memory", None):
+            reasons.append(Asked("low_memory=True"))
+        if config.num_beams < 1:
+            reasons.append(Asked(f"num_beams={config.num_beams}: transformers reports it"))
+        own = [name for name in _STEPS if not self._is_known(name)]
+        if runs_under_autocast(vars(self).get("forward")):
+            reasons.append(Asked(AUTOCAST))  # which forward itself warns of
+            own.remove("forward")
+        reasons += [f"{name} is the program's own: the fast loop does not call it" for name in own]
         if getattr(config, "is_assistant", False):
-            reasons.append("an assistant model's tokens may be taken back")
+            reasons.append(Asked("an assistant model's tokens may be taken back"))
         past = model_kwargs.get("past_key_values")
         if past is not None and past.get_seq_length():
-            reasons.append("past_key_values already holds tokens")
+            reasons.append(Asked("past_key_values already holds tokens"))
         served: tuple[str, ...] = (
             "encoder_outputs",
             "attention_mask",
             "past_key_values",
             "use_cache",
         )
-        served += ("input_ids", "inputs", "decoder_input_ids", *_ANY_LOOP)
+        served += ("input_ids", "inputs", "decoder_input_ids", *ANY_LOOP)
         for name, value in model_kwargs.items():
             if value is not None and value is not False and name not in served:
-                reasons.append(f"{name} is given")
+                reasons.append(f"{name} is given: leave it out if it can be")
         return reasons
 
     def _is_known(self, method: str) -> bool:
         """Whether a method is the one of a library, which the fast loop does the work of."""
         home = getattr(type(self), method).__module__.partition(".")[0]
         return method not in vars(self) and home in ("fastgen", "transformers")
+
+    def _serves_fast_loop(self, config: Any, model_kwargs: dict[str, Any]) -> bool:
+        """Whether nothing is asked for that the fast loop does not do; warns of what surprises."""
+        reasons = self._slow_reasons(config, model_kwargs)
+        if not any(isinstance(reason, Asked) for reason in reasons):
+            for reason in reasons:
+                report(self, "HF loop", reason)
+        return not reasons
