@@ -11,14 +11,16 @@ from fastgen.weights import asks_for_gradients
 
 _IDS = (torch.int32, torch.int64)
 
+# What Trainer and the HF loop hand to forward, and no stock model or encoder of ours reads
+_UNREAD = {"num_items_in_batch", *ANY_LOOP}
+
 # Arguments that an encoder and a whole model are written for; any other goes to torch
 ENCODER_ARGUMENTS = frozenset(
-    {"input_ids", "attention_mask", "inputs_embeds", "use_cache", "return_dict"}
+    {"input_ids", "attention_mask", "inputs_embeds", "use_cache", "return_dict", "labels"} | _UNREAD
 )
 MODEL_ARGUMENTS = ENCODER_ARGUMENTS | {
     *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "encoder_outputs"),
-    *("past_key_values", "cache", "labels"),
-    *ANY_LOOP,  # some of which the HF loop hands to forward, which no model reads
+    *("past_key_values", "cache"),
 }
 
 

@@ -148,10 +148,11 @@ def weights_state(root: torch.nn.Module, versions: bool, own: type) -> tuple[Any
             reason = f"the forward of a {kind.__name__} was replaced, which only torch runs"
             raise Standing(reason, module, lambda part: "forward" in part.__dict__)
         if kind.__module__.startswith(_QUANTISED):
-            reason = f"quantize_dynamic or its like quantised weights (of a {kind.__name__})"
-            raise Standing(f"{reason}: keep the model as loaded", module, _is_a(kind))
+            reason = "weights are quantised by torch.ao.quantization (quantize_dynamic, say)"
+            raise Standing(f"{reason}, which only torch runs: leave that out", module, _is_a(kind))
         if module.training and not isinstance(module, _SAME_IN_TRAINING):
-            reason = f"a {kind.__name__} is in training mode: call model.eval()"
+            part = "the model" if module is root else f"a {kind.__name__}"
+            reason = f"{part} is in training mode: call model.eval()"
             raise Standing(reason, module, lambda part: part.training)
         state.append(type(module))
         for parameter in module._parameters.values():

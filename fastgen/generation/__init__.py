@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationMixin
 
 from fastgen.errors import EngineError
+from fastgen.fallback import report
 from fastgen.generation import beam, loop
 from fastgen.generation.explain import OPTIONAL_OUTPUTS, Explained, Explanation
 from fastgen.kv_cache import StaticKVCache
@@ -123,6 +124,8 @@ class FastGenerationMixin(Explained, GenerationMixin):
         """As the stock ``generate``; DLPack tensors (of CuPy, say) are taken as torch tensors."""
         kwargs = {name: as_torch(value) for name, value in kwargs.items()}
         with self.steady():
+            if reason := self.standing_refusal():
+                report(self, "torch", reason)
             return super().generate(as_torch(inputs), *args, **kwargs)
 
     # as programs find it under the decorator of the stock one: the same without torch.no_grad()

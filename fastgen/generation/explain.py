@@ -26,6 +26,8 @@ ANY_LOOP: tuple[str, ...] = (
 ANY_LOOP += ("tokenizer", "assistant_tokenizer")
 ANY_LOOP += ("negative_prompt_ids", "negative_prompt_attention_mask")
 
+# Whoever gives these knows that they cost
+_SAYS_SO = (*OPTIONAL_OUTPUTS, "inputs_embeds", "decoder_inputs_embeds")
 
 # What the HF loop calls for every token, and the fast loop does not
 _STEPS = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
@@ -112,15 +114,19 @@ class Explained:
             "use_cache",
         )
         served += ("input_ids", "inputs", "decoder_input_ids", *ANY_LOOP)
+        served += ("labels",)  # which Seq2SeqTrainer gives, and no loop reads
         for name, value in model_kwargs.items():
             if value is not None and value is not False and name not in served:
-                reasons.append(f"{name} is given: leave it out if it can be")
+                asked = Asked if name in _SAYS_SO else str
+                reasons.append(asked(f"{name} is given: leave it out if it can be"))
         return reasons
 
     def _is_known(self, method: str) -> bool:
         """Whether a method is the one of a library, which the fast loop does the work of."""
-        home = getattr(type(self), method).__module__.partition(".")[0]
-        return method not in vars(self) and home in ("fastgen", "transformers")
+        of_class, own = getattr(type(self), method), vars(self).get(method)
+        # Accelerate puts the class's method back as an attribute
+        known = own is None or getattr(own, "__func__", None) is of_class
+        return known and of_class.__module__.partition(".")[0] in ("fastgen", "transformers")
 
     def _serves_fast_loop(self, config: Any, model_kwargs: dict[str, Any]) -> bool:
         """Whether nothing is asked for that the fast loop does not do; warns of what surprises."""
