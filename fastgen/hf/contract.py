@@ -8,11 +8,15 @@ the test-suite has not met is tried before it is trusted (``trial.py``).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, TypeVar
 
+import torch
 import transformers
 from packaging.version import Version
+from transformers import UMT5Config
 from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.models.umt5.modeling_umt5 import UMT5LayerSelfAttention
 
 MET = ("5.17.0", "5.23.0", "5.24.0")
 """Versions that the test-suite has met; continuous integration runs it on the first and the last
@@ -52,6 +56,24 @@ def scales_umt5_logits(config: Any) -> bool:
     if _UMT5_SCALES_BY_ITS_OWN_FIELD:
         return bool(config.scale_decoder_outputs)
     return bool(config.tie_word_embeddings)
+
+
+def umt5_refusal(ids: Any) -> str | None:
+    """Why torch must serve UMT5's decoder for token ids [B, Q]: in the first versions its stock
+    attention is not causal, and of several tokens each sees the later ones too."""
+    if not isinstance(ids, torch.Tensor) or ids.shape[1:] in ((), (1,)) or _umt5_is_causal():
+        return None
+    return (
+        f"UMT5 of transformers {VERSION} lets a token see later ones where it is given several: "
+        "a newer transformers does not"
+    )
+
+
+@cache
+def _umt5_is_causal() -> bool:
+    with torch.device("meta"):
+        attention = UMT5LayerSelfAttention(UMT5Config(is_decoder=True)).SelfAttention
+    return bool(getattr(attention, "is_causal", False))
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
@@ -188,6 +210,11 @@ RELIANCES: tuple[Reliance, ...] = (
         "called",
         "transformers.models.t5.modeling_t5",
         **{"T5Attention._relative_position_bucket": "buckets of distances, for the bias tables"},
+    ),
+    *_rows(
+        "read",
+        "transformers.models.umt5.modeling_umt5",
+        UMT5LayerSelfAttention="whether its decoder is causal when given several tokens",
     ),
 )
 """Beside these: ``generate`` takes the decoding method from the class, reads the parameters of

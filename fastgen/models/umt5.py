@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from transformers import (
     UMT5EncoderModel,
     UMT5ForConditionalGeneration,
@@ -38,13 +37,7 @@ class FastUMT5DecoderStack(FastDecoder, UMT5Stack):
         return DecoderStack(self.config, bias_in_every_layer=True)
 
     def refusal(self, **kwargs: Any) -> str | None:
-        """See ``FastDecoder.refusal``; in transformers 5.17 the stock stack is not causal."""
-        ids = kwargs.get("input_ids")
-        several = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.shape[1] > 1
-        blocks: Any = self.block
-        if several and not all(block.layer[0].SelfAttention.is_causal for block in blocks):
-            return "the stock stack of this transformers lets several tokens see later tokens"
-        return super().refusal(**kwargs)
+        return contract.umt5_refusal(kwargs.get("input_ids")) or super().refusal(**kwargs)
 
 
 _STACKS = FastUMT5Stack, FastUMT5DecoderStack
@@ -89,3 +82,7 @@ class FastUMT5ForConditionalGeneration(FastSeq2SeqLM, UMT5ForConditionalGenerati
     def _decoder_root(self) -> Decoder:
         scaled = contract.scales_umt5_logits(self.config)
         return Decoder(self.config, scale_outputs=scaled, bias_in_every_layer=True)
+
+    def refusal(self, **kwargs: Any) -> str | None:
+        ids = kwargs.get("decoder_input_ids")
+        return contract.umt5_refusal(ids) or super().refusal(**kwargs)
