@@ -11,7 +11,8 @@ import torch
 
 from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Binding, Engine, NotFused
-from fastgen.kv_cache import Bucket, BucketPool, BucketSize, StaticKVCache
+from fastgen.kv_cache import Bucket, BucketSize, StaticKVCache
+from fastgen.leases import BucketPool
 from fastgen.options import EngineOptions
 from fastgen.seq2seq import LAST_STATE, DecoderShape, state_names
 from fastgen.target import Target

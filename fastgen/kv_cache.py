@@ -1,10 +1,6 @@
 """The KV cache: device buffers in buckets, leased to caches that Hugging Face code understands."""
 
 import copy
-import threading
-import weakref
-from collections import deque
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +8,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 
 from fastgen.capturing import lasting
 from fastgen.hf import contract
+from fastgen.leases import BucketPool, Lease
 from fastgen.seq2seq import DecoderShape
 from fastgen.target import Target
 
@@ -169,76 +166,6 @@ class Bucket:
         return cache
 
 
-class BucketPool:
-    """Buckets not in use now, kept for the next call of their size; the oldest go first."""
-
-    def __init__(self, make: Callable[[BucketSize], Bucket], limit: int) -> None:
-        self._make, self._limit = make, limit
-        self._leased: set[_Due] = set()
-        self._ended: deque[_Due] = deque()
-        self._idle: list[Bucket] = []
-        self._lock = threading.Lock()
-
-    def lease(self, size: BucketSize) -> "Lease":
-        """A bucket of this size, for as long as the lease lives."""
-        with self._lock:
-            self._take_back()
-            bucket = next((b for b in reversed(self._idle) if b.size == size), None)
-            if bucket is not None:
-                self._idle.remove(bucket)
-        bucket = bucket or self._allocate(size)
-        bucket.clear()
-        lease = Lease(bucket)
-        due = _Due(lease, self._ended.append)
-        due.bucket = bucket
-        self._leased.add(due)
-        return lease
-
-    def _allocate(self, size: BucketSize) -> Bucket:
-        with lasting():
-            try:
-                return self._make(size)
-            except torch.OutOfMemoryError:
-                self.release_idle()
-                return self._make(size)
-
-    def _take_back(self) -> None:
-        """Under the lock: make what leases have left idle, up to the limit."""
-        while self._ended:
-            due = self._ended.popleft()
-            self._leased.discard(due)
-            self._idle.append(due.bucket)
-        del self._idle[: -self._limit]
-
-    def idle(self) -> list[Bucket]:
-        """The buckets that no cache holds, the last used last."""
-        with self._lock:
-            self._take_back()
-            return [*self._idle]
-
-    def release_idle(self) -> None:
-        """Free every bucket that no cache holds, with its captured graphs."""
-        with self._lock:
-            self._take_back()
-            self._idle.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-class Lease:
-    """A bucket in use; goes back to its pool when nothing refers to it any more."""
-
-    def __init__(self, bucket: Bucket) -> None:
-        self.bucket = bucket
-
-
-class _Due(weakref.ref):
-    """Puts itself, with its bucket, on a list when a lease ends. Memory is freed anywhere, in any
-    thread: this runs no Python code, so that no signal's handler can interrupt it, and no lock."""
-
-    bucket: Bucket
-
-
 class _Slots:
     """What all layers of one cache share; copies start without a lease."""
 
@@ -270,7 +197,7 @@ class SlotLayer(DynamicLayer):
         assert lease is not None
         buffers = lease.bucket.cross_kv if self.cross else lease.bucket.self_kv
         view = lease.bucket.layer(buffers, 2 * self._index + value, self.length)
-        view._lease = lease  # type: ignore[attr-defined]  # the buffer lives as long as the view
+        view._lease = lease  # the buffer lives as long as the view
         return view
 
     @property

@@ -33,11 +33,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("cuda", "engine_cache", "errors", "graph", "options", "processes", "runtime"),
         "target",
     },
-    "kv_cache": {"capturing", "engines", "errors", "hf", "seq2seq", "target"},
+    "leases": {"capturing"},
+    "kv_cache": {"capturing", "engines", "errors", "hf", "leases", "seq2seq", "target"},
     "capturing": {"cuda", "engines", "options", "target"},
     "encoder": {"capturing", "engines", "options", "seq2seq", "target"},
     "decoder": {
-        *("capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
+        *("capturing", "engines", "errors", "kv_cache", "leases", "options", "seq2seq"),
         "target",
     },
     "generation": {

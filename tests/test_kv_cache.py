@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import DynamicCache, EncoderDecoderCache
 
 from fastgen.hf.contract import CACHE
-from fastgen.kv_cache import Bucket, BucketPool, BucketSize, StaticKVCache
+from fastgen.kv_cache import Bucket, BucketSize, StaticKVCache
+from fastgen.leases import BucketPool
 from fastgen.seq2seq import DecoderShape
 from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
 from tests.configs import build_pair, prompts
