@@ -200,7 +200,7 @@ SHARED: dict[str, Callable[[Any], Any]] = {
 
 @functools.cache
 def large_enough() -> Pair:
-    """Models with a weight of over 32 MiB, which are pages of its own: once freed, reading them ends
+    """Models with a weight of over 32 MiB, which is pages of its own: reading freed ones ends
     the process."""
     config = T5Config(**TINY | {"vocab_size": 33000, "d_model": 256})
     stock = transformers.T5ForConditionalGeneration(config).eval()
