@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
+from fastgen.bucket import Bucket, BucketPool, BucketSize
 from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Binding, Engine, NotFused
-from fastgen.kv_cache import Bucket, BucketSize, StaticKVCache
-from fastgen.leases import BucketPool
+from fastgen.kv_cache import StaticKVCache
 from fastgen.options import EngineOptions
 from fastgen.seq2seq import LAST_STATE, DecoderShape, state_names
 from fastgen.target import Target

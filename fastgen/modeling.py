@@ -1,43 +1,40 @@
 """The life of an engine inside a Hugging Face module: built lazily, dropped when weights move."""
 
-import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import onnx
-import onnxscript
 import torch
-import transformers
 from onnxscript import nn as graph_nn
 from transformers import PreTrainedModel
 
 from fastgen import engines, processes
 from fastgen import graph as graphs
 from fastgen.engine_cache import Artifact, EngineCache
+from fastgen.engine_key import engine_key
 from fastgen.engines import Engine, NoEngine, choose_target
 from fastgen.errors import UnsupportedConfigError
 from fastgen.explain import Explained
 from fastgen.graph import TensorSpec
 from fastgen.hf import trial
 from fastgen.options import EngineOptions
+from fastgen.standing import Remembered, Standing
 from fastgen.target import Target
-from fastgen.weights import Fingerprint, Glance, changed_part, weights_state
+from fastgen.weights import Fingerprint, Glance, changed_part, refuse_adapters, weights_state
 
-# Config fields that name where a model came from, not what it computes
-_NOT_COMPUTATION = ("_name_or_path", "architectures", "transformers_version", "dtype")
+_QUANTISED = "quantised or sharded, which only torch runs: load the model without that"
 
 _KNOWN_LIBRARIES = ("torch", "transformers", "fastgen")
 
 
 class _Steady(threading.local):
-    """Modules whose weights this thread has just looked at, by id."""
+    """Modules whose weights this thread has just looked at, by id: served, or why not."""
 
     modules: frozenset[int] = frozenset()
+    refused: Mapping[int, str] = MappingProxyType({})
 
 
 _steady = _Steady()
@@ -62,6 +59,7 @@ class EngineModule(Explained, torch.nn.Module):
     _refusal: str | None = None
     _waits = False
     """Whether its engine is built by its own first call, not with the whole model's."""
+    _standing: Remembered | None = None
 
     @property
     def engine_options(self) -> EngineOptions:
@@ -109,21 +107,37 @@ class EngineModule(Explained, torch.nn.Module):
     @contextmanager
     def steady(self) -> Iterator[None]:
         """Look at the weights once, and take them as unchanged until the end of the body."""
-        outer = _steady.modules
-        with suppress(NoEngine):
+        outer = _steady.modules, _steady.refused
+        try:
             self._current_engine()
+        except NoEngine as error:
+            _steady.refused = {**outer[1], id(self): str(error)}
+        else:
             glance = self._glance
             if glance is not None and glance is not self._parts_glance:
                 parts = [m for m in glance.descendants if isinstance(m, EngineModule)]
-                self._parts = [part for part in parts if not part._waits]
-                for part in self._parts:
-                    part._current_engine()
+                self._parts = [part for part in parts if not part._waits and part._has_engine()]
                 self._parts_glance = glance  # until it changes, so do none of the parts
-            _steady.modules = outer | {id(self), *map(id, self._parts)}
+            _steady.modules = outer[0] | {id(self), *map(id, self._parts)}
         try:
             yield
         finally:
-            _steady.modules = outer
+            _steady.modules, _steady.refused = outer
+
+    def standing_refusal(self) -> str | None:
+        """Why no engine serves the model, where that takes no look at all its weights."""
+        reason = _steady.refused.get(id(self))
+        standing = self._standing
+        if reason is None and standing is not None and standing.holds(self):
+            reason = standing.reason
+        return reason
+
+    def _has_engine(self) -> bool:
+        try:
+            self._current_engine()
+        except NoEngine:
+            return False
+        return True
 
     def _goes_on(self) -> bool:
         """Whether there is an engine, and its weights are where they were: enough for one more
@@ -144,6 +158,17 @@ class EngineModule(Explained, torch.nn.Module):
         engine = self._engine  # another thread may drop it meanwhile
         if id(self) in _steady.modules and engine is not None:
             return engine
+        if reason := self.standing_refusal():
+            raise NoEngine(reason)
+        try:
+            engine = self._engine_of_now()
+        except Standing as error:
+            self._standing = Remembered(self, error)
+            raise
+        self._standing = None
+        return engine
+
+    def _engine_of_now(self) -> Any:
         if self._glance is None or not self._glance.same(self):
             weights = weights_state(self, self._copies_weights(), own=self._called())
             if weights != self._engine_weights:
@@ -162,6 +187,8 @@ class EngineModule(Explained, torch.nn.Module):
                 if trial.path(type(self), "forward", self.engine_options) == "torch":
                     raise NoEngine(trial.reason("forward", "torch"))
                 engine = self._engine = self._build_engine(target)
+            except Standing:
+                raise
             except (NoEngine, UnsupportedConfigError) as error:
                 self._refusal = str(error)
                 raise NoEngine(self._refusal) from error
@@ -175,7 +202,7 @@ class EngineModule(Explained, torch.nn.Module):
         return (EngineModule,)
 
     def _drop_engine(self) -> None:
-        self._engine = self._refusal = None
+        self._engine = self._refusal = self._standing = None
         self._copies = ()
 
     def _copies_weights(self) -> bool:
@@ -184,20 +211,39 @@ class EngineModule(Explained, torch.nn.Module):
 
     def _choose_target(self) -> Target:
         parameters = dict(self.named_parameters())
-        first = next(iter(parameters.values()))
-        target = choose_target(self.engine_options, first.device, first.dtype)
+        name, first = next(iter(parameters.items()))
+        try:
+            target = choose_target(self.engine_options, first.device, first.dtype)
+        except NoEngine as error:
+            raise self._while_as_it_is(name, first, str(error)) from error
         kept = tuple(getattr(self, "_keep_in_fp32_modules", None) or ())
         for name, parameter in parameters.items():
             if type(parameter.data) is not torch.Tensor or parameter.layout != torch.strided:
-                raise NoEngine(f"{name} is a {type(parameter.data).__name__}, no plain tensor")
+                reason = f"weights are no plain tensors ({name} is a {_kind(parameter)}): "
+                raise self._while_as_it_is(name, parameter, reason + _QUANTISED)
+            if not parameter.is_floating_point():
+                reason = f"weights are integers ({name} is {parameter.dtype}): "
+                raise self._while_as_it_is(name, parameter, reason + _QUANTISED)
             if parameter.device != first.device:
                 raise NoEngine(f"{name} is on {parameter.device}, other weights on {first.device}")
             wide = parameter.dtype == torch.float32 and any(k in name.split(".") for k in kept)
             if parameter.dtype != first.dtype and not wide:
+                refuse_adapters(self)
                 raise NoEngine(f"{name} is {parameter.dtype}, other weights {first.dtype}")
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
         return target
+
+    def _while_as_it_is(self, name: str, parameter: torch.Tensor, reason: str) -> Standing:
+        """A refusal that stands while the parameter is of its kind."""
+        path, _, leaf = name.rpartition(".")
+        kind = _kind(parameter), parameter.dtype, parameter.device
+
+        def still(part: torch.nn.Module) -> bool:
+            found = part._parameters.get(leaf)
+            return found is not None and (_kind(found), found.dtype, found.device) == kind
+
+        return Standing(reason, self.get_submodule(path), still)
 
     def _engine_for(
         self,
@@ -222,30 +268,23 @@ class EngineModule(Explained, torch.nn.Module):
         options, backend = self.engine_options, engines.backend(target.backend)
         device = next(iter(own.values())).device
         backend.check(device)
-        built = []
 
         def build() -> Artifact:
-            built.append(name)
             graph = graphs.build(root, target, types, getattr(root, method), *specs)
             return backend.compile(graph, name, options, device)
 
-        where = f"({target.backend}, {target.device}, {target.dtype})"
-        title = f"{type(self).__qualname__} {name} {where}"
+        def load(artifact: Artifact) -> Engine:
+            return backend.load(artifact, target, own, options)
+
         if kept := self._engine_cache():
-            key = {"graph": name, "parameters": types, **_engine_key(self, target)}
+            fast = type(self).__qualname__
+            key = {"graph": name, "parameters": types, **engine_key(fast, self.config, target)}
             key |= {"inputs": [asdict(spec) for spec in specs[0]]}
             key |= {"backend": backend.key(target, options, device)}
-            artifact = kept.load_or_build(key, build, title=title)
-            try:
-                engine = backend.load(artifact, target, own, options)
-            except engines.Unloadable as error:
-                if built:  # again would be no other
-                    raise
-                kept.discard(key, str(error))
-                artifact = kept.load_or_build(key, build, title=title)
-                engine = backend.load(artifact, target, own, options)
+            where = f"({target.backend}, {target.device}, {target.dtype})"
+            engine = _kept(kept, key, build, load, title=f"{fast} {name} {where}")
         else:
-            engine = backend.load(build(), target, own, options)
+            engine = load(build())
         if copied := getattr(engine, "copied", ()):
             self._copies += (Fingerprint(own[n] for n in copied),)
         return engine
@@ -261,6 +300,7 @@ class EngineModule(Explained, torch.nn.Module):
             ignore: prefixes of the names of parts that ``roots`` do not stand for.
         """
         others = tuple(ignore.split())
+        refuse_adapters(self, others)
         known = {name for root in roots for name, _ in root.named_parameters()}
         for name, _ in self.named_parameters(remove_duplicate=False):
             if name not in known and not name.startswith(others):
@@ -305,12 +345,41 @@ class EngineModule(Explained, torch.nn.Module):
             "_engine_weights",
             "_copies",
             "_refusal",
+            "_standing",
+            "_reported",
             "_glance",
             "_parts",
             "_parts_glance",
         ):
             state.pop(name, None)
         return state
+
+
+def _kept(
+    cache: EngineCache,
+    key: Mapping[str, object],
+    build: Callable[[], Artifact],
+    load: Callable[[Artifact], Engine],
+    title: str,
+) -> Engine:
+    """What the engine cache holds, loaded; one that its backend refuses is built anew, once."""
+    built = []
+
+    def noted() -> Artifact:
+        built.append(title)
+        return build()
+
+    try:
+        return load(cache.load_or_build(key, noted, title=title))
+    except engines.Unloadable as error:
+        if built:  # again would be no other
+            raise
+        cache.discard(key, str(error))
+        return load(cache.load_or_build(key, build, title=title))
+
+
+def _kind(parameter: torch.Tensor) -> str:
+    return type(parameter.data).__name__
 
 
 def stock_class(fast: type) -> Any:
@@ -320,26 +389,3 @@ def stock_class(fast: type) -> Any:
         for base in fast.__mro__
         if issubclass(base, PreTrainedModel) and not issubclass(base, EngineModule)
     )
-
-
-@cache
-def _sources_digest() -> str:
-    """Digest of the code that writes graphs: when it changes, so do they."""
-    folder = Path(__file__).parent
-    files = [folder / f"{name}.py" for name in ("contrib_ops", "graph", "ops", "seq2seq", "target")]
-    digest = hashlib.sha256()
-    for file in [*files, *sorted((folder / "models").glob("*.py"))]:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def _engine_key(module: EngineModule, target: Target) -> dict[str, Any]:
-    """Everything besides parameters that changes a compiled graph: no path, no time."""
-    config = module.config.to_dict()
-    return {
-        "class": type(module).__qualname__,
-        "config": {k: repr(v) for k, v in config.items() if k not in _NOT_COMPUTATION},
-        "target": asdict(target),
-        "sources": _sources_digest(),
-        **{library.__name__: library.__version__ for library in (transformers, onnx, onnxscript)},
-    }

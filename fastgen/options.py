@@ -47,6 +47,9 @@ class EngineOptions:
     """Decode with fastgen's own loop where it is proven equal; False always takes the HF loop."""
     check_fast_loop: bool = False
     """Debug: run each ``generate`` through both loops and raise if a token differs."""
+    warn_fallback: bool = True
+    """Warn once per model and reason (``FallbackWarning``) when calls run on torch, or in the HF
+    loop instead of the fast loop, and nothing in the call or the options asked for that."""
     cuda_graphs: bool = True
     """Capture one CUDA graph per bucket; False launches every kernel of every step."""
     fused_kernels: bool = True

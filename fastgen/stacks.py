@@ -11,23 +11,29 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
 )
 
+from fastgen.bucket import Bucket
 from fastgen.decoder import Decoder
 from fastgen.encoder import Encoder
 from fastgen.engines import Engine, NoEngine, too_large
+from fastgen.fallback import Asked, report
 from fastgen.generation import with_signature
 from fastgen.hf import contract
 from fastgen.hf.forward import as_torch, forward_like
-from fastgen.kv_cache import Bucket, StaticKVCache
+from fastgen.kv_cache import StaticKVCache
 from fastgen.modeling import EngineModule, stock_class
-from fastgen.refusals import common_refusal, ids_refusal, mask_refusal, same_mask, states_wanted
+from fastgen.refusals import (
+    DECODER_ARGUMENTS,
+    ENCODER_ARGUMENTS,
+    common_refusal,
+    decoder_mask_refusal,
+    hidden_refusal,
+    ids_refusal,
+    mask_refusal,
+    same_mask,
+    states_wanted,
+)
 from fastgen.seq2seq import DecoderShape, cross_specs, decoder_specs, encoder_specs
 from fastgen.target import Target
-
-# What a decoder stack's graphs know; anything else goes to torch
-_DECODER_ARGUMENTS: tuple[str, ...] = (
-    *("input_ids", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"),
-    *("inputs_embeds", *contract.CACHE_NAMES, "use_cache", "return_dict"),
-)
 
 
 class FastEncoder(EngineModule):
@@ -55,13 +61,13 @@ class FastEncoder(EngineModule):
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""
-        if reason := common_refusal(self, kwargs):
+        if reason := common_refusal(self, kwargs, ENCODER_ARGUMENTS):
             return reason
         input_ids = kwargs.get("input_ids")
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            return "inputs_embeds are served by torch"
+            return Asked("inputs_embeds are served by torch")
         if kwargs.get("use_cache"):
-            return "use_cache=True: torch reports that an encoder has no KV cache"
+            return Asked("use_cache=True: torch reports that an encoder has no KV cache")
         mask = kwargs.get("attention_mask")
         if reason := ids_refusal(self, input_ids) or mask_refusal(mask, input_ids.shape):
             return reason
@@ -83,7 +89,8 @@ class FastEncoder(EngineModule):
         """As the stock stack: token ids [B, S] to hidden states [B, S, E]."""
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         arguments = {name: as_torch(value) for name, value in arguments.items()}
-        if self.refusal(**arguments) is not None:
+        if (reason := self.refusal(**arguments)) is not None:
+            report(self, "torch", reason)
             introduce(type(self), self.config)
             return super().forward(**arguments)
         encoder: Encoder = self._current_engine()
@@ -123,22 +130,18 @@ class FastDecoder(EngineModule):
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""
-        if reason := common_refusal(self, kwargs):
+        if reason := common_refusal(self, kwargs, DECODER_ARGUMENTS):
             return reason
         ids, source = kwargs.get("input_ids"), kwargs.get("encoder_hidden_states")
         if ids is None or kwargs.get("inputs_embeds") is not None:
-            return "inputs_embeds are served by torch"
+            return Asked("inputs_embeds are served by torch")
         if source is None:
-            return "no encoder_hidden_states to attend to"
-        for name, value in kwargs.items():
-            if value is not None and name not in _DECODER_ARGUMENTS:
-                return f"{name} is an argument that only torch knows"
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (mask.ndim != 2 or not bool(mask.all())):
-            return "attention_mask hides tokens of the decoder's own"
+            return Asked("no encoder_hidden_states to attend to")
         past = contract.given_cache(kwargs)
         if past is not None and not isinstance(past, StaticKVCache):
             return f"{contract.CACHE} is a {type(past).__name__}, not the engine's own KV cache"
+        if reason := decoder_mask_refusal(kwargs.get("attention_mask"), ids, past):
+            return reason
         if past is not None and past.bucket is not None:
             if not same_mask(
                 getattr(past, "source_mask", ...), kwargs.get("encoder_attention_mask")
@@ -150,17 +153,11 @@ class FastDecoder(EngineModule):
 
     def _input_refusal(self, kwargs: dict[str, Any]) -> str | None:
         ids, source = kwargs["input_ids"], kwargs["encoder_hidden_states"]
-        if reason := ids_refusal(self, ids):
-            return reason
-        if source is ...:
-            return None  # explain() was asked
-        if source.requires_grad and torch.is_grad_enabled():
-            return "gradients of encoder_hidden_states may be asked for"
-        if source.dtype != self.dtype or source.shape[2:] != (self.config.d_model,):
-            kind = f"{list(source.shape)} of {source.dtype}"
-            return f"encoder_hidden_states are {kind}, not [B, S, {self.config.d_model}]"
-        if isinstance(ids, torch.Tensor) and len(ids) != len(source):
-            return f"input_ids have {len(ids)} rows, the encoder's {len(source)}"
+        refused = ids_refusal(self, ids) or hidden_refusal("encoder_hidden_states", source, self)
+        if refused or source is ...:
+            return refused  # or explain() was asked
+        if ids is not ... and len(ids) != len(source):
+            return Asked(f"input_ids have {len(ids)} rows, the encoder's {len(source)}")
         size = too_large(self.engine_options, *source.shape[:2])
         return size or mask_refusal(kwargs.get("encoder_attention_mask"), source.shape)
 
@@ -183,7 +180,8 @@ class FastDecoder(EngineModule):
             cls.forward = forward_like(stock_class(cls).forward)
 
     def _forward(self, **arguments: Any) -> Any:
-        if self.refusal(**arguments) is not None:
+        if (reason := self.refusal(**arguments)) is not None:
+            report(self, "torch", reason)
             introduce(type(self), self.config)
             return super().forward(**arguments)
         return self._run(**arguments)
@@ -279,7 +277,8 @@ def decode(
 
 def rows_refusal(ids: Any, bucket: Bucket) -> str | None:
     if isinstance(ids, torch.Tensor) and len(ids) != bucket.size.batch:
-        return f"decoder_input_ids have {len(ids)} rows, {contract.CACHE} {bucket.size.batch}"
+        rows = f"{len(ids)} rows, {contract.CACHE} {bucket.size.batch}"
+        return Asked(f"decoder_input_ids have {rows}")
     return None
 
 

@@ -10,16 +10,23 @@ import torch
 from torch.nn.modules import module as modules
 from transformers import PreTrainedModel
 
-from fastgen.engines import NoEngine
+from fastgen.standing import Standing
 
 # transformers leaves these on a model once output_attentions was asked for; they only listen
 _RECORDING_HOOKS = "transformers.utils.output_capturing"
+
+# gradient_checkpointing_enable() leaves this one on the embeddings: it asks for gradients of their
+# output, which no call without gradients computes
+INPUT_GRADIENT_HOOK = ("transformers.modeling_utils", "make_inputs_require_grads")
 
 # A new head or resized embeddings start in training mode, where these compute the same
 _SAME_IN_TRAINING = (
     *(torch.nn.Linear, torch.nn.Embedding),
     *(torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential),
 )
+
+# The modules of torch.ao.quantization, whose Linear is no torch.nn.Linear
+_QUANTISED = "torch.ao.nn."
 
 _NOT_COMPUTED = ("training", "gradient_checkpointing", "dropout", "dropout_rate")
 
@@ -174,7 +181,10 @@ def changed_part(
         if other is None or (name and name.startswith(ignore)):
             continue
         if name and not isinstance(part, type(other)):
-            return f"{name} is a {type(part).__name__}, not a {type(other).__name__}"
+            kinds = [type(part), type(other)]
+            same = kinds[0].__name__ == kinds[1].__name__
+            found, made = (f"{k.__module__}." * same + k.__name__ for k in kinds)
+            return f"{name} is a {found}, not a {made}"
         if getattr(part, "max_norm", None) is not None:
             return f"{name} has a max_norm: it edits its weights while it runs"
         if isinstance(other, PreTrainedModel):
@@ -208,16 +218,23 @@ def weights_state(
     """
     state: list[Any] = []
     if _global_hooks():
-        raise NoEngine("torch has hooks for the forward of all modules, which only torch runs")
+        reason = "torch has hooks for the forward of all modules, which only torch runs: remove"
+        raise Standing(f"{reason} them", root, lambda _: bool(_global_hooks()))
     for module in _walk(root):
-        if module._forward_hooks or module._forward_pre_hooks:
-            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if any(getattr(hook, "__module__", "") != _RECORDING_HOOKS for hook in hooks):
-                raise NoEngine("a module has forward hooks, which only torch runs")
+        kind = type(module)
+        if (module._forward_hooks or module._forward_pre_hooks) and _has_hooks(module):
+            reason = "a module has forward hooks, which only torch runs: remove them"
+            raise Standing(f"{reason} (of a {kind.__name__})", module, _has_hooks)
         if "forward" in module.__dict__ and not isinstance(module, own):
-            raise NoEngine(f"the forward of a {type(module).__name__} was replaced")
+            reason = f"the forward of a {kind.__name__} was replaced, which only torch runs"
+            raise Standing(reason, module, lambda part: "forward" in part.__dict__)
+        if kind.__module__.startswith(_QUANTISED):
+            reason = "weights are quantised by torch.ao.quantization (quantize_dynamic, say)"
+            raise Standing(f"{reason}, which only torch runs: leave that out", module, _is_a(kind))
         if module.training and not isinstance(module, _SAME_IN_TRAINING):
-            raise NoEngine(f"a {type(module).__name__} is in training mode: call model.eval()")
+            part = "the model" if module is root else f"a {kind.__name__}"
+            reason = f"{part} is in training mode: call model.eval()"
+            raise Standing(reason, module, lambda part: part.training)
         state.append(type(module))
         state += [(name, vars(module)[name]) for name in _plain_attributes(module)]
         for parameter in module._parameters.values():
@@ -226,6 +243,49 @@ def weights_state(
                 if versions and not parameter.is_inference():
                     state.append(parameter._version)
     return (*state, *_config_fields(root))
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a module has hooks that may change what it computes."""
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        home, name = (getattr(hook, key, "") for key in ("__module__", "__name__"))
+        if home != _RECORDING_HOOKS and (home, name) != INPUT_GRADIENT_HOOK:
+            return True
+    return False
+
+
+def _is_a(kind: type) -> Callable[[torch.nn.Module], bool]:
+    return lambda part: type(part) is kind
+
+
+def refuse_adapters(root: torch.nn.Module, others: tuple[str, ...] = ()) -> None:
+    """Adapters of PEFT's kind compute beside the weights until they are merged into them.
+
+    Raises:
+        NoEngine: there is one, outside of the parts whose names begin with ``others``.
+    """
+    for name, part in root.named_modules():
+        kind = type(part)
+        if "base_layer" in part._modules and not name.startswith(others or ("\0",)):
+            where = f"{name} is a {kind.__module__}.{kind.__name__}"
+            raise Standing(
+                f"an adapter (LoRA, say) is not merged into the weights ({where}): call "
+                "merge_and_unload() of its PeftModel",
+                part,
+                _is_a(kind),
+            )
+
+
+def asks_for_gradients(root: torch.nn.Module) -> bool:
+    """Whether a call with gradients enabled may be asked for some; by far quicker than
+    ``root.parameters()`` where all are frozen."""
+    for module in _walk(root):
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                return True
+        if module._forward_hooks and isinstance(module, torch.nn.Embedding):
+            return True  # one that asks for gradients of what it returns
+    return False
 
 
 def _walk(root: torch.nn.Module) -> Iterator[torch.nn.Module]:

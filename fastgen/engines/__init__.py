@@ -103,7 +103,10 @@ def choose_target(options: EngineOptions, device: torch.device, dtype: torch.dty
         if options.backend not in ("auto", "onnxruntime"):
             raise NoEngine(f"{options.backend} runs on NVIDIA GPUs: model.to('cuda')")
         if name != "float32":
-            raise NoEngine(f"on the CPU the engine computes in float32, the model is in {name}")
+            raise NoEngine(
+                f"on the CPU the engine computes in float32, the model is in {name}: load it with "
+                "dtype=torch.float32, or call model.float()"
+            )
         return targets.onnxruntime_cpu()
     if device.type == "cuda":
         if name not in ("float32", "float16", "bfloat16"):

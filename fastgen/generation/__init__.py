@@ -9,36 +9,13 @@ from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from fastgen.errors import EngineError
-from fastgen.explain import Explanation
+from fastgen.fallback import report
 from fastgen.generation import beam, loop
 from fastgen.generation.call import Call
-from fastgen.hf import contract, trial
+from fastgen.generation.explain import OPTIONAL_OUTPUTS, ExplainsGenerate
+from fastgen.hf import contract
 from fastgen.hf.forward import as_torch
 from fastgen.kv_cache import StaticKVCache
-
-OPTIONAL_OUTPUTS = ("output_attentions", "output_hidden_states")
-_FAST_MODES: tuple[Any, ...] = (
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-)
-_MODES = (*_FAST_MODES, GenerationMode.ASSISTED_GENERATION)
-_KINDS = dict(zip(_MODES, ("greedy", "sample", "beams", "beam sample", "assisted"), strict=True))
-"""What ``hf/trial.py`` calls them."""
-# Arguments of ``generate`` that become processors and criteria, or go with them: for any loop
-_ANY_LOOP: tuple[str, ...] = (
-    "logits_processor",
-    "stopping_criteria",
-    "prefix_allowed_tokens_fn",
-    "streamer",
-)
-_ANY_LOOP += ("tokenizer", "assistant_tokenizer")
-_ANY_LOOP += ("negative_prompt_ids", "negative_prompt_attention_mask")
-
-
-# What the HF loop calls for every token, and the fast loop does not
-_STEPS = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -49,79 +26,8 @@ def with_signature(function: _F) -> _F:
     return function
 
 
-class FastGenerationMixin(GenerationMixin):
+class FastGenerationMixin(ExplainsGenerate, GenerationMixin):
     """Mixin before a Hugging Face generation class: its ``generate`` runs on the engine."""
-
-    @torch.no_grad()
-    def explain(self, **generate_kwargs: Any) -> Explanation:
-        """Say which path ``generate(**generate_kwargs)`` takes, without running it."""
-        assistant = generate_kwargs.pop("assistant_model", None)
-        config, model_kwargs = self._prepare_generation_config(
-            generate_kwargs.pop("generation_config", None), **generate_kwargs
-        )
-        mode = config.get_generation_mode(assistant)
-        reasons = self._torch_reasons(config, model_kwargs, mode)
-        if reasons:
-            return Explanation("torch", reasons)
-        if mode not in _FAST_MODES:
-            reasons.append(f"{mode.value} decodes in the HF loop")
-        reasons += self._slow_reasons(config, model_kwargs)
-        return Explanation("HF loop" if reasons else "fast loop", reasons)
-
-    def _torch_reasons(self, config: Any, model_kwargs: dict[str, Any], mode: Any) -> list[str]:
-        """Why the engine does not run a ``generate`` call at all."""
-        reasons = []
-        if self._path(mode) == "torch":
-            reasons.append(trial.reason(_KINDS[mode], "torch"))
-        if config.cache_implementation not in (None, "dynamic"):
-            reasons.append(f"cache_implementation={config.cache_implementation!r} asks for torch's")
-        arguments = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
-        arguments["inputs_embeds"] = None  # the encoder's affair: the decoder runs on the engine
-        refusal = self.refusal(**{"decoder_input_ids": ..., **model_kwargs, **arguments})
-        return reasons + ([refusal] if refusal else [])
-
-    def _slow_reasons(self, config: Any, model_kwargs: dict[str, Any]) -> list[str]:
-        """Why the engine is driven by the HF loop, not by the fast loop."""
-        reasons = []
-        if not self.engine_options.fast_loop:
-            reasons.append("EngineOptions(fast_loop=False)")
-        mode = config.get_generation_mode()
-        if self._path(mode) != "fast loop":
-            reasons.append(trial.reason(_KINDS[mode], "the HF loop"))
-        if config.use_cache is False:
-            reasons.append("use_cache=False")
-        if config.output_hidden_states and config.return_dict_in_generate:
-            reasons.append("output_hidden_states are collected by the HF loop")
-        if config.prefill_chunk_size is not None:
-            reasons.append("prefill_chunk_size is set")
-        reasons += [f"{name} is the program's own" for name in _STEPS if not self._is_known(name)]
-        if getattr(config, "is_assistant", False):
-            reasons.append("an assistant model's tokens may be taken back")
-        past = contract.given_cache(model_kwargs)
-        if past is not None and past.get_seq_length():
-            reasons.append(f"{contract.CACHE} already holds tokens")
-        served: tuple[str, ...] = ("encoder_outputs", "attention_mask", "use_cache")
-        served += (
-            "output_hidden_states",
-            "input_ids",
-            "inputs",
-            "decoder_input_ids",
-            *contract.CACHE_NAMES,
-            *_ANY_LOOP,
-        )
-        for name, value in model_kwargs.items():
-            if value is not None and value is not False and name not in served:
-                reasons.append(f"{name} is given")
-        return reasons
-
-    def _path(self, mode: Any) -> str:
-        """The fastest path that is right in a decoding mode, as far as versions go."""
-        return trial.path(type(self), _KINDS.get(mode, "other"), self.engine_options)
-
-    def _is_known(self, method: str) -> bool:
-        """Whether a method is the one of a library, which the fast loop does the work of."""
-        home = getattr(type(self), method).__module__.partition(".")[0]
-        return method not in vars(self) and home in ("fastgen", "transformers")
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         """Greedy decoding and sampling: the fast loop where it applies, else the HF loop."""
@@ -170,9 +76,9 @@ class FastGenerationMixin(GenerationMixin):
         """What the fast loop needs to serve a decoding call; None if it does not serve it."""
         config, criteria = generation_config, stopping_criteria
         past = contract.given_cache(model_kwargs)
-        if synced_gpus or (config.num_beams > 1 and config.low_memory):
+        if synced_gpus or not isinstance(past, StaticKVCache):
             return None
-        if not isinstance(past, StaticKVCache) or self._slow_reasons(config, model_kwargs):
+        if not self._serves_fast_loop(config, model_kwargs):
             return None
         arguments = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
         if self.refusal(decoder_input_ids=input_ids, **{**model_kwargs, **arguments}) is not None:
@@ -189,6 +95,8 @@ class FastGenerationMixin(GenerationMixin):
         """As the stock ``generate``; DLPack tensors (of CuPy, say) are taken as torch tensors."""
         kwargs = {name: as_torch(value) for name, value in kwargs.items()}
         with self.steady():
+            if reason := self.standing_refusal():
+                report(self, "torch", reason)
             return super().generate(as_torch(inputs), *args, **kwargs)
 
     # as programs find it under the decorator of the stock one: the same without torch.no_grad()
@@ -200,11 +108,13 @@ class FastGenerationMixin(GenerationMixin):
         """Give ``generate`` the engine's KV cache where it would make a dynamic one."""
         given = (value for value in (*args, *kwargs.values()) if isinstance(value, GenerationMode))
         mode = next(given, None) or generation_config.get_generation_mode()
-        if (
-            self._path(mode) != "torch"
-            and contract.given_cache(model_kwargs) is None
+        if reason := self._unmet(mode, "torch"):
+            report(self, "torch", reason)
+        elif (
+            contract.given_cache(model_kwargs) is None
             and generation_config.use_cache is not False
             and generation_config.cache_implementation in (None, "dynamic")
+            and self.standing_refusal() is None
         ):
             model_kwargs[contract.CACHE] = self._new_cache()
             return None

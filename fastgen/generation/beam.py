@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
 
+from fastgen.bucket import Bucket
 from fastgen.generation import cpu
 from fastgen.generation.call import Call, keeps, records
 from fastgen.generation.draws import Draws
@@ -22,7 +23,7 @@ from fastgen.generation.kernels import BeamTail, beam_obstacle
 from fastgen.generation.loop import Loop
 from fastgen.generation.state import NEVER, BeamState
 from fastgen.hf import contract
-from fastgen.kv_cache import Bucket, StaticKVCache
+from fastgen.kv_cache import StaticKVCache, unshared
 
 
 class Advance:
@@ -308,7 +309,7 @@ class BeamLoop(Loop):
         slots = torch.arange(length, device=bucket.device) * self.beams
         slots = slots + state.ancestors[:, :, :length]  # [B, N, length]
         listed = len(self.call.cache.self_attention_cache.layers)
-        return bucket.unshare(slots, self.hidden.shape[1], listed)
+        return unshared(bucket, slots, self.hidden.shape[1], listed)
 
 
 def beam_search(call: Call) -> Any:

@@ -7,8 +7,8 @@ milliseconds, on the cores where the engine's next step runs.
 import numpy as np
 import torch
 
+from fastgen.bucket import Bucket
 from fastgen.generation.state import NEVER, BeamState, SampleState
-from fastgen.kv_cache import Bucket
 
 _NEVER = np.float32(NEVER)
 _FEW_ROWS = 8  # what one thread computes sooner than others have stopped spinning

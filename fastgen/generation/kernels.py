@@ -11,10 +11,10 @@ from importlib.resources import files
 
 import torch
 
+from fastgen.bucket import Bucket
 from fastgen.engines import nvrtc
 from fastgen.engines.nvrtc import Launch, PreparedLaunch, Program
 from fastgen.generation.state import BeamState, SampleState
-from fastgen.kv_cache import Bucket
 from fastgen.options import EngineOptions
 
 # As in greedy.cu, beams.cu and top.cu

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
+from fastgen.bucket import Bucket
 from fastgen.capturable import NotCapturable
 from fastgen.capturing import lasting
 from fastgen.decoder import Step
@@ -21,7 +22,6 @@ from fastgen.generation.draws import Draws
 from fastgen.generation.kernels import GreedyTail, greedy_obstacle
 from fastgen.generation.state import SampleState
 from fastgen.hf import contract
-from fastgen.kv_cache import Bucket
 
 RUN_AHEAD = 2  # tokens that the host may be ahead of the GPU; as many may be computed in vain
 

@@ -4,6 +4,7 @@ import inspect
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastgen.hf import contract
@@ -29,7 +30,8 @@ def forward_like(stock: Any) -> Any:
 
 
 def as_torch(value: Any) -> Any:
-    """A foreign DLPack tensor as a torch tensor on the same memory; anything else as it is."""
-    if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
+    """A foreign DLPack tensor as a torch tensor on the same memory; anything else as it is, and so
+    are NumPy arrays: the stock classes refuse them."""
+    if isinstance(value, (torch.Tensor, np.ndarray)) or not hasattr(value, "__dlpack__"):
         return value
     return torch.from_dlpack(value)
