@@ -66,7 +66,7 @@ class EngineOptions:
     prepack: float = 0.25
     """On the CPU, share of the weights (bytes) to hold a second time in the layout of its matrix
     kernels, which read them faster: 0 is none of them, 1 all, most of all for beams and long
-    sources. After editing single elements through ``.data``, call ``model.invalidate_engine()``."""
+    sources. With more than 0 each call begins with a pass over them, which tells of edits."""
     max_batch: int = 64
     """TensorRT: most rows (batch times beams) of a call; torch serves more."""
     max_source_tokens: int = 1024

@@ -200,8 +200,9 @@ SHARED: dict[str, Callable[[Any], Any]] = {
 
 @functools.cache
 def large_enough() -> Pair:
-    """Models whose weights are pages of their own: once freed, reading them ends the process."""
-    config = T5Config(**TINY | {"vocab_size": 4096, "d_model": 256, "d_kv": 64, "d_ff": 1024})
+    """Models with a weight of over 32 MiB, which is pages of its own: reading freed ones ends
+    the process."""
+    config = T5Config(**TINY | {"vocab_size": 33000, "d_model": 256})
     stock = transformers.T5ForConditionalGeneration(config).eval()
     fast = fastgen.FastT5ForConditionalGeneration(config).eval()
     fast.load_state_dict(stock.state_dict())

@@ -121,7 +121,8 @@ class OnnxRuntimeEngine:
         return {name: value.data_ptr() for name, value in self._weights.items()}
 
     def __del__(self) -> None:
-        if "_session" in vars(self):  # it waits for the GPU as it ends
+        # it waits for the GPU as it ends; with the interpreter, modules may have gone before it
+        if "_session" in vars(self) and cuda:
             cuda.dispose(self._device, [vars(self).pop("_session")])
 
     def run(self, io_binding: Any) -> None:
