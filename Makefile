@@ -3,12 +3,14 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+OLDEST := $(VENV)/oldest
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-oldest check format clean
 
 help:
 	@echo "make demo    pronounce held-out words with the bundled checkpoint, beside the stock class"
 	@echo "make test    the whole test suite"
+	@echo "make test-oldest  parity and generation tests with the oldest transformers supported"
 	@echo "make check   ruff format, ruff lint, mypy"
 	@echo "make format  rewrite the sources as ruff wants them"
 	@echo "make clean   remove the environment and the tools' leftovers"
@@ -23,6 +25,13 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(RUN) -m pytest -n auto
+
+$(OLDEST)/.installed: $(STAMP) tools/oldest_env.py fastgen/hf/contract.py
+	$(RUN) tools/oldest_env.py $(OLDEST)
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(RUN) -m pytest -n auto tests/test_parity.py tests/generation tests/hf
 
 check: $(STAMP)
 	$(RUN) -m ruff format --check .

@@ -77,7 +77,7 @@ def graphs(shape: str, target: targets.Target) -> dict[str, Graph]:
     recorder = Recorder()
     with patch.object(engines, "backend", lambda name: recorder):
         for module in model.modules():
-            if isinstance(module, EngineModule):
+            if isinstance(module, EngineModule) and not module._waits:
                 module._build_engine(target)
     return recorder.graphs
 

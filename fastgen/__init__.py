@@ -1,7 +1,7 @@
 """fastgen: Hugging Face text generation, many times faster by changing one import line."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -11,23 +11,67 @@ _HOMES = {
     "FastAutoModelForSeq2SeqLM": "fastgen.auto",
     "FastMT5EncoderModel": "fastgen.models.mt5",
     "FastMT5ForConditionalGeneration": "fastgen.models.mt5",
+    "FastMT5ForQuestionAnswering": "fastgen.models.mt5",
+    "FastMT5ForSequenceClassification": "fastgen.models.mt5",
+    "FastMT5ForTokenClassification": "fastgen.models.mt5",
+    "FastMT5Model": "fastgen.models.mt5",
     "FastT5": "fastgen.models.t5",
     "FastT5EncoderModel": "fastgen.models.t5",
     "FastT5ForConditionalGeneration": "fastgen.models.t5",
+    "FastT5ForQuestionAnswering": "fastgen.models.t5",
+    "FastT5ForSequenceClassification": "fastgen.models.t5",
+    "FastT5ForTokenClassification": "fastgen.models.t5",
+    "FastT5Model": "fastgen.models.t5",
     "FastUMT5EncoderModel": "fastgen.models.umt5",
     "FastUMT5ForConditionalGeneration": "fastgen.models.umt5",
+    "FastUMT5ForQuestionAnswering": "fastgen.models.umt5",
+    "FastUMT5ForSequenceClassification": "fastgen.models.umt5",
+    "FastUMT5ForTokenClassification": "fastgen.models.umt5",
+    "FastUMT5Model": "fastgen.models.umt5",
 }
 
 __all__ = [*_HOMES, "__version__"]
 
+if TYPE_CHECKING:  # the same names again: type checkers do not read a dict
+    from fastgen.auto import FastAutoModelForSeq2SeqLM as FastAutoModelForSeq2SeqLM
+    from fastgen.errors import FallbackWarning as FallbackWarning
+    from fastgen.models.mt5 import FastMT5EncoderModel as FastMT5EncoderModel
+    from fastgen.models.mt5 import (
+        FastMT5ForConditionalGeneration as FastMT5ForConditionalGeneration,
+    )
+    from fastgen.models.mt5 import FastMT5ForQuestionAnswering as FastMT5ForQuestionAnswering
+    from fastgen.models.mt5 import (
+        FastMT5ForSequenceClassification as FastMT5ForSequenceClassification,
+    )
+    from fastgen.models.mt5 import FastMT5ForTokenClassification as FastMT5ForTokenClassification
+    from fastgen.models.mt5 import FastMT5Model as FastMT5Model
+    from fastgen.models.t5 import FastT5 as FastT5
+    from fastgen.models.t5 import FastT5EncoderModel as FastT5EncoderModel
+    from fastgen.models.t5 import FastT5ForConditionalGeneration as FastT5ForConditionalGeneration
+    from fastgen.models.t5 import FastT5ForQuestionAnswering as FastT5ForQuestionAnswering
+    from fastgen.models.t5 import FastT5ForSequenceClassification as FastT5ForSequenceClassification
+    from fastgen.models.t5 import FastT5ForTokenClassification as FastT5ForTokenClassification
+    from fastgen.models.t5 import FastT5Model as FastT5Model
+    from fastgen.models.umt5 import FastUMT5EncoderModel as FastUMT5EncoderModel
+    from fastgen.models.umt5 import (
+        FastUMT5ForConditionalGeneration as FastUMT5ForConditionalGeneration,
+    )
+    from fastgen.models.umt5 import FastUMT5ForQuestionAnswering as FastUMT5ForQuestionAnswering
+    from fastgen.models.umt5 import (
+        FastUMT5ForSequenceClassification as FastUMT5ForSequenceClassification,
+    )
+    from fastgen.models.umt5 import FastUMT5ForTokenClassification as FastUMT5ForTokenClassification
+    from fastgen.models.umt5 import FastUMT5Model as FastUMT5Model
+    from fastgen.options import EngineOptions as EngineOptions
+else:  # of a module with this function, they would take every name for one of its
 
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that ``fastgen cache list`` does not load torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fastgen' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        """Import a public name on first use, so that ``fastgen cache list`` does not load torch."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'fastgen' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,6 @@
 """What the two sides of a model share: functions captured as CUDA graphs, and how many are kept."""
 
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -32,7 +33,7 @@ class Capturing:
     @property
     def captures(self) -> bool:
         """Whether what runs often is replayed as CUDA graphs."""
-        return self.target.captured and self.options.cuda_graphs
+        return self.target.captured and self.options.cuda_graphs and cuda.missing() is None
 
     def captures_sources(self, batch: int, sources: int) -> bool:
         """Whether what reads so many source tokens is captured."""
@@ -41,6 +42,10 @@ class Capturing:
     def stream(self) -> AbstractContextManager[None]:
         """Run the body on the engine's stream, ordered with the caller's."""
         return cuda.on_engine_stream(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def hand_over(self, *tensors: torch.Tensor) -> None:
+        """Say that whose turn it is will use tensors made in it, on the caller's stream."""
+        cuda.hand_over(self.device, tensors)
 
     def sources_for(self, sources: int) -> int:
         """Source tokens of a buffer: exact on the CPU; four sizes per doubling on a GPU, so that
@@ -58,13 +63,19 @@ class Capturing:
     def _captured(
         self, function: Callable[[], None], mutable: Sequence[torch.Tensor] = ()
     ) -> Callable[[], None]:
-        """``function``, as the replay of a graph on a GPU; ``mutable`` is what it changes."""
+        """``function``, as the replay of a graph on a GPU; ``mutable`` is what it changes.
+
+        Where other threads keep on breaking the capture, its kernels are launched one by one.
+        """
         if not self.captures:
             return function
         if self._graph_pool is None:
             self._graph_pool = cuda.GraphPool(self.device)
         undo = cuda.restorer(list(mutable), self.device)
-        return cuda.CapturedGraph(function, self.device, undo, self._graph_pool).replay
+        try:
+            return cuda.CapturedGraph(function, self.device, undo, self._graph_pool).replay
+        except cuda.CaptureBroken:
+            return function
 
     def _once(
         self, made: dict[Any, Any], key: Hashable, make: Callable[[], Any], limit: float
@@ -106,3 +117,23 @@ class SourceBuffers:
                 tensor[:, :sources].copy_(value)
             else:
                 tensor[:, :sources].fill_(value)
+
+
+_idle_flags: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+
+
+def host_flags(owner: Any, count: int, device: torch.device) -> torch.Tensor:
+    """Bool [count] that the GPU writes and the host reads; ``owner``'s for as long as it lives.
+
+    Pinned memory is kept for the next owner. Given back to torch it would be followed by an event
+    on the engine stream, in whatever thread, and that would be part of a capture.
+    """
+    if device.type != "cuda":
+        return torch.ones(count, dtype=torch.bool)
+    idle = _idle_flags.setdefault((device, count), [])
+    try:
+        flags = idle.pop()
+    except IndexError:
+        flags = torch.ones(count, dtype=torch.bool, pin_memory=True)
+    weakref.finalize(owner, idle.append, flags).atexit = False
+    return flags

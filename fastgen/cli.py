@@ -4,15 +4,18 @@ Whatever needs torch is imported inside its command, so that ``fastgen cache lis
 """
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from fastgen import __version__
 from fastgen.bench.cli import bench
 from fastgen.engine_cache import EngineCache
 from fastgen.errors import FastgenError
@@ -22,6 +25,22 @@ app = typer.Typer(no_args_is_help=True, help="Hugging Face text generation, many
 cache_app = typer.Typer(no_args_is_help=True, help="The engine cache: compiled engines on disk.")
 app.add_typer(cache_app, name="cache")
 app.command("bench")(bench)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Say which it is."),
+    ] = False,
+) -> None:
+    """Hugging Face text generation, many times faster."""
 
 
 class Device(StrEnum):
@@ -69,7 +88,13 @@ def doctor() -> None:
 
 @app.command("compile")
 def compile_model(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Hub id, folder, or a shape with random weights such as t5-small@random.",
+        ),
+    ],
     device: Annotated[Device, typer.Option(help="auto: the GPU, if torch sees one.")] = Device.AUTO,
     dtype: Annotated[DType, typer.Option(help="auto: the checkpoint's.")] = DType.AUTO,
 ) -> None:
@@ -86,8 +111,9 @@ def compile_model(
                 "--device cuda: torch sees no CUDA device here (see `fastgen doctor`); "
                 "use --device cpu."
             )
-    with _errors_as_text(OSError, ValueError):  # transformers' errors for what it cannot load
-        fast = FastAutoModelForSeq2SeqLM.from_pretrained(model, dtype=dtype.value)
+    # OSError, ValueError: transformers' errors for what it cannot load
+    with _errors_as_text(OSError, ValueError), _checkpoint(model) as checkpoint:
+        fast = FastAutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=dtype.value)
     with _errors_as_text():
         cache = EngineCache(fast.engine_options.cache_dir)
         before = {entry.fingerprint for entry in cache.entries()}
@@ -97,6 +123,22 @@ def compile_model(
     typer.echo(f"{model} is compiled for {device} in {fast.dtype}: {where}")
     for entry in new:
         typer.echo(f"  new: {entry.title} ({entry.size / 1e6:.2f} MB)")
+
+
+@contextlib.contextmanager
+def _checkpoint(model: str) -> Iterator[str]:
+    """Where to load a model from: a shape with random weights (in fp32) is written for it."""
+    import torch
+
+    from fastgen.bench.shapes import SUFFIX, write_random_checkpoint
+
+    if not model.endswith(SUFFIX):
+        yield model
+        return
+    with tempfile.TemporaryDirectory(prefix="fastgen-") as folder:
+        name = model.removesuffix(SUFFIX)
+        write_random_checkpoint(name, Path(folder), dtype=torch.float32, device="cpu")
+        yield folder
 
 
 @cache_app.command("list")

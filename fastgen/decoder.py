@@ -2,18 +2,19 @@
 
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from fastgen.bucket import Bucket, BucketPool, BucketSize
 from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Binding, Engine, NotFused
-from fastgen.kv_cache import Bucket, BucketPool, BucketSize, StaticKVCache
+from fastgen.kv_cache import StaticKVCache
 from fastgen.options import EngineOptions
-from fastgen.seq2seq import DecoderShape
+from fastgen.seq2seq import LAST_STATE, DecoderShape, state_names
 from fastgen.target import Target
 
 _STEPS = 8  # a bucket's captured steps: one for each choice that followed, and phase of it
@@ -27,6 +28,18 @@ class Step:
     after: Any
 
 
+class DecoderEngines(Protocol):
+    """Gives a decoder engine; the same one for the same arguments."""
+
+    def __call__(self, slot_mask: bool, slots: int, states: bool = False) -> Engine:
+        """
+        Args:
+            slot_mask: whether it reads a mask over slots.
+            slots: for how many slots.
+            states: whether its outputs are hidden states, too.
+        """
+
+
 class Decoder(Capturing):
     """The cross and decoder engines of one model, and the buckets they run over."""
 
@@ -36,14 +49,12 @@ class Decoder(Capturing):
         target: Target,
         device: torch.device,
         cross: Engine,
-        decoder: Callable[[bool, int], Engine],
+        decoder: DecoderEngines,
         fused: Engine | None,
         options: EngineOptions,
     ) -> None:
         """
         Args:
-            decoder: gives the decoder engine with (True) or without a mask over slots, for a number
-                of slots.
             fused: runs steps of few rows in place of ``decoder``, where it can.
         """
         super().__init__(target, device, options)
@@ -61,12 +72,10 @@ class Decoder(Capturing):
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """A call's turn: on a GPU one after the other, on the engine's stream; on a CPU, where
-        each has buffers of its own, calls of several threads run side by side."""
-        if self.target.device == "cpu":
-            yield
-            return
-        with self.lock, self.stream():
+        """A call's turn: on a GPU one after the other, on the engine's stream, whose lock comes
+        before this decoder's own; on a CPU, where each has buffers of its own, calls of several
+        threads run side by side."""
+        with self.stream():
             yield
 
     # Buckets
@@ -141,37 +150,57 @@ class Decoder(Capturing):
     # Runs
 
     def run(self, bucket: Bucket, input_ids: torch.Tensor, length: int) -> torch.Tensor:
-        """Decode query tokens [B, Q] behind ``length`` filled slots -> logits [B, Q, V].
+        """Decode query tokens [B, Q] behind ``length`` filled slots -> logits [B, Q, V], or without
+        a head hidden states [B, Q, E].
 
-        A step (Q as in the bucket) gives the bucket's own logits, overwritten by the next step.
+        A step (Q as in the bucket) gives the bucket's own tensor, overwritten by the next step.
         """
-        tensors = bucket.tensors
+        output, tensors = bucket.output(*self.shape.output), bucket.tensors
         if input_ids.shape[1] == bucket.size.queries:
             tensors["input_ids"].copy_(input_ids)
             bucket.seek(length)
             self.step(bucket)()
-            return tensors["logits"]
+            return output
         return self._prefill(bucket, input_ids, length)
 
-    def _prefill(self, bucket: Bucket, input_ids: torch.Tensor, length: int) -> torch.Tensor:
+    def run_with_states(
+        self, bucket: Bucket, input_ids: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """``run``, and what each block reads, in the residual stream's dtype, with the hidden
+        states behind the final norm last; never captured, and nothing of it lies in a bucket."""
+        axes = *input_ids.shape, self.shape.width
+        wide = getattr(torch, self.target.residual_dtype)
+        names = state_names(self.shape.layers)
+        states = {name: torch.empty(axes, dtype=wide, device=self.device) for name in names}
+        states[LAST_STATE] = torch.empty(axes, dtype=bucket.dtype, device=self.device)
+        output = self._prefill(bucket, input_ids, length, states)
+        return output, list(states.values())
+
+    def _prefill(
+        self,
+        bucket: Bucket,
+        input_ids: torch.Tensor,
+        length: int,
+        states: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         batch, queries = input_ids.shape
         positions = torch.arange(length, length + queries, device=self.device)
         cross_mask = bucket.tensors["cross_mask"][:, :, :1].expand(-1, -1, queries, -1)
-        logits = torch.empty(
-            batch, queries, self.shape.vocab_size, dtype=bucket.dtype, device=self.device
-        )
+        name, width = self.shape.output
+        output = torch.empty(batch, queries, width, dtype=bucket.dtype, device=self.device)
         bucket.tensors["first_slot"].fill_(length)
         tensors = bucket.tensors | {
             "input_ids": input_ids.contiguous(),
             "query_positions": positions[:, None],
             "cross_mask": cross_mask.contiguous(),
-            "logits": logits,
+            name: output,
+            **(states or {}),
         }
         if self.target.always_masked:
             shape = batch, 1, queries, bucket.size.slots
             tensors["slot_mask"] = torch.zeros(shape, dtype=bucket.dtype, device=self.device)
-        self.decoder(False, bucket.size.slots).bind(tensors).run()
-        return logits
+        self.decoder(False, bucket.size.slots, states is not None).bind(tensors).run()
+        return tensors[name]
 
     def step(self, bucket: Bucket) -> Callable[[], None]:
         """The function that runs one step over the bucket's tensors: a graph replay on a GPU."""

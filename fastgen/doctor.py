@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fastgen import __version__, runtime
 from fastgen.engine_cache import EngineCache
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, MissingRuntimeError
 from fastgen.options import EngineOptions
 
 ENGINES = ("onnxruntime", "torch")
@@ -30,6 +30,13 @@ class EngineChoice:
     device: str
     available: bool
     reason: str
+    raises: bool = False
+    """A model that should get it raises MissingRuntimeError, and torch does not step in."""
+
+    @property
+    def in_line(self) -> bool:
+        """Whether models on the device meet it, be it by its error."""
+        return self.available or self.raises
 
 
 def choices(options: EngineOptions | None = None) -> list[EngineChoice]:
@@ -50,12 +57,10 @@ def choices(options: EngineOptions | None = None) -> list[EngineChoice]:
             names = ENGINES + on_request
             found += [EngineChoice(name, device, False, problem) for name in names]
             continue
-        version = runtime.versions()["torch"]
         others = [_choice_on_request(name) for name in on_request]
         asked = [choice for choice in others if choice.name == options.backend]
-        found += asked
-        found.append(_onnxruntime_choice(options, device))
-        found.append(EngineChoice("torch", device, True, f"torch {version}, in every dtype"))
+        engines = [*asked, _onnxruntime_choice(options, device)]
+        found += [*engines, _torch_choice(options, device, blocked=engines[0].raises)]
         found += [choice for choice in others if choice not in asked]
     return found
 
@@ -77,11 +82,15 @@ def report() -> bool:
         # Not in a table: its cells would break the commands that a user wants to copy.
         console.print(_line(choice, picked(choice.device, candidates)), soft_wrap=True)
     console.print(f"engine cache: {_engine_cache_state(options)}", soft_wrap=True)
-    best = picked("cuda", candidates) or picked("cpu", candidates)
+    device = "cuda" if any(c.device == "cuda" and c.in_line for c in candidates) else "cpu"
+    best = picked(device, candidates)
     if best is not None and best.name != "torch":
-        console.print(f"Picked on this machine: {best.name} on {best.device}.", style="green")
+        console.print(f"Picked on this machine: {best.name} on {device}.", style="green")
         return True
-    console.print("No engine is picked: models run no faster than stock torch.", style="red")
+    outcome = "models run no faster than stock torch"
+    if best is None:
+        outcome = f"models on {device} raise an error that says what is said above"
+    console.print(f"No engine is picked: {outcome}.", style="red", soft_wrap=True)
     return False
 
 
@@ -108,24 +117,47 @@ def _cuda_problem() -> str | None:
 
 def _choice_on_request(name: str) -> EngineChoice:
     """An engine of ON_REQUEST on the GPU that torch has."""
-    if problem := _backend_problem(name):
-        return EngineChoice(name, "cuda", False, problem)
+    if problem := _backend_problem(name, "cuda"):
+        return _refused(name, "cuda", problem)
     package = ON_REQUEST[name]
     reason = f"{package} {runtime.versions()[package]}, for EngineOptions(backend={name!r})"
     return EngineChoice(name, "cuda", True, reason)
 
 
-def _backend_problem(name: str) -> str | None:
-    """Why a backend does not run on this GPU, with the remedy; None if it does."""
+def _refused(name: str, device: str, problem: FastgenError) -> EngineChoice:
+    raises = isinstance(problem, MissingRuntimeError)
+    return EngineChoice(name, device, False, str(problem), raises)
+
+
+def _backend_problem(name: str, device: str) -> FastgenError | None:
+    """What a model meets that asks for a backend on this device; None if it runs."""
     import torch
 
     from fastgen import engines
 
     try:
-        engines.backend(name).check(torch.device("cuda"))
+        engines.backend(name).check(torch.device(device))
     except FastgenError as error:
-        return str(error)
+        return error
     return None
+
+
+def _served(options: EngineOptions, device: str) -> tuple[list[str], list[str], str]:
+    """Names of the dtypes that an engine serves, of those that torch does, and why it does."""
+    import torch
+
+    from fastgen.engines import choose_target
+
+    served, left, reason = [], [], ""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        try:
+            choose_target(options, torch.device(device), dtype)
+            served.append(name)
+        except FastgenError as error:
+            left.append(name)
+            reason = str(error)
+    return served, left, reason
 
 
 def _onnxruntime_choice(options: EngineOptions, device: str) -> EngineChoice:
@@ -133,28 +165,28 @@ def _onnxruntime_choice(options: EngineOptions, device: str) -> EngineChoice:
     if device == "cuda" and options.backend in ON_REQUEST:
         reason = f"EngineOptions(backend={options.backend!r}) asks for another"
         return EngineChoice("onnxruntime", device, False, reason)
-    import torch
-
-    from fastgen.engines import choose_target
-
-    served, refusal = [], ""
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        try:
-            choose_target(options, torch.device(device), dtype)
-            served.append(str(dtype).removeprefix("torch."))
-        except FastgenError as error:
-            refusal = str(error)
-    problem = None if served else refusal
-    try:
-        module = runtime.onnxruntime()
-        if device == "cuda":
-            problem = problem or runtime.cuda_provider_problem()
-    except FastgenError as error:
-        problem = problem or str(error)
-    if problem:
-        return EngineChoice("onnxruntime", device, False, problem)
-    reason = f"ONNX Runtime {module.__version__}, for models in {', '.join(served)}"
+    served, _, reason = _served(options, device)
+    if not served:
+        return EngineChoice("onnxruntime", device, False, reason)
+    problem = _backend_problem("onnxruntime", device)
+    if problem is None and device == "cuda" and (lost := runtime.cuda_provider_problem()):
+        problem = MissingRuntimeError(lost)
+    if problem is not None:
+        return _refused("onnxruntime", device, problem)
+    version = runtime.onnxruntime().__version__
+    reason = f"ONNX Runtime {version}, for models in {', '.join(served)}"
     return EngineChoice("onnxruntime", device, True, reason)
+
+
+def _torch_choice(options: EngineOptions, device: str, blocked: bool) -> EngineChoice:
+    """torch; ``blocked`` where the engine that models should get raises an error instead."""
+    name = f"torch {runtime.versions()['torch']}"
+    if not blocked:
+        return EngineChoice("torch", device, True, f"{name}, in every dtype")
+    _, left, _ = _served(options, device)
+    dtypes = f"for models in {', '.join(left)} or " if left else ""
+    reason = f"{name}, only {dtypes}with EngineOptions(backend='torch')"
+    return EngineChoice("torch", device, False, reason)
 
 
 def _machine_table() -> Table:

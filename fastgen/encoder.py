@@ -1,6 +1,6 @@
 """The encoder side of a model: token ids to hidden states, captured where launching dominates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Engine
 from fastgen.options import EngineOptions
+from fastgen.seq2seq import LAST_STATE, state_names
 from fastgen.target import Target
 
 
@@ -30,9 +31,17 @@ class Encoder(Capturing):
         device: torch.device,
         width: int,
         options: EngineOptions,
+        layers: int,
+        states: Callable[[], Engine],
     ) -> None:
+        """
+        Args:
+            layers: how many blocks there are.
+            states: gives the engine whose outputs are what they read, too.
+        """
         super().__init__(target, device, options)
         self.engine, self._width = engine, width
+        self._layers, self._states = layers, states
         self._replays: dict[tuple[int, int], _Replay] = {}
 
     def run(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -62,6 +71,22 @@ class Encoder(Capturing):
         self._bind(input_ids.contiguous(), given, hidden)()
         return hidden
 
+    def run_with_states(
+        self, input_ids: torch.Tensor, mask: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """What each block reads, in the residual stream's dtype, and last what ``run`` gives: never
+        captured, so that who does not ask for it pays nothing."""
+        axes, wide = (*input_ids.shape, self._width), getattr(torch, self.target.residual_dtype)
+        names = state_names(self._layers)
+        states = {n: torch.empty(axes, dtype=wide, device=self.device) for n in names}
+        states[LAST_STATE] = self._empty(*input_ids.shape)
+        if input_ids.numel():
+            given = torch.empty_like(input_ids, memory_format=torch.contiguous_format)
+            source = SourceBuffers(attention_mask=given)
+            source.fill(input_ids.shape[1], attention_mask=source_mask(mask))
+            self._bound_to(self._states(), input_ids.contiguous(), given, states)()
+        return list(states.values())
+
     def _replay(self, batch: int, sources: int) -> _Replay:
         ids = torch.zeros(batch, sources, dtype=torch.int64, device=self.device)
         mask, hidden = torch.ones_like(ids), self._empty(batch, sources)
@@ -71,15 +96,24 @@ class Encoder(Capturing):
     def _bind(
         self, input_ids: torch.Tensor, mask: torch.Tensor, hidden: torch.Tensor
     ) -> Callable[[], None]:
+        return self._bound_to(self.engine, input_ids, mask, {LAST_STATE: hidden})
+
+    def _bound_to(
+        self,
+        engine: Engine,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        outputs: Mapping[str, torch.Tensor],
+    ) -> Callable[[], None]:
         positions = torch.arange(input_ids.shape[1], device=self.device)
         tensors = {
             "input_ids": input_ids,
             "attention_mask": mask,
             "query_positions": positions[:, None],
             "key_positions": positions[None, :],
-            "last_hidden_state": hidden,
+            **outputs,
         }
-        return self.engine.bind(tensors).run
+        return engine.bind(tensors).run
 
     def _empty(self, batch: int, sources: int) -> torch.Tensor:
         dtype = getattr(torch, self.target.dtype)

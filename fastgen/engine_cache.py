@@ -157,6 +157,15 @@ class EngineCache:
                 self._store(name, key, title, artifact)
             return artifact
 
+    def discard(self, key: Mapping[str, object], reason: str) -> None:
+        """Throw away, with a warning, an entry that is whole but that its library refuses."""
+        name = fingerprint(key)
+        entry = self._path(name, "json")
+        text = f"Engine cache entry {entry} is of no use here and is built again: {reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        with contextlib.suppress(OSError), self._lock(name, _LOCK_TIMEOUT_S):
+            self._remove(name)
+
     def entries(self) -> list[Entry]:
         """All readable entries, the last used first (see ``verify`` for the others)."""
         found = []

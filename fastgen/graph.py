@@ -1,5 +1,6 @@
 """From a family's onnxscript module to a Graph: ONNX bytes, tensor specs, parameter names."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,9 @@ from onnxscript import GraphBuilder, nn
 from fastgen.contrib_ops import lowering
 from fastgen.target import Target
 
-WEIGHTS_FILE = "weights"  # initializers name this (empty) file; their data comes by pointer
+# Initializers name this file; their data comes by pointer. It must exist and is not read: so it is
+# the empty file that is always there, and that nobody can remove.
+WEIGHTS_FILE = os.path.basename(os.devnull)
 
 IR_DTYPES = {
     "float32": ir.DataType.FLOAT,

@@ -1,209 +1,13 @@
-"""The KV cache: device buffers in buckets, leased to caches that Hugging Face code understands."""
+"""The KV cache: engine-owned buckets, as a cache that Hugging Face code understands."""
 
 import copy
-import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from fastgen.capturing import lasting
-from fastgen.seq2seq import DecoderShape
-from fastgen.target import Target
-
-
-class BucketSize(NamedTuple):
-    """What one set of buffers, bindings and captured CUDA graph serves."""
-
-    batch: int
-    queries: int
-    """Query tokens of one step: 1, or the number of beams that share one KV buffer."""
-    slots: int
-    """KV cache slots per row (a multiple of ``queries``)."""
-    sources: int
-    """Source tokens per row, padding included."""
-
-
-class Bucket:
-    """Every tensor of the decoder graph at one size, allocated once.
-
-    ``tensors`` maps graph names to tensors. ``self_kv`` and ``cross_kv`` hold all layers' buffers
-    in one allocation each: [2 * layers, *Target.kv_shape], keys and values alternating.
-    """
-
-    def __init__(
-        self, shape: DecoderShape, target: Target, device: torch.device, size: BucketSize
-    ) -> None:
-        self.shape, self.target, self.device, self.size = shape, target, device, size
-        self.dtype = getattr(torch, target.dtype)
-        batch, queries, slots, sources = size
-        kv = 2 * shape.layers
-        self.self_kv = self._empty(kv, *target.kv_shape(batch, *self._heads(slots)))
-        self.cross_kv = self._empty(kv, *target.kv_shape(batch, *self._heads(sources)))
-        self.tensors = {
-            "input_ids": torch.zeros(batch, queries, dtype=torch.int64, device=device),
-            "slot_positions": (torch.arange(slots, device=device) // queries).view(1, slots),
-            **self._counters(batch, queries),
-            "cross_mask": self._empty(batch, 1, queries, sources),
-            "logits": self._empty(batch, queries, shape.vocab_size),
-        }
-        if queries > 1 or target.always_masked:  # zero until beams say what hides what
-            self.tensors["slot_mask"] = self._empty(batch, 1, queries, slots).zero_()
-        self.tensors |= {name: self._empty(*axes) for name, axes in shape.tables.items()}
-        self.tensors |= self._kv_tensors("self", self.self_kv)
-        self.tensors |= self._kv_tensors("present", self.self_kv)  # updated in place
-        self.tensors |= self._kv_tensors("cross", self.cross_kv)
-        self.steps: dict[Any, Any] = {}
-        """Captured graphs of these buffers, by whatever made them."""
-        self.bindings: dict[Any, Any] = {}
-        """What runs engines over these buffers, likewise."""
-
-    def without_steps(self) -> "Bucket":
-        """The same buffers for what a step itself keeps: with the steps, nothing would be freed."""
-        same = copy.copy(self)
-        same.steps, same.bindings = {}, {}
-        return same
-
-    def _counters(self, batch: int, queries: int) -> dict[str, torch.Tensor]:
-        """Where the next query tokens stand. On a GPU one tensor, so that one kernel moves on."""
-        if self.target.appends_in_attention:
-            first_slot = torch.zeros(1, dtype=torch.int32, device=self.device)
-            positions = torch.zeros(queries, 1, dtype=torch.int64, device=self.device)
-            return {"query_positions": positions, "first_slot": first_slot}
-        slot = -(-queries // 32) * 32  # TensorRT wants tensors to begin at multiples of 256 bytes
-        self._counts = torch.zeros(slot + batch, dtype=torch.int64, device=self.device)
-        steps = [1] * slot + [queries] * batch
-        self._steps = torch.tensor(steps, dtype=torch.int64, device=self.device)
-        positions, first_slot = self._counts[:queries], self._counts[slot:]
-        return {"query_positions": positions[:, None], "first_slot": first_slot}
-
-    def seek(self, length: int) -> None:
-        """Let the next query tokens follow ``length`` tokens."""
-        self.tensors["query_positions"].fill_(length)
-        self.tensors["first_slot"].fill_(length * self.size.queries)
-
-    def advance(self) -> None:
-        """Let the next query tokens follow one token more; queued on the device."""
-        if self.target.appends_in_attention:
-            self.tensors["query_positions"].add_(1)
-            self.tensors["first_slot"].add_(self.size.queries)
-        else:
-            self._counts.add_(self._steps)
-
-    def mutable(self) -> list[torch.Tensor]:
-        """What a step changes besides the KV buffers, whose slot it only writes again."""
-        return [self.tensors[name] for name in ("input_ids", "query_positions", "first_slot")]
-
-    def _heads(self, slots: int) -> tuple[int, int, int]:
-        return self.shape.heads, slots, self.shape.head_size
-
-    def _empty(self, *axes: int) -> torch.Tensor:
-        return torch.empty(axes, dtype=self.dtype, device=self.device)
-
-    def _kv_tensors(self, prefix: str, buffers: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.target.kv_layout == "BLHD":
-            buffers = buffers.flatten(-2)
-        return dict(zip(self.shape.kv_names(prefix), buffers.unbind(0), strict=True))
-
-    def layer(self, buffers: torch.Tensor, index: int, length: int) -> torch.Tensor:
-        """One buffer's first ``length`` slots as Hugging Face sees them: view [B, H, length, D]."""
-        buffer = buffers[index]
-        if self.target.kv_layout == "BLHD":
-            buffer = buffer.transpose(1, 2)
-        return buffer[:, :, :length]
-
-    def filled(self, buffers: torch.Tensor, length: int) -> torch.Tensor:
-        """The first ``length`` slots of all layers' buffers, a view."""
-        axis = -3 if self.target.kv_layout == "BLHD" else -2
-        return buffers.narrow(axis, 0, length)
-
-    def clear(self) -> None:
-        """Forget the last user's tokens: attention reads all slots, and NaN survives a mask."""
-        if not self.target.appends_in_attention:
-            self.self_kv.zero_()
-
-    def reorder(self, rows: torch.Tensor, length: int) -> None:
-        """Row i takes the keys and values of row ``rows[i]``."""
-        for buffers, slots in ((self.self_kv, length), (self.cross_kv, self.size.sources)):
-            filled = self.filled(buffers, slots)
-            filled.copy_(filled.index_select(1, rows.to(self.device)))
-
-    def unshare(self, slots: torch.Tensor, sources: int) -> "StaticKVCache":
-        """Copies of the keys and values of sequences that share rows.
-
-        Args:
-            slots: [B, N, length] slots of row b that hold sequence n's tokens.
-            sources: source tokens without padding.
-
-        Returns:
-            A cache of B * N rows that is independent of this bucket.
-        """
-        batch, beams, length = slots.shape
-        heads, head_size = self.shape.heads, self.shape.head_size
-        index = slots.view(batch, 1, -1, 1).expand(-1, heads, -1, head_size)
-        cache = StaticKVCache(self.shape.layers)
-        pairs = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
-        for i in range(2 * self.shape.layers):
-            name = "values" if i % 2 else "keys"
-            own = self.layer(self.self_kv, i, self.size.slots).gather(2, index)
-            own = own.view(batch, heads, beams, length, head_size).transpose(1, 2).flatten(0, 1)
-            source = self.layer(self.cross_kv, i, sources).repeat_interleave(beams, dim=0)
-            for layers, tensor in zip(pairs, (own, source), strict=True):
-                setattr(layers[i // 2], name, tensor.contiguous())
-                layers[i // 2].is_initialized = True
-                layers[i // 2].dtype, layers[i // 2].device = tensor.dtype, tensor.device
-        cache.is_updated = dict.fromkeys(range(self.shape.layers), True)
-        return cache
-
-
-class BucketPool:
-    """Buckets not in use now, kept for the next call of their size; the oldest go first."""
-
-    def __init__(self, make: Callable[[BucketSize], Bucket], limit: int) -> None:
-        self._make, self._limit = make, limit
-        self._idle: list[Bucket] = []
-        self._lock = threading.RLock()  # a lease may end in any thread, wherever memory is freed
-
-    def lease(self, size: BucketSize) -> "Lease":
-        """A bucket of this size, for as long as the lease lives."""
-        with self._lock:
-            bucket = next((b for b in reversed(self._idle) if b.size == size), None)
-            if bucket is not None:
-                self._idle.remove(bucket)
-        bucket = bucket or self._allocate(size)
-        bucket.clear()
-        return Lease(self, bucket)
-
-    def _allocate(self, size: BucketSize) -> Bucket:
-        with lasting():
-            try:
-                return self._make(size)
-            except torch.OutOfMemoryError:
-                self.release_idle()
-                return self._make(size)
-
-    def give_back(self, bucket: Bucket) -> None:
-        with self._lock:
-            self._idle.append(bucket)
-            del self._idle[: -self._limit]
-
-    def release_idle(self) -> None:
-        """Free every bucket that no cache holds, with its captured graphs."""
-        with self._lock:
-            self._idle.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-class Lease:
-    """A bucket in use; goes back to its pool when nothing refers to it any more."""
-
-    def __init__(self, pool: BucketPool, bucket: Bucket) -> None:
-        self._pool, self.bucket = pool, bucket
-
-    def __del__(self) -> None:
-        self._pool.give_back(self.bucket)
+from fastgen.bucket import Bucket, BucketPool, BucketSize, Lease
+from fastgen.hf import contract
 
 
 class _Slots:
@@ -278,8 +82,12 @@ class SlotLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if self.own:
             super().crop(tokens_to_remove)
-        elif tokens_to_remove > 0:  # the meaning before transformers 5.18: tokens to keep
+        elif tokens_to_remove > 0 and contract.CROP_TAKES_LENGTH:
             self.length = min(self.length, tokens_to_remove)
+        elif tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): give the number of tokens to remove as a negative one."
+            )
         else:
             self.length = max(0, self.length + tokens_to_remove)
 
@@ -298,18 +106,29 @@ class SlotLayer(DynamicLayer):
 class StaticKVCache(EncoderDecoderCache):
     """A KV cache in engine-owned device buffers that is a Hugging Face cache too."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, listed: int = 0) -> None:
+        """
+        Args:
+            layers: those of the decoder.
+            listed: stock's ``generate`` makes a cache of as many layers as the encoder has: where
+                that is more, those behind stay empty.
+        """
         self._slots = _Slots()
         caches = DynamicCache(), DynamicCache()
         for cross, cache in enumerate(caches):
             cache.layers = [SlotLayer(self._slots, i, bool(cross)) for i in range(layers)]
+            cache.layers += [DynamicLayer() for _ in range(layers, listed)]
         super().__init__(*caches)
+
+    def _own_layers(self, cross: bool) -> list[SlotLayer]:
+        cache = self.cross_attention_cache if cross else self.self_attention_cache
+        return [layer for layer in cache.layers if isinstance(layer, SlotLayer)]
 
     @property
     def bucket(self) -> Bucket | None:
         """The leased bucket, if every layer's content is in it."""
         lease = self._slots.lease
-        layers = self.self_attention_cache.layers + self.cross_attention_cache.layers
+        layers = self._own_layers(False) + self._own_layers(True)
         if lease is None or any(layer.own for layer in layers):
             return None
         return lease.bucket
@@ -322,7 +141,7 @@ class StaticKVCache(EncoderDecoderCache):
             for name in ("cross_mask", *old.bucket.shape.tables):
                 lease.bucket.tensors[name].copy_(old.bucket.tensors[name])
             lease.bucket.cross_kv.copy_(old.bucket.cross_kv)  # padding too: it must be finite
-        self._copy_into(lease.bucket, self.self_attention_cache.layers)
+        self._copy_into(lease.bucket, self._own_layers(cross=False))
         self._slots.lease = lease
         return lease.bucket
 
@@ -339,15 +158,15 @@ class StaticKVCache(EncoderDecoderCache):
         stays what later tokens attend to."""
         lease = self._slots.lease
         assert lease is not None
-        self._copy_into(lease.bucket, self.cross_attention_cache.layers)
+        self._copy_into(lease.bucket, self._own_layers(cross=True))
         self.fill(self.get_seq_length(), sources)
 
     def fill(self, length: int, sources: int | None = None) -> None:
         """Say that the bucket holds ``length`` tokens (and ``sources`` source tokens)."""
-        for layer in self.self_attention_cache.layers:
+        for layer in self._own_layers(cross=False):
             layer.move_in(length)
         if sources is not None:
-            for i, layer in enumerate(self.cross_attention_cache.layers):
+            for i, layer in enumerate(self._own_layers(cross=True)):
                 layer.move_in(sources)
                 self.is_updated[i] = True
 
@@ -357,3 +176,32 @@ class StaticKVCache(EncoderDecoderCache):
             super().reorder_cache(beam_idx)
         else:
             bucket.reorder(beam_idx, self.get_seq_length())
+
+
+def unshared(bucket: Bucket, slots: torch.Tensor, sources: int, listed: int = 0) -> StaticKVCache:
+    """Copies of the keys and values of sequences that share rows.
+
+    Args:
+        slots: [B, N, length] slots of row b that hold sequence n's tokens.
+        sources: source tokens without padding.
+        listed: as of ``StaticKVCache``.
+
+    Returns:
+        A cache of B * N rows that is independent of the bucket.
+    """
+    batch, beams, length = slots.shape
+    heads, head_size = bucket.shape.heads, bucket.shape.head_size
+    index = slots.view(batch, 1, -1, 1).expand(-1, heads, -1, head_size)
+    cache = StaticKVCache(bucket.shape.layers, listed)
+    pairs = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
+    for i in range(2 * bucket.shape.layers):
+        name = "values" if i % 2 else "keys"
+        own = bucket.layer(bucket.self_kv, i, bucket.size.slots).gather(2, index)
+        own = own.view(batch, heads, beams, length, head_size).transpose(1, 2).flatten(0, 1)
+        source = bucket.layer(bucket.cross_kv, i, sources).repeat_interleave(beams, dim=0)
+        for layers, tensor in zip(pairs, (own, source), strict=True):
+            setattr(layers[i // 2], name, tensor.contiguous())
+            layers[i // 2].is_initialized = True
+            layers[i // 2].dtype, layers[i // 2].device = tensor.dtype, tensor.device
+        cache.is_updated[i // 2] = True
+    return cache

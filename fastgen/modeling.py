@@ -1,39 +1,33 @@
 """The life of an engine inside a Hugging Face module: built lazily, dropped when weights move."""
 
-import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import onnx
-import onnxscript
 import torch
-import transformers
 from onnxscript import nn as graph_nn
 from transformers import PreTrainedModel
 
-from fastgen import engines
+from fastgen import engines, processes
 from fastgen import graph as graphs
 from fastgen.engine_cache import Artifact, EngineCache
+from fastgen.engine_key import engine_key
 from fastgen.engines import Engine, NoEngine, choose_target
 from fastgen.errors import UnsupportedConfigError
+from fastgen.explain import Explained
 from fastgen.graph import TensorSpec
+from fastgen.hf import trial
 from fastgen.options import EngineOptions
 from fastgen.standing import Remembered, Standing
 from fastgen.target import Target
-from fastgen.weights import Glance, changed_part, refuse_adapters, weights_state
-
-# Config fields that name where a model came from, not what it computes
-_NOT_COMPUTATION = ("_name_or_path", "architectures", "transformers_version", "dtype")
+from fastgen.weights import Fingerprint, Glance, changed_part, refuse_adapters, weights_state
 
 _QUANTISED = "quantised or sharded, which only torch runs: load the model without that"
 
-_KNOWN_LIBRARIES = ("torch", "transformers")
+_KNOWN_LIBRARIES = ("torch", "transformers", "fastgen")
 
 
 class _Steady(threading.local):
@@ -46,7 +40,7 @@ class _Steady(threading.local):
 _steady = _Steady()
 
 
-class EngineModule(torch.nn.Module):
+class EngineModule(Explained, torch.nn.Module):
     """Mixin of a Hugging Face module: keeps its compiled engines and knows when they are stale.
 
     Subclasses say in ``_build_engine`` what an engine of theirs is.
@@ -57,11 +51,14 @@ class EngineModule(torch.nn.Module):
     dtype: torch.dtype
     _engine: Any = None
     _engine_weights: tuple[Any, ...] | None = None
+    _copies: tuple[Fingerprint, ...] = ()
     _glance: Glance | None = None
     _parts: Sequence["EngineModule"] = ()
     _parts_glance: Glance | None = None
     _engine_options: EngineOptions | None = None
     _refusal: str | None = None
+    _waits = False
+    """Whether its engine is built by its own first call, not with the whole model's."""
     _standing: Remembered | None = None
 
     @property
@@ -82,14 +79,20 @@ class EngineModule(torch.nn.Module):
     def invalidate_engine(self) -> None:
         """Drop compiled engines, KV buckets and captured graphs; the next call builds anew.
 
-        Needed only after some weights were edited through ``.data`` while an engine on a CPU holds
-        them packed (``EngineOptions.prepack``) too; moving, casting, loading, resizing and edits
-        in place are noticed, and so is an edit through ``.data`` that changes most of a matrix.
+        No call needs it: moving, casting, loading, resizing and edits are noticed, those through
+        ``.data`` too.
         """
         for module in self.modules():
             if isinstance(module, EngineModule):
-                module._engine = module._engine_weights = module._glance = module._refusal = None
-                module._standing = None
+                module._drop_engine()
+                module._engine_weights = module._glance = None
+
+    def forget_engines(self) -> list[Any]:
+        """In a forked child: drop engines that cannot run here (see ``processes``)."""
+        engine = self._engine
+        self._drop_engine()
+        self._engine_weights = self._glance = None
+        return [] if engine is None else [engine]
 
     def compile_engine(self) -> None:
         """Build every engine now (and store it in the engine cache), not at the first call.
@@ -98,7 +101,7 @@ class EngineModule(torch.nn.Module):
             NoEngine: no engine serves this model; the message says why.
         """
         for module in self.modules():
-            if isinstance(module, EngineModule):
+            if isinstance(module, EngineModule) and (module is self or not module._waits):
                 module._current_engine()
 
     @contextmanager
@@ -113,7 +116,7 @@ class EngineModule(torch.nn.Module):
             glance = self._glance
             if glance is not None and glance is not self._parts_glance:
                 parts = [m for m in glance.descendants if isinstance(m, EngineModule)]
-                self._parts = [part for part in parts if part._has_engine()]
+                self._parts = [part for part in parts if not part._waits and part._has_engine()]
                 self._parts_glance = glance  # until it changes, so do none of the parts
             _steady.modules = outer[0] | {id(self), *map(id, self._parts)}
         try:
@@ -135,6 +138,13 @@ class EngineModule(torch.nn.Module):
         except NoEngine:
             return False
         return True
+
+    def _goes_on(self) -> bool:
+        """Whether there is an engine, and its weights are where they were: enough for one more
+        token of a sequence, with whose first all else was looked at."""
+        if self._engine is None or id(self) in _steady.modules:
+            return self._engine is not None
+        return self._glance is not None and self._glance.in_place()
 
     def _build_engine(self, target: Target) -> Any:
         raise NotImplementedError
@@ -160,26 +170,40 @@ class EngineModule(torch.nn.Module):
 
     def _engine_of_now(self) -> Any:
         if self._glance is None or not self._glance.same(self):
-            weights = weights_state(self, self._copies_weights(), own=EngineModule)
+            weights = weights_state(self, self._copies_weights(), own=self._called())
             if weights != self._engine_weights:
-                self._engine = self._refusal = None
+                self._drop_engine()
                 self._engine_weights = weights
             self._glance = Glance(self, self._copies_weights())
+        if not all(copy.same() for copy in self._copies):  # an edit through .data
+            self._drop_engine()
         if self._refusal is not None:
             raise NoEngine(self._refusal)
         engine = self._engine
         if engine is None:
+            processes.forget_in_children(self)
             try:
-                engine = self._engine = self._build_engine(self._choose_target())
+                target = self._choose_target()
+                if trial.path(type(self), "forward", self.engine_options) == "torch":
+                    raise NoEngine(trial.reason("forward", "torch"))
+                engine = self._engine = self._build_engine(target)
             except Standing:
                 raise
             except (NoEngine, UnsupportedConfigError) as error:
                 self._refusal = str(error)
                 raise NoEngine(self._refusal) from error
             # once more: making weights contiguous may have moved them
-            self._engine_weights = weights_state(self, self._copies_weights(), own=EngineModule)
+            self._engine_weights = weights_state(self, self._copies_weights(), own=self._called())
             self._glance = Glance(self, self._copies_weights())
         return engine
+
+    def _called(self) -> tuple[type, ...]:
+        """Classes of the modules whose forward the engine's user calls, replaced or not."""
+        return (EngineModule,)
+
+    def _drop_engine(self) -> None:
+        self._engine = self._refusal = self._standing = None
+        self._copies = ()
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
@@ -249,15 +273,21 @@ class EngineModule(torch.nn.Module):
             graph = graphs.build(root, target, types, getattr(root, method), *specs)
             return backend.compile(graph, name, options, device)
 
-        title = f"{type(self).__name__} {name} ({target.backend}, {target.device}, {target.dtype})"
+        def load(artifact: Artifact) -> Engine:
+            return backend.load(artifact, target, own, options)
+
         if kept := self._engine_cache():
-            key = {"graph": name, "parameters": types, **_engine_key(self, target)}
+            fast = type(self).__qualname__
+            key = {"graph": name, "parameters": types, **engine_key(fast, self.config, target)}
             key |= {"inputs": [asdict(spec) for spec in specs[0]]}
             key |= {"backend": backend.key(target, options, device)}
-            artifact = kept.load_or_build(key, build, title=title)
+            where = f"({target.backend}, {target.device}, {target.dtype})"
+            engine = _kept(kept, key, build, load, title=f"{fast} {name} {where}")
         else:
-            artifact = build()
-        return backend.load(artifact, target, own, options)
+            engine = load(build())
+        if copied := getattr(engine, "copied", ()):
+            self._copies += (Fingerprint(own[n] for n in copied),)
+        return engine
 
     def _engine_cache(self) -> EngineCache | None:
         options = self.engine_options
@@ -277,7 +307,7 @@ class EngineModule(torch.nn.Module):
                 raise NoEngine(f"parameter {name} is not part of the {type(self).__name__} graph")
         for name, module in self.named_modules():
             home = type(module).__module__.partition(".")[0]
-            own = home in _KNOWN_LIBRARIES or isinstance(module, EngineModule)
+            own = home in _KNOWN_LIBRARIES or isinstance(module, self._called())
             if not own and not name.startswith(others):
                 kind = f"{type(module).__module__}.{type(module).__name__}"
                 raise NoEngine(f"module {name} is a {kind}, which no graph knows")
@@ -302,11 +332,18 @@ class EngineModule(torch.nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.invalidate_engine()
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """As of the stock class: transformers reads the source of the class's module to know."""
+        stock: Any = stock_class(cls)
+        return bool(stock._can_set_attn_implementation())
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)  # a copy or a pickle starts without an engine
         for name in (
             "_engine",
             "_engine_weights",
+            "_copies",
             "_refusal",
             "_standing",
             "_reported",
@@ -318,37 +355,37 @@ class EngineModule(torch.nn.Module):
         return state
 
 
+def _kept(
+    cache: EngineCache,
+    key: Mapping[str, object],
+    build: Callable[[], Artifact],
+    load: Callable[[Artifact], Engine],
+    title: str,
+) -> Engine:
+    """What the engine cache holds, loaded; one that its backend refuses is built anew, once."""
+    built = []
+
+    def noted() -> Artifact:
+        built.append(title)
+        return build()
+
+    try:
+        return load(cache.load_or_build(key, noted, title=title))
+    except engines.Unloadable as error:
+        if built:  # again would be no other
+            raise
+        cache.discard(key, str(error))
+        return load(cache.load_or_build(key, build, title=title))
+
+
 def _kind(parameter: torch.Tensor) -> str:
     return type(parameter.data).__name__
 
 
-def stock_class(fast: type) -> type:
+def stock_class(fast: type) -> Any:
     """The Hugging Face class that a Fast class stands for."""
     return next(
         base
         for base in fast.__mro__
         if issubclass(base, PreTrainedModel) and not issubclass(base, EngineModule)
     )
-
-
-@cache
-def _sources_digest() -> str:
-    """Digest of the code that writes graphs: when it changes, so do they."""
-    folder = Path(__file__).parent
-    files = [folder / f"{name}.py" for name in ("contrib_ops", "graph", "ops", "seq2seq", "target")]
-    digest = hashlib.sha256()
-    for file in [*files, *sorted((folder / "models").glob("*.py"))]:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def _engine_key(module: EngineModule, target: Target) -> dict[str, Any]:
-    """Everything besides parameters that changes a compiled graph: no path, no time."""
-    config = module.config.to_dict()
-    return {
-        "class": type(module).__name__,
-        "config": {k: repr(v) for k, v in config.items() if k not in _NOT_COMPUTATION},
-        "target": asdict(target),
-        "sources": _sources_digest(),
-        **{library.__name__: library.__version__ for library in (transformers, onnx, onnxscript)},
-    }

@@ -206,11 +206,25 @@ class Ops:
         return self._attend(self._split(q, heads), k, v, bias)
 
     def _attend(self, q: Value, k: Value, v: Value, bias: Value, scale: float = 1.0) -> Value:
-        """[B, H, Q, D] queries, scaled already by ``1 / scale``, over [B, H, K, D]."""
-        y = self.onnx.Attention(q, k, v, bias, scale=scale)
+        """[B, H, Q, D] queries over [B, H, K, D]; they are multiplied by ``1 / scale``, and their
+        products with keys by ``scale``."""
+        if not self.target.attends:
+            y = self._products(q, k, v, bias)
+        else:
+            if scale != 1.0:
+                q = self.onnx.Mul(q, self.scalar(1 / scale))
+            y = self.onnx.Attention(q, k, v, bias, scale=scale)
         rows = self.onnx.Transpose(y, perm=[0, 2, 1, 3])
         merged = self.onnx.Reshape(rows, self.constant([0, 0, -1], torch.int64))
         return self._typed(merged, self._compute)
+
+    def _products(self, q: Value, k: Value, v: Value, bias: Value) -> Value:
+        """Attention as stock T5 computes it, its Softmax in float32."""
+        scores = self.onnx.MatMul(q, self.onnx.Transpose(k, perm=[0, 1, 3, 2]))
+        scores = self._typed(self.onnx.Add(scores, bias), self._compute)
+        wide = self.onnx.Softmax(self.cast(scores, ir.DataType.FLOAT), axis=-1)
+        weights = self.cast(self._typed(wide, ir.DataType.FLOAT), self._compute)
+        return self.onnx.MatMul(weights, v)
 
     def cached_attention(
         self, q: Value, k: Value, v: Value, slots: KVSlots, bias: Value, heads: int
@@ -220,7 +234,7 @@ class Ops:
         key = self.onnx.TensorScatter(slots.key, rows[0], slots.first_slot, axis=-2)
         value = self.onnx.TensorScatter(slots.value, rows[1], slots.first_slot, axis=-2)
         # TensorRT would copy the whole key buffer at every step if the scale were 1
-        q = self.onnx.Mul(self._split(q, heads), self.scalar(1 / _CACHED_SCALE))
+        q = self._split(q, heads)
         return self._attend(q, key, value, bias, _CACHED_SCALE), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:

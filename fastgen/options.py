@@ -11,8 +11,23 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fastgen.errors import OptionError
 
 ENVIRONMENT_VARIABLE = "FASTGEN_ENGINE_OPTIONS"
-_AT_LEAST_1: tuple[str, ...] = ("max_cached_graphs", "min_bucket", "intra_op_threads")
-_AT_LEAST_1 += ("max_batch", "max_source_tokens", "build_memory_mb", "build_seconds")
+# Threads beyond the machine's only wait for each other, and thousands take minutes to start; 64
+# are allowed everywhere, so that a server's options do for a smaller machine's tests.
+_MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
+# Longer sequences move to larger buckets: this only keeps a first bucket from asking for terabytes.
+_MAX_MIN_BUCKET = 65_536
+#: Option -> the lowest and the highest number that is allowed; None is without an end.
+_LIMITS: dict[str, tuple[float, float | None]] = {
+    "max_cached_graphs": (1, None),
+    "min_bucket": (1, _MAX_MIN_BUCKET),
+    "intra_op_threads": (1, _MAX_THREADS),
+    "prepack": (0, 1),
+    "max_batch": (1, None),
+    "max_source_tokens": (1, None),
+    "build_level": (0, 5),
+    "build_memory_mb": (1, None),
+    "build_seconds": (1, None),
+}
 
 
 @dataclass(frozen=True)
@@ -43,9 +58,11 @@ class EngineOptions:
     """How many idle KV cache buckets (buffers and captured CUDA graphs) a model keeps for reuse,
     and how many sizes of its encoder."""
     min_bucket: int = 64
-    """Smallest number of KV cache slots (tokens) per sequence; buckets double from here."""
+    """Smallest number of KV cache slots (tokens) per sequence, up to 65,536; buckets double from
+    here."""
     intra_op_threads: int | None = None
-    """CPU threads of an engine; None takes ``torch.get_num_threads()``."""
+    """CPU threads of an engine, up to four for each CPU (or 64); None takes
+    ``torch.get_num_threads()``."""
     prepack: float = 0.25
     """On the CPU, share of the weights (bytes) to hold a second time in the layout of its matrix
     kernels, which read them faster: 0 is none of them, 1 all, most of all for beams and long
@@ -71,15 +88,8 @@ class EngineOptions:
             object.__setattr__(self, "cache_dir", Path(folder))
         for name, kind in get_type_hints(type(self)).items():
             _check(name, getattr(self, name), kind)
-        for name in _AT_LEAST_1:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise OptionError(
-                    f"EngineOptions.{name}={getattr(self, name)}: must be at least 1."
-                )
-        if not 0 <= self.build_level <= 5:
-            raise OptionError(f"EngineOptions.build_level={self.build_level}: allowed are 0 to 5.")
-        if not 0 <= self.prepack <= 1:
-            raise OptionError(f"EngineOptions.prepack={self.prepack}: allowed are 0 to 1.")
+        for name, limits in _LIMITS.items():
+            _check_limits(name, getattr(self, name), *limits)
 
     @classmethod
     def resolve(cls, value: "EngineOptions | Mapping[str, Any] | None" = None) -> "EngineOptions":
@@ -154,3 +164,11 @@ def _check(name: str, value: Any, kind: Any) -> None:
     if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
         raise OptionError(f"EngineOptions.{name}={value!r}: expected {expected}.")
+
+
+def _check_limits(name: str, value: float | None, low: float, high: float | None) -> None:
+    """Raise OptionError unless ``value`` is None or between ``low`` and ``high``."""
+    if value is None or (value >= low and (high is None or value <= high)):
+        return
+    allowed = f"must be at least {low}" if high is None else f"allowed are {low} to {high}"
+    raise OptionError(f"EngineOptions.{name}={value}: {allowed}.")

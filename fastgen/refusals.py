@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from fastgen.fallback import AUTOCAST, Asked
-from fastgen.generation.explain import ANY_LOOP, OPTIONAL_OUTPUTS
+from fastgen.generation.explain import ANY_LOOP
+from fastgen.hf import contract
 from fastgen.modeling import EngineModule
 from fastgen.weights import asks_for_gradients
 
@@ -14,14 +15,20 @@ _IDS = (torch.int32, torch.int64)
 # What Trainer and the HF loop hand to forward, and no stock model or encoder of ours reads
 _UNREAD = {"num_items_in_batch", *ANY_LOOP}
 
-# Arguments that an encoder and a whole model are written for; any other goes to torch
+# What an encoder, a whole model and a decoder stack are written for; any other goes to torch
 ENCODER_ARGUMENTS = frozenset(
     {"input_ids", "attention_mask", "inputs_embeds", "use_cache", "return_dict", "labels"} | _UNREAD
 )
 MODEL_ARGUMENTS = ENCODER_ARGUMENTS | {
     *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "encoder_outputs"),
-    *("past_key_values", "cache"),
+    *contract.CACHE_NAMES,
 }
+DECODER_ARGUMENTS = frozenset(
+    {
+        *("input_ids", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"),
+        *("inputs_embeds", "use_cache", "return_dict", *contract.CACHE_NAMES),
+    }
+)
 
 
 def common_refusal(
@@ -40,14 +47,33 @@ def common_refusal(
         return AUTOCAST
     if torch.is_grad_enabled() and asks_for_gradients(module):
         return "gradients may be asked for: wrap the call in torch.no_grad()"
-    for name in OPTIONAL_OUTPUTS:
-        asked = kwargs.pop(name, None)
-        if asked or (asked is None and getattr(module.config, name, False)):
-            return Asked(f"{name} are recorded by torch only")
+    asked = kwargs.pop("output_attentions", None)
+    if asked or (asked is None and getattr(module.config, "output_attentions", False)):
+        return Asked("output_attentions are recorded by torch only")
+    if reason := _states_refusal(module, kwargs):
+        return reason
     for name, value in kwargs.items():
         if value is not None and name not in known:
             return f"the argument {name} is served by torch only: leave it out if it can be"
     return module.standing_refusal()
+
+
+def states_wanted(module: EngineModule, kwargs: dict[str, Any]) -> Any:
+    """What a call says of ``output_hidden_states``, or else the config, as in transformers."""
+    default = getattr(module.config, "output_hidden_states", False)
+    return kwargs.get("output_hidden_states", default)
+
+
+def _states_refusal(module: EngineModule, kwargs: dict[str, Any]) -> str | None:
+    wanted, backend = states_wanted(module, kwargs), module.engine_options.backend
+    kwargs.pop("output_hidden_states", None)
+    if isinstance(wanted, (list, tuple, set)):
+        return Asked("output_hidden_states of chosen layers are recorded by torch only")
+    if wanted and "tensorrt" in backend:
+        return Asked(
+            f"output_hidden_states are recorded by ONNX Runtime or torch, not by {backend}"
+        )
+    return None
 
 
 def ids_refusal(module: Any, ids: Any) -> str | None:
@@ -76,19 +102,22 @@ def form_refusal(what: str, ids: Any, module: Any) -> str | None:
     return _place_refusal(what, ids, module)
 
 
-def hidden_refusal(source: Any, module: Any) -> str | None:
-    """``encoder_outputs`` that torch reports as wrong, while a graph would bend them."""
+def hidden_refusal(what: str, source: Any, module: Any) -> str | None:
+    """An encoder's hidden states that torch reports as wrong, while a graph would bend them;
+    ``...``: explain() asks."""
+    if source is ...:
+        return None
     width = module.config.d_model
     if not isinstance(source, torch.Tensor):
-        return Asked(f"encoder_outputs hold a {type(source).__name__}, not a tensor")
+        return Asked(f"{what} hold a {type(source).__name__}, not a tensor")
     if source.ndim != 3 or source.shape[2] != width or source.dtype != module.dtype:
         made = f"{list(source.shape)} of {source.dtype}"
-        return Asked(f"encoder_outputs are {made}, not [B, S, {width}] of {module.dtype}")
+        return Asked(f"{what} are {made}, not [B, S, {width}] of {module.dtype}")
     if not source.numel():
-        return Asked(f"encoder_outputs are empty: {list(source.shape)}")
+        return Asked(f"{what} are empty: {list(source.shape)}")
     if source.requires_grad and torch.is_grad_enabled():
-        return Asked("gradients of encoder_outputs may be asked for")
-    return _place_refusal("encoder_outputs", source, module)
+        return Asked(f"gradients of {what} may be asked for")
+    return _place_refusal(what, source, module)
 
 
 def mask_refusal(mask: Any, shape: torch.Size) -> str | None:

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.metadata
+import os
 from types import ModuleType
 
 from fastgen.errors import MissingRuntimeError
@@ -31,6 +32,9 @@ def versions() -> dict[str, str | None]:
 def onnxruntime() -> ModuleType:
     """The ``onnxruntime`` module, with pip's NVIDIA libraries loaded if it is a CUDA build.
 
+    Its telemetry stays off, unless the user set ``ORT_DISABLE_TELEMETRY`` or imported it before:
+    from 1.29 on a thread that sends usage data, and that a forked child waits for at its end.
+
     Raises:
         MissingRuntimeError: it is not installed, installed twice or does not import; the
             message holds the one command that mends it.
@@ -42,12 +46,13 @@ def onnxruntime() -> ModuleType:
             f"Both onnxruntime {installed['onnxruntime']} and onnxruntime-gpu "
             f"{installed['onnxruntime-gpu']} are installed; they are one module in two packages "
             "and overwrite each other. Run: "
-            f"pip uninstall -y onnxruntime onnxruntime-gpu && {_INSTALL_CUDA}"
+            f"pip uninstall -y onnxruntime onnxruntime-gpu && {_install()}"
         )
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is imported
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:
-        install = _INSTALL_CUDA if _torch_sees_cuda() else _INSTALL_CPU
+        install = _install()
         if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
             raise MissingRuntimeError(f"ONNX Runtime is not installed. Run: {install}") from error
         raise MissingRuntimeError(
@@ -112,10 +117,11 @@ def _folder(package: str) -> str | None:
         return None
 
 
-def _torch_sees_cuda() -> bool:
+def _install() -> str:
+    """The command that installs the ONNX Runtime for this machine."""
     import torch
 
-    return torch.cuda.is_available()
+    return _INSTALL_CUDA if torch.cuda.is_available() else _INSTALL_CPU
 
 
 def _identity_model() -> bytes:

@@ -1,15 +1,24 @@
 """The three graphs of every encoder-decoder family, and the names of their tensors.
 
 ``encoder``: token ids to hidden states. ``cross``: hidden states to cross-attention keys and
-values, computed once per ``generate``. ``decoder``: query tokens over KV cache slots to logits.
+values, computed once per ``generate``. ``decoder``: query tokens over KV cache slots to logits, or
+without a head to hidden states. Two have variants that also give what each block reads.
 Axes: B rows, S source tokens, Q query tokens, L slots, H heads, D head size, E width, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastgen.graph import TensorSpec
 from fastgen.target import Target
+
+LAST_STATE = "last_hidden_state"
+"""The hidden states behind the final norm, in the compute dtype."""
+
+
+def state_names(layers: int) -> list[str]:
+    """What each block reads, in the residual stream's dtype: results of every family's modules."""
+    return [f"hidden_state.{layer}" for layer in range(layers)]
 
 
 @dataclass(frozen=True)
@@ -20,9 +29,21 @@ class DecoderShape:
     heads: int
     head_size: int
     width: int
-    vocab_size: int
+    vocab_size: int | None
+    """None where there is no head: the decoder's hidden states are what it gives."""
     tables: Mapping[str, tuple[int, ...]]
     """Tensors in the compute dtype that the cross graph computes once and the decoder reads."""
+
+    @property
+    def output(self) -> tuple[str, int]:
+        """Name and width of what a decoder of this shape gives for each query token."""
+        if self.vocab_size is None:
+            return LAST_STATE, self.width
+        return "logits", self.vocab_size
+
+    def same_buffers(self, other: "DecoderShape") -> bool:
+        """Whether the KV buffers and tables of one are those of the other."""
+        return self is other or replace(self, vocab_size=None) == replace(other, vocab_size=None)
 
     def kv_names(self, prefix: str) -> Iterator[str]:
         """``{prefix}_key.0, {prefix}_value.0, {prefix}_key.1, ...``: the order of KV buffers."""
@@ -37,15 +58,24 @@ class DecoderShape:
         return "B", self.heads, slots, self.head_size
 
 
-def encoder_specs(target: Target, shape_width: int) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Inputs and outputs of the encoder graph."""
+def encoder_specs(
+    target: Target, width: int, states: int = 0
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of the encoder graph.
+
+    Args:
+        states: layers whose hidden states are outputs too; 0 leaves them inside.
+    """
     inputs = [
         TensorSpec("input_ids", "int64", ("B", "S")),
         TensorSpec("attention_mask", "int64", ("B", "S")),
         TensorSpec("query_positions", "int64", ("S", 1)),
         TensorSpec("key_positions", "int64", (1, "S")),
     ]
-    return inputs, [TensorSpec("last_hidden_state", target.dtype, ("B", "S", shape_width))]
+    outputs = [TensorSpec(LAST_STATE, target.dtype, ("B", "S", width))]
+    axes = "B", "S", width
+    outputs += [TensorSpec(name, target.residual_dtype, axes) for name in state_names(states)]
+    return inputs, outputs
 
 
 def cross_specs(target: Target, shape: DecoderShape) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -62,7 +92,11 @@ def cross_specs(target: Target, shape: DecoderShape) -> tuple[list[TensorSpec], 
 
 
 def decoder_specs(
-    target: Target, shape: DecoderShape, slot_mask: bool, slots: int | None = None
+    target: Target,
+    shape: DecoderShape,
+    slot_mask: bool,
+    slots: int | None = None,
+    states: bool = False,
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Inputs and outputs of the decoder graph.
 
@@ -70,6 +104,7 @@ def decoder_specs(
         slot_mask: adds a mask over KV cache slots, as some Targets always do.
         slots: how many slots there are, which Targets of ``static_slots`` must know; None leaves
             the axis free.
+        states: makes hidden states outputs too.
     """
     if target.static_slots and slots is None:
         raise ValueError(f"{target.backend} compiles a decoder graph for one number of KV slots")
@@ -88,6 +123,13 @@ def decoder_specs(
     self_axes, cross_axes = shape.kv_axes(target, length), shape.kv_axes(target, "S")
     inputs += [TensorSpec(name, target.dtype, self_axes) for name in shape.kv_names("self")]
     inputs += [TensorSpec(name, target.dtype, cross_axes) for name in shape.kv_names("cross")]
-    outputs = [TensorSpec("logits", target.dtype, ("B", "Q", shape.vocab_size))]
+    name, width = shape.output
+    outputs = [TensorSpec(name, target.dtype, ("B", "Q", width))]
+    if states:
+        axes = "B", "Q", shape.width
+        if name != LAST_STATE:
+            outputs.append(TensorSpec(LAST_STATE, target.dtype, axes))
+        names = state_names(shape.layers)
+        outputs += [TensorSpec(name, target.residual_dtype, axes) for name in names]
     outputs += [TensorSpec(name, target.dtype, self_axes) for name in shape.kv_names("present")]
     return inputs, outputs

@@ -35,6 +35,9 @@ class Target:
     """The number of KV slots is fixed when the decoder graph is built: one graph per number."""
     captured: bool
     """A run can be captured in a CUDA graph."""
+    attends: bool = True
+    """The standard operator Attention is served in any head size and dtype; otherwise it is written
+    as its products and Softmax."""
 
     @property
     def residual_dtype(self) -> str:
@@ -99,5 +102,8 @@ def tensorrt(dtype: str, backend: str = "tensorrt") -> Target:
 
 def onnxruntime_tensorrt(dtype: str) -> Target:
     """ONNX Runtime's TensorRT provider, its CUDA provider for what TensorRT does not take."""
-    # Nothing says that the provider's runs, which may build plans anew, can be captured
-    return replace(tensorrt(dtype, backend="onnxruntime-tensorrt"), captured=False)
+    # Nothing says that the provider's runs, which may build plans anew, can be captured. TensorRT
+    # refuses an Attention that no fused kernel of it serves, unless the node has an attribute that
+    # ONNX Runtime refuses (TRT_decomposable); it fuses products and Softmax where it can.
+    target = tensorrt(dtype, backend="onnxruntime-tensorrt")
+    return replace(target, captured=False, attends=False)

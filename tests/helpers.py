@@ -43,6 +43,12 @@ def targets() -> torch.Tensor:
     return tokens(3, 5, seed=2)
 
 
+def ragged(side: str = "right") -> torch.Tensor:
+    """Attention mask of 9, 5 and 1 source tokens."""
+    keep = torch.arange(9) < torch.tensor([[9], [5], [1]])
+    return (keep if side == "right" else keep.flip(-1)).long()
+
+
 @torch.no_grad()
 def logits(model: Any, **arguments: Any) -> torch.Tensor:
     """The logits [3, 5, V] of a forward call."""

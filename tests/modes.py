@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from fastgen.hf.contract import CACHE
 from tests.configs import VARIANTS, build_pair, fast_class, prompts
 
 Arguments = dict[str, Any]
@@ -80,7 +81,7 @@ def generate(model: PreTrainedModel, name: str, arguments: Arguments) -> Any:
     uneven = model.config.num_decoder_layers != model.config.num_layers
     if uneven and not isinstance(model, fast_class(name)) and arguments.get("use_cache", True):
         grows = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        arguments = {"past_key_values": grows} | arguments
+        arguments = {CACHE: grows} | arguments
     torch.manual_seed(0)
     return model.generate(**arguments, return_dict_in_generate=True)
 
@@ -157,7 +158,7 @@ def continued(mask: bool, **arguments: Any) -> Callable[[PreTrainedModel, str], 
         call = plain(min_new_tokens=4, max_new_tokens=4, **arguments)(model, name)
         first = generate(model, name, call)
         call = plain(max_new_tokens=7, **arguments)(model, name)
-        call |= {"decoder_input_ids": first.sequences, "past_key_values": first.past_key_values}
+        call |= {"decoder_input_ids": first.sequences, CACHE: first[CACHE]}
         return call | ({"decoder_attention_mask": torch.ones_like(first.sequences)} if mask else {})
 
     return make
@@ -272,7 +273,14 @@ MODES: dict[str, Mode] = {
     "continued without mask": Mode(continued(mask=False), FEW),
     "continued by sampling": Mode(continued(mask=True, do_sample=True), FEW),
     "input embeddings": Mode(embedded, FEW),
-    "attentions": Mode(plain(output_attentions=True, output_hidden_states=True), FEW),
+    "attentions": Mode(plain(output_attentions=True, output_hidden_states=True), FEW, "torch"),
+    "hidden states": Mode(
+        ragged("right", output_hidden_states=True), (*FEW, "byt5"), path="HF loop"
+    ),
+    "hidden states beams": Mode(plain(num_beams=3, output_hidden_states=True), FEW, "HF loop"),
+    "hidden states assisted": Mode(
+        plain(rows=1, prompt_lookup_num_tokens=3, output_hidden_states=True), FEW, "HF loop"
+    ),
     "static KV cache": Mode(plain(cache_implementation="static"), FEW),
     "assisted": Mode(assisted(), FEW),
     "assisted by stock": Mode(assisted(same_kind=False), FEW),

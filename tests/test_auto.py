@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, BartConfig
+from transformers import AutoConfig, BartConfig, BartForConditionalGeneration
 
 import fastgen
 from fastgen import FastAutoModelForSeq2SeqLM
-from fastgen.errors import UnsupportedConfigError
+from fastgen.errors import FallbackWarning, OptionError, UnsupportedConfigError
 from tests.configs import build_stock, fast_class, prompts
 
 NAMES = ("t5-1.0", "mt5", "umt5")
@@ -50,8 +50,55 @@ def test_a_model_without_fast_class_is_refused(tmp_path: Path) -> None:
     BartConfig().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedConfigError, match=r"model_type='bart'.*t5, mt5, umt5"):
         FastAutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-    with pytest.raises(UnsupportedConfigError, match="stock transformers class"):
+    with pytest.raises(UnsupportedConfigError, match="fallback=True"):
         FastAutoModelForSeq2SeqLM.from_config(BartConfig())
+
+
+TINY_BART = BartConfig(
+    vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+    decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2,
+)  # fmt: skip
+
+
+def test_the_stock_class_is_the_fallback_that_is_asked_for(tmp_path: Path) -> None:
+    stock = BartForConditionalGeneration(TINY_BART)
+    stock.save_pretrained(tmp_path)
+    arguments = {"fallback": True, "engine_options": {"min_bucket": 8}, "dtype": torch.bfloat16}
+    with pytest.warns(FallbackWarning, match=r"'bart'.*stock BartForCond") as warned:
+        model = FastAutoModelForSeq2SeqLM.from_pretrained(tmp_path, dropout=0.3, **arguments)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    assert type(model) is BartForConditionalGeneration
+    assert model.dtype == torch.bfloat16 and model.config.dropout == 0.3
+    assert torch.equal(model.model.shared.weight, stock.model.shared.weight.to(torch.bfloat16))
+
+    with pytest.warns(FallbackWarning):
+        model, info = FastAutoModelForSeq2SeqLM.from_pretrained(
+            tmp_path, config=stock.config, fallback=True, output_loading_info=True
+        )
+    assert type(model) is BartForConditionalGeneration and not info["missing_keys"]
+    with pytest.warns(FallbackWarning) as warned:
+        model = FastAutoModelForSeq2SeqLM.from_config(
+            TINY_BART, trust_remote_code=False, **arguments
+        )
+    assert type(model) is BartForConditionalGeneration and model.dtype == torch.bfloat16
+    assert warned[0].filename == __file__
+    with pytest.raises(OptionError, match="min_bucket"):
+        FastAutoModelForSeq2SeqLM.from_config(
+            TINY_BART, fallback=True, engine_options={"min_buckets": 8}
+        )
+
+
+def test_a_fallback_is_not_taken_where_there_is_a_fast_class(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    stock = build_stock("t5-1.0")
+    stock.save_pretrained(tmp_path)
+    for model in (
+        FastAutoModelForSeq2SeqLM.from_pretrained(tmp_path, fallback=True, trust_remote_code=True),
+        FastAutoModelForSeq2SeqLM.from_config(stock.config, fallback=True),
+    ):
+        assert type(model) is fast_class("t5-1.0")
+    assert not [w for w in recwarn if issubclass(w.category, FallbackWarning)]
 
 
 def test_the_auto_class_itself_has_no_instances() -> None:
@@ -61,7 +108,7 @@ def test_the_auto_class_itself_has_no_instances() -> None:
 
 def test_every_fast_class_for_generation_is_found_by_its_model_type() -> None:
     public = {n for n in fastgen.__all__ if n.endswith("ForConditionalGeneration")}
-    assert {fast_class(name).__name__ for name in NAMES} == public
+    assert {fast_class(name).__qualname__ for name in NAMES} == public
 
 
 def test_names_of_arguments_are_those_of_the_stock_auto_class(tmp_path: Path) -> None:

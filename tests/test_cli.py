@@ -216,9 +216,32 @@ def test_compile_of_a_real_checkpoint(tmp_path: Path) -> None:
     assert again.exit_code == 0 and "new: " not in again.output
 
 
+def test_compile_of_a_shape_with_random_weights() -> None:
+    arguments = ("--device", "cpu", "--dtype", "float32")
+    result = call("compile", "t5-tiny@random", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "t5-tiny@random is compiled for cpu in torch.float32" in result.output
+    assert "new: " in result.output and titles()
+    assert "new: " not in call("compile", "t5-tiny@random", *arguments).output
+    result = call("compile", "t5-tinny@random")
+    assert result.exit_code == 1 and "Did you mean t5-tiny@random?" in result.stderr
+
+
 def test_compile_of_a_folder_that_holds_no_model(tmp_path: Path) -> None:
     result = call("compile", tmp_path)
     assert result.exit_code == 1 and result.stderr.startswith("Error: ")
+
+
+def test_version() -> None:
+    result = call("--version")
+    assert (result.exit_code, result.output) == (0, f"fastgen {fastgen.__version__}\n")
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "fastgen", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Usage: fastgen " in result.stdout and "doctor" in result.stdout
 
 
 def test_cache_commands_do_not_import_heavy_libraries() -> None:

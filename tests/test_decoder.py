@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastgen.hf.contract import CACHE
 from tests.configs import build_pair
 from tests.generation.emulate import gpu_paths
 from tests.helpers import assert_equal_logits, copies, sources, targets
@@ -29,7 +30,7 @@ def test_wrong_ids_of_a_further_token_are_errors(wrong: torch.Tensor) -> None:
                 model,
                 encoder_outputs=(output.encoder_last_hidden_state,),
                 decoder_input_ids=wrong,
-                past_key_values=output.past_key_values,
+                **{CACHE: output[CACHE]},
             )
 
 

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastgen import EngineOptions, doctor, runtime
+from fastgen import EngineOptions, FastT5, doctor, runtime
 from fastgen.doctor import EngineChoice, choices, picked
 from fastgen.engine_cache import Artifact, EngineCache
-from fastgen.errors import MissingRuntimeError, OptionError
+from fastgen.errors import FastgenError, MissingRuntimeError, OptionError
+from tests.configs import build_pair
 
 NO_GPU = "torch 2.13.0 (CUDA 13.0) finds no NVIDIA GPU or driver"
 NOT_INSTALLED = 'ONNX Runtime is not installed. Run: pip install "fastgen[cpu]"'
@@ -37,7 +38,12 @@ def machine(
     monkeypatch.setattr(doctor, "_cuda_problem", lambda: gpu)
     monkeypatch.setattr(runtime, "onnxruntime", module)
     monkeypatch.setattr(runtime, "cuda_provider_problem", lambda: cuda_provider)
-    monkeypatch.setattr(doctor, "_backend_problem", lambda name: tensorrt)
+
+    def backend_problem(name: str, device: str) -> FastgenError | None:
+        problem = onnxruntime if name == "onnxruntime" else tensorrt
+        return MissingRuntimeError(problem) if problem else None
+
+    monkeypatch.setattr(doctor, "_backend_problem", backend_problem)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +51,9 @@ def machine(
     [
         ({}, "onnxruntime", "onnxruntime"),
         ({"gpu": NO_GPU}, None, "onnxruntime"),
-        ({"cuda_provider": CPU_BUILD}, "torch", "onnxruntime"),
-        ({"onnxruntime": NOT_INSTALLED}, "torch", "torch"),
-        ({"gpu": NO_GPU, "onnxruntime": NOT_INSTALLED}, None, "torch"),
+        ({"cuda_provider": CPU_BUILD}, None, "onnxruntime"),
+        ({"onnxruntime": NOT_INSTALLED}, None, None),
+        ({"gpu": NO_GPU, "onnxruntime": NOT_INSTALLED}, None, None),
     ],
 )
 def test_choice_by_machine(
@@ -71,7 +77,8 @@ def test_choice_by_machine(
         choice = picked(device, found)
         assert (choice and choice.name) == expected
     # Whatever is not available says which of the machine's problems is to blame.
-    reasons = {choice.reason for choice in found if not choice.available}
+    engines = [choice for choice in found if choice.name != "torch" or "gpu" in problems]
+    reasons = {c.reason for c in engines if not c.available and "EngineOptions" not in c.reason}
     expected = {"tensorrt": NO_TENSORRT, **problems}
     assert reasons == set(expected.values()) - (
         {CPU_BUILD, NO_TENSORRT} if "gpu" in problems else set()
@@ -91,12 +98,48 @@ def test_tensorrt_is_picked_where_the_options_ask_for_it(monkeypatch: pytest.Mon
         assert not on_cpu.available and "NVIDIA" in on_cpu.reason
 
 
-def test_missing_tensorrt_leaves_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tensorrt_leaves_nothing_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
     found = choices(EngineOptions(backend="tensorrt"))
-    best = picked("cuda", found)
-    assert best is not None and best.name == "torch"
-    assert found[0].name == "tensorrt" and found[0].reason == NO_TENSORRT
+    assert picked("cuda", found) is None
+    assert found[0].name == "tensorrt" and found[0].reason == NO_TENSORRT and found[0].raises
+    assert (
+        found[2].name == "torch" and "only with EngineOptions(backend='torch')" in found[2].reason
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        (EngineOptions(), torch.float32),
+        (EngineOptions(), torch.bfloat16),
+        (EngineOptions(backend="torch"), torch.float32),
+        (EngineOptions(backend="tensorrt"), torch.float32),
+    ],
+    ids=["missing", "dtype", "torch", "another"],
+)
+def test_without_onnxruntime_a_model_does_what_is_said(
+    monkeypatch: pytest.MonkeyPatch, options: EngineOptions, dtype: torch.dtype
+) -> None:
+    runtime.onnxruntime.cache_clear()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    *_, onnxruntime, torch_choice = choices(options)
+    model = FastT5(build_pair("t5-1.1").fast.config, engine_options=options).to(dtype).eval()
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    try:
+        if onnxruntime.raises and dtype == torch.float32:
+            assert picked("cpu", [onnxruntime, torch_choice]) is None
+            with pytest.raises(MissingRuntimeError) as error:
+                model.generate(ids, max_new_tokens=2)
+            assert str(error.value) == onnxruntime.reason
+        else:
+            assert model.explain(input_ids=ids).path == "torch"
+            named = str(dtype).removeprefix("torch.") in torch_choice.reason
+            assert torch_choice.available or named
+            model.generate(ids, max_new_tokens=2)
+    finally:
+        runtime.onnxruntime.cache_clear()
 
 
 def test_reason_of_an_available_engine_names_version_and_dtypes(
@@ -183,7 +226,29 @@ def test_report_without_an_engine_keeps_the_command_whole(
     assert doctor.report() is False
     output = capsys.readouterr().out
     assert f"onnxruntime on cpu: no: {NOT_INSTALLED}\n" in output
-    assert "torch on cpu: picked" in output and "No engine is picked" in output
+    assert "torch on cpu: no: torch" in output and "for models in float16, bfloat16 or" in output
+    assert "No engine is picked: models on cpu raise an error" in output
+
+
+def test_report_where_a_gpu_is_left_without_its_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine(monkeypatch, cuda_provider=CPU_BUILD)
+    monkeypatch.setattr(doctor, "_gpus", lambda: "NVIDIA H200")
+    assert doctor.report() is False
+    output = capsys.readouterr().out
+    assert f"onnxruntime on cuda: no: {CPU_BUILD}\n" in output
+    assert "onnxruntime on cpu: picked" in output
+    assert "No engine is picked: models on cuda raise an error" in output
+
+
+def test_report_where_options_ask_for_torch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine(monkeypatch, gpu=NO_GPU)
+    monkeypatch.setenv("FASTGEN_ENGINE_OPTIONS", "backend=torch")
+    assert doctor.report() is False
+    assert "No engine is picked: models run no faster than stock torch." in capsys.readouterr().out
 
 
 def test_report_lists_the_gpus(

@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from fastgen import FastT5
+from fastgen.hf.contract import CACHE
 from tests.configs import TINY, build_pair
 from tests.helpers import copies, sources, targets
 
@@ -28,10 +29,15 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "assisted": ({"input_ids": sources()[:1], "prompt_lookup_num_tokens": 2}, ("HF loop",), ""),
     "no KV cache": ({"use_cache": False}, ("HF loop",), "use_cache"),
     "attentions": ({"output_attentions": True}, ("torch",), "output_attentions"),
-    "hidden states": ({"output_hidden_states": True}, ("torch",), "output_hidden_states"),
+    "hidden states": (
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        ("HF loop",),
+        "output_hidden_states",
+    ),
+    "hidden states dropped": ({"output_hidden_states": True}, ENGINE, ""),
     "static": ({"cache_implementation": "static"}, ("torch",), "cache_implementation='static'"),
     "stock KV cache": (
-        {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())},
+        {CACHE: EncoderDecoderCache(DynamicCache(), DynamicCache())},
         ("torch",),
         "EncoderDecoderCache",
     ),

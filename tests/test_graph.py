@@ -11,7 +11,7 @@ import torch
 from fastgen import graph as graphs
 from fastgen.errors import UnsupportedConfigError
 from fastgen.graph import IR_DTYPES, WEIGHTS_FILE, Graph, TensorSpec
-from fastgen.models.t5 import Decoder, Encoder, distance_buckets
+from fastgen.models.t5 import Decoder, DecoderStack, Encoder, distance_buckets
 from fastgen.seq2seq import cross_specs, decoder_specs, encoder_specs
 from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
 from tests.configs import build_stock
@@ -19,21 +19,26 @@ from tests.configs import build_stock
 TARGETS = {"cpu": onnxruntime_cpu()}
 TARGETS |= {dtype: onnxruntime_cuda(dtype) for dtype in ("float32", "float16", "bfloat16")}
 GRAPHS = ("encoder", "cross", "decoder", "decoder-masked")
+VARIANTS = ("encoder-states", "decoder-states", "decoder-stack", "decoder-stack-states")
 
 
 def build(name: str, kind: str, target: Target) -> Graph:
     """A graph of a variant, as its model builds it."""
     model: Any = build_stock(name)
     every_layer = name == "umt5"
-    if kind == "encoder":
+    module: Any = model
+    root: Any = Decoder(model.config, True, every_layer)
+    masked, states = kind == "decoder-masked", kind.endswith("-states")
+    if kind.startswith("encoder"):
         module, root = model.encoder, Encoder(model.encoder.config, every_layer)
-        call, specs = root.encode, encoder_specs(target, model.config.d_model)
+        layers = root.layers if states else 0
+        call, specs = root.encode, encoder_specs(target, model.config.d_model, layers)
+    elif kind == "cross":
+        call, specs = root.cross, cross_specs(target, root.shape)
     else:
-        module, root = model, Decoder(model.config, True, every_layer)
-        if kind == "cross":
-            call, specs = root.cross, cross_specs(target, root.shape)
-        else:
-            call, specs = root.decode, decoder_specs(target, root.shape, kind == "decoder-masked")
+        if kind.startswith("decoder-stack"):
+            module, root = model.decoder, DecoderStack(model.decoder.config, every_layer)
+        call, specs = root.decode, decoder_specs(target, root.shape, masked, states=states)
     types = {
         key: (target.dtype, tuple(parameter.shape))
         for key, parameter in module.named_parameters(remove_duplicate=False)
@@ -42,7 +47,7 @@ def build(name: str, kind: str, target: Target) -> Graph:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kind", GRAPHS)
+@pytest.mark.parametrize("kind", GRAPHS + VARIANTS)
 @pytest.mark.parametrize("name", ["t5-1.0", "t5-1.1", "umt5", "t5-shallow-decoder"])
 def test_a_graph_is_what_its_description_says(name: str, kind: str, target: str) -> None:
     graph = build(name, kind, TARGETS[target])

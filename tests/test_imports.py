@@ -16,57 +16,76 @@ PACKAGE = Path(__file__).parent.parent / "fastgen"
 #: and the modules of a model's life imports `modeling`.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "hf": {"engine_cache", "engines", "errors", "options"},
+    "explain": set(),
     "options": {"errors"},
     "target": {"errors"},
     "runtime": {"errors"},
+    "processes": set(),
     "engine_cache": {"errors"},
-    "cuda": {"errors"},
+    "capturable": {"errors"},
+    "cuda": {"capturable", "errors"},
     "ops": {"errors", "target"},
     "contrib_ops": {"ops", "target"},
     "graph": {"contrib_ops", "errors", "target"},
     "seq2seq": {"graph", "target"},
-    "engines": {"cuda", "engine_cache", "errors", "graph", "options", "runtime", "target"},
-    "kv_cache": {"capturing", "engines", "errors", "seq2seq", "target"},
+    "engines": {
+        *("cuda", "engine_cache", "errors", "graph", "options", "processes", "runtime"),
+        "target",
+    },
+    "bucket": {"capturing", "seq2seq", "target"},
+    "engine_key": {"target"},
+    "kv_cache": {"bucket", "hf"},
     "capturing": {"cuda", "engines", "options", "target"},
-    "encoder": {"capturing", "engines", "options", "target"},
+    "encoder": {"capturing", "engines", "options", "seq2seq", "target"},
     "decoder": {
-        *("capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
+        *("bucket", "capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
         "target",
     },
     "fallback": {"errors"},
     "generation": {
-        *("capturing", "cuda", "decoder", "engines", "errors", "fallback", "kv_cache", "options"),
+        *("bucket", "capturable", "capturing", "decoder", "engines", "errors", "explain"),
+        *("fallback", "hf", "kv_cache", "options"),
     },
     "standing": {"engines"},
     "weights": {"engines", "standing"},
     "modeling": {
-        *("engine_cache", "engines", "errors", "graph", "options", "runtime", "standing"),
-        *("target", "weights"),
+        *("engine_cache", "engine_key", "engines", "errors", "explain", "graph", "hf", "options"),
+        "processes",
+        *("runtime", "standing", "target", "weights"),
     },
-    "refusals": {"fallback", "generation", "modeling", "weights"},
+    "refusals": {"fallback", "generation", "hf", "modeling", "weights"},
+    "stacks": {
+        *("bucket", "decoder", "encoder", "engines", "fallback", "generation", "hf", "kv_cache"),
+        *("modeling", "refusals", "seq2seq", "target"),
+    },
+    "pretrained": {"hf", "modeling", "options", "stacks"},
     "modeling_seq2seq": {
-        *("decoder", "encoder", "engines", "errors", "fallback", "generation", "kv_cache"),
-        *("modeling", "options", "refusals", "seq2seq", "target"),
+        *("bucket", "decoder", "engines", "fallback", "generation", "hf", "kv_cache", "modeling"),
+        *("pretrained", "refusals", "stacks", "target"),
     },
-    "models": {"errors", "modeling", "modeling_seq2seq", "ops", "seq2seq"},
-    "auto": {"errors", "models"},
+    "models": {
+        *("errors", "hf", "modeling", "modeling_seq2seq", "ops", "pretrained", "seq2seq", "stacks"),
+    },
+    "auto": {"errors", "models", "options"},
     "doctor": {"engine_cache", "engines", "errors", "options", "runtime"},
     "bench": {"errors", "options", "runtime"},
     "cli": {"auto", "bench", "doctor", "engine_cache", "errors", "options"},
+    "__main__": {"cli"},
 }
 
 #: Libraries that only these parts may import.
 ONLY_IN: dict[str, set[str]] = {
     "onnxruntime": {"engines", "runtime"},
-    "onnxscript": {"contrib_ops", "graph", "modeling", "models", "ops"},
+    "onnxscript": {"contrib_ops", "engine_key", "graph", "modeling", "models", "ops"},
     "tensorrt": {"engines"},
     "tensorrt_rtx": {"engines"},
     "ctranslate2": {"bench"},
 }
 #: Parts that must not know Hugging Face: the machinery below the models.
 NO_TRANSFORMERS = {
-    *("cuda", "engine_cache", "engines", "errors", "graph", "ops", "options", "runtime"),
-    *("seq2seq", "target"),
+    *("capturable", "cuda", "engine_cache", "engines", "errors", "graph", "ops", "options"),
+    *("processes", "runtime", "seq2seq", "target"),
 }
 
 

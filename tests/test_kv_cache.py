@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import pickle
+import sys
 import threading
 import weakref
 from typing import Any
@@ -15,11 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import DynamicCache, EncoderDecoderCache
 
-from fastgen.kv_cache import Bucket, BucketPool, BucketSize, StaticKVCache
+from fastgen.bucket import Bucket, BucketPool, BucketSize
+from fastgen.hf.contract import CACHE
+from fastgen.kv_cache import StaticKVCache
 from fastgen.seq2seq import DecoderShape
 from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
-from tests.configs import build_pair
-from tests.helpers import CLOSE, tokens
+from tests.configs import build_pair, prompts
+from tests.helpers import CLOSE, copies, targets, tokens
 
 SHAPE = DecoderShape(
     layers=2, heads=3, head_size=4, width=8, vocab_size=11, tables={"position_table.0": (1, 3, 5)}
@@ -111,6 +114,7 @@ def test_idle_buckets_are_bounded_and_the_oldest_goes_first() -> None:
         alive.append(weakref.ref(lease.bucket))
         del lease
     gc.collect()
+    assert len(buckets.idle()) == 2
     assert [bucket() is not None for bucket in alive] == [False, False, True, True]
 
 
@@ -144,6 +148,36 @@ def test_a_failed_allocation_frees_idle_buckets_and_tries_again() -> None:
         buckets.lease(SIZE._replace(slots=32))
 
 
+def test_a_lease_ends_without_code_that_an_interrupt_could_land_in() -> None:
+    """Memory is freed anywhere: what a signal's handler raises there is lost, and so was the
+    bucket. The handler runs where Python code does, which a trace function sees."""
+    buckets = pool()
+    lease = buckets.lease(SIZE)
+    bucket = weakref.ref(lease.bucket)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    with buckets._lock:  # a thread may be stopped here, and another free its lease meanwhile
+        sys.settrace(interrupt)
+        try:
+            del lease
+        finally:
+            sys.settrace(before)
+    assert buckets.idle() == [bucket()]
+
+
+def test_a_lease_may_outlive_its_pool() -> None:
+    lease = pool().lease(SIZE)
+    bucket = weakref.ref(lease.bucket)
+    gc.collect()
+    assert bucket() is lease.bucket
+    del lease
+    gc.collect()
+    assert bucket() is None
+
+
 def test_leases_from_many_threads_are_never_of_one_bucket() -> None:
     buckets, in_use, failures = pool(limit=3), set(), []
 
@@ -172,7 +206,7 @@ def test_keys_keep_their_bucket_alive() -> None:
     model = build_pair("t5-1.1").fast
     call = {"input_ids": tokens(2, 6, 1), "decoder_input_ids": tokens(2, 4, 2)}
     with torch.no_grad():
-        past = model(**call).past_key_values
+        past = model(**call)[CACHE]
         keys = past.self_attention_cache.layers[0].keys
         kept = keys.clone()
         del past
@@ -184,12 +218,33 @@ def test_two_sequences_do_not_share_a_bucket() -> None:
     model = copy.deepcopy(build_pair("t5-1.1").fast)
     call = {"input_ids": tokens(2, 6, 1), "decoder_input_ids": tokens(2, 4, 2)}
     with torch.no_grad():
-        first, second = model(**call).past_key_values, model(**call).past_key_values
+        first, second = model(**call)[CACHE], model(**call)[CACHE]
         assert first.bucket is not second.bucket
         gone = first.bucket
         del first
-        third = model(**call).past_key_values
+        third = model(**call)[CACHE]
     assert third.bucket is gone
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("fast_loop", [True, False])
+def test_a_returned_cache_has_the_layers_of_a_stock_one(beams: int, fast_loop: bool) -> None:
+    """As many as the encoder has: those that a shallower decoder lacks stay empty."""
+    name = "t5-shallow-decoder"
+    pair = copies(name)
+    pair.fast.engine_options = {"fast_loop": fast_loop}
+    call = {"max_new_tokens": 4, "num_beams": beams, "return_dict_in_generate": True}
+    found = []
+    for model in (pair.stock, pair.fast):
+        past = model.generate(prompts(name), **call).past_key_values
+        past = copy.deepcopy(past)
+        caches = past.self_attention_cache, past.cross_attention_cache
+        found.append([[layer.get_seq_length() for layer in cache.layers] for cache in caches])
+        found[-1].append(dict(past.is_updated))
+        with torch.no_grad():
+            past = model(input_ids=prompts(name), decoder_input_ids=targets()[:1].repeat(4, 1))
+        found[-1].append([len(past.past_key_values.self_attention_cache.layers)])
+    assert found[0] == found[1]
 
 
 # The same as stock KV caches, whatever is done in which order
@@ -249,9 +304,9 @@ class SameAsStock(RuleBasedStateMachine):
                     encoder_outputs=(self.hidden,),
                     attention_mask=self.mask,
                     decoder_input_ids=prompt,
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 )
-            assert output.past_key_values is cache
+            assert output[CACHE] is cache
             found.append(output.logits)
         torch.testing.assert_close(found[1], found[0], **CLOSE)
 

@@ -175,6 +175,16 @@ def test_the_engine_cache_may_be_switched_off(engine_cache_folder: Path, tmp_pat
     assert EngineCache(tmp_path / "elsewhere").entries()
 
 
+def test_the_constructor_takes_engine_options() -> None:
+    config = build_stock("t5-1.1").config
+    assert FastT5(config, engine_options={"min_bucket": 8}).engine_options.min_bucket == 8
+    model = FastT5EncoderModel._from_config(config, engine_options=EngineOptions(backend="torch"))
+    assert model.encoder.engine_options.backend == "torch"
+    assert FastT5(config).engine_options == EngineOptions()
+    with pytest.raises(OptionError, match="Did you mean 'prepack'"):
+        FastT5(config, engine_options={"prepak": 1})
+
+
 _SECOND_PROCESS = """
 import sys, torch
 from fastgen import FastT5, graph

@@ -1,26 +1,17 @@
 """``forward`` of encoder-decoder models by hand, argument by argument, against the stock class."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from fastgen.kv_cache import StaticKVCache
 from tests.configs import Pair, build_pair
-from tests.helpers import CAUSAL, CLOSE, refusal, sources, targets, tokens
+from tests.helpers import CAUSAL, CLOSE, ragged, refusal, sources, targets, tokens
 
 NAMES = (*CAUSAL, "t5-deep-decoder")
-
-
-def ragged(side: str = "right") -> torch.Tensor:
-    """Attention mask of 9, 5 and 1 source tokens."""
-    keep = torch.arange(9) < torch.tensor([[9], [5], [1]])
-    return (keep if side == "right" else keep.flip(-1)).long()
 
 
 @torch.no_grad()
@@ -31,11 +22,12 @@ def forward(model: Any, **arguments: Any) -> Any:
 
 
 def assert_same(pair: Pair, **arguments: Any) -> Any:
-    """Same logits and encoder states, and the same entries, of both models; the Fast output."""
+    """Same logits and hidden states, and the same entries, of both models; the Fast output."""
     expected, found = forward(pair.stock, **arguments), forward(pair.fast, **arguments)
     assert found.keys() == expected.keys()
     assert found.logits.dtype == expected.logits.dtype
-    for name in ("logits", "encoder_last_hidden_state", "loss"):
+    states = "encoder_last_hidden_state", "encoder_hidden_states", "decoder_hidden_states"
+    for name in ("logits", "loss", *states):
         torch.testing.assert_close(found.get(name), expected.get(name), **CLOSE)
     return found
 
@@ -61,6 +53,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "decoder mask of ones": {"decoder_attention_mask": torch.ones_like(targets())},
     "use_cache=False": {"use_cache": False},
     "use_cache=True": {"use_cache": True},
+    "hidden states": {"output_hidden_states": True},
 }
 
 
@@ -76,7 +69,7 @@ def test_the_engine_serves(name: str, case: str) -> None:
 
 TORCH: dict[str, tuple[str, dict[str, Any]]] = {
     "attentions": ("output_attentions", {"output_attentions": True}),
-    "hidden states": ("output_hidden_states", {"output_hidden_states": True}),
+    "hidden states of a layer": ("output_hidden_states", {"output_hidden_states": [1]}),
     "hidden decoder tokens": (
         "decoder_attention_mask",
         {"decoder_attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1] * 5, [0, 1, 1, 1, 1]])},
@@ -296,104 +289,3 @@ def test_a_trace_is_of_the_torch_model() -> None:
     other = tokens(3, 9, seed=7)
     expected = forward(pair.stock, input_ids=other).logits
     torch.testing.assert_close(traced(other, targets()), expected, **CLOSE)
-
-
-# Several calls over one KV cache
-
-
-def continued(
-    model: Any,
-    make_past: Callable[[], Any] = lambda: None,
-    chunks: tuple[int, ...] = (2, 1, 1, 3, 1),
-    mask: torch.Tensor | None = None,
-    later_mask: Any = ...,
-    between: Callable[[Any, Any, int], Any] = lambda model, past, step: past,
-) -> torch.Tensor:
-    """Logits of a decoder prompt given in chunks, the KV cache handed from call to call."""
-    prompt = tokens(3, sum(chunks), seed=3)
-    past, state, start, found = make_past(), None, 0, []
-    for step, size in enumerate(chunks):
-        given: dict[str, Any] = {"encoder_outputs": state} if state else {"input_ids": sources()}
-        given["attention_mask"] = mask if step == 0 or later_mask is ... else later_mask
-        given |= {"decoder_input_ids": prompt[:, start : start + size], "past_key_values": past}
-        with torch.no_grad():
-            output = model(**given, use_cache=True)
-        state = (output.encoder_last_hidden_state,)
-        past, start = between(model, output.past_key_values, step), start + size
-        found.append(output.logits)
-    assert past.get_seq_length() == start
-    return torch.cat(found, 1)
-
-
-def foreign() -> EncoderDecoderCache:
-    return EncoderDecoderCache(DynamicCache(), DynamicCache())
-
-
-def assert_continues(pair: Pair, **how: Any) -> None:
-    """The Fast model continues as the stock model does without detours, and as one call would."""
-    plain = {key: how[key] for key in ("chunks", "mask", "later_mask") if key in how}
-    expected = continued(pair.stock, make_past=foreign, **plain)
-    torch.testing.assert_close(continued(pair.fast, **how), expected, **CLOSE)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("side", ["left", "right", None])
-def test_a_kv_cache_is_continued(name: str, side: str | None) -> None:
-    assert_continues(build_pair(name), mask=ragged(side) if side else None)
-
-
-@pytest.mark.parametrize("make_past", [foreign, lambda: StaticKVCache(2)], ids=["stock", "own"])
-def test_a_kv_cache_of_the_callers(make_past: Callable[[], Any]) -> None:
-    assert_continues(build_pair("t5-1.1"), make_past=make_past, mask=ragged())
-
-
-def test_a_later_call_may_see_other_source_tokens() -> None:
-    """Stock takes each call's own mask, although keys and values stay those of the first call."""
-    pair = build_pair("t5-1.1")
-    assert_continues(pair, mask=ragged(), later_mask=None)
-    assert_continues(pair, mask=None, later_mask=ragged())
-    assert_continues(pair, mask=ragged(), later_mask=ragged("left"))
-
-
-def test_an_equal_mask_stays_on_the_engine() -> None:
-    model = build_pair("t5-1.1").fast
-    past = StaticKVCache(2)
-    forward(model, past_key_values=past)
-    step = {"decoder_input_ids": targets()[:, :1], "past_key_values": past}
-    assert refusal(model, **step) is None
-    assert refusal(model, **step, attention_mask=torch.ones_like(sources())) is None
-    assert "attention_mask" in str(refusal(model, **step, attention_mask=ragged()))
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-def test_the_engine_and_torch_take_turns_on_one_kv_cache(name: str) -> None:
-    pair = copy.deepcopy(build_pair(name))
-
-    def switch(model: Any, past: Any, step: int) -> Any:
-        model.engine_options = {"backend": "torch" if step % 2 == 0 else "auto"}
-        return past
-
-    assert_continues(pair, between=switch, mask=ragged(), chunks=(2, 1, 1, 1, 3, 1, 1))
-
-
-def test_a_kv_cache_outlives_its_engines() -> None:
-    pair = copy.deepcopy(build_pair("t5-1.1"))
-
-    def invalidate(model: Any, past: Any, step: int) -> Any:
-        model.invalidate_engine()
-        return past
-
-    assert_continues(pair, between=invalidate, mask=ragged())
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-def test_growing_past_buckets(name: str) -> None:
-    pair = copy.deepcopy(build_pair(name))
-    pair.fast.engine_options = {"min_bucket": 4}
-    assert_continues(pair, chunks=(1, 2, 1, 1, 5, 1, 9, *[1] * 20), mask=ragged())
-    for beams in (1, 3):
-        call = {"attention_mask": ragged(), "max_new_tokens": 40, "min_new_tokens": 40}
-        found, expected = (
-            model.generate(sources(), **call, num_beams=beams) for model in (pair.fast, pair.stock)
-        )
-        assert found.tolist() == expected.tolist()

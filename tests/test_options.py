@@ -1,5 +1,6 @@
 """EngineOptions: merging with the environment variable, and refusing what is not allowed."""
 
+import os
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,10 @@ def test_a_name_near_to_nothing_is_refused_with_all_names() -> None:
         ("max_cached_graphs", 2.0, "int"),
         ("max_cached_graphs", True, "int"),
         ("max_cached_graphs", 0, "at least 1"),
-        ("min_bucket", -4, "at least 1"),
-        ("intra_op_threads", 0, "at least 1"),
+        ("min_bucket", -4, "1 to 65536"),
+        ("min_bucket", 10**9, "1 to 65536"),
+        ("intra_op_threads", 0, "allowed are 1 to "),
+        ("intra_op_threads", 100_000, "allowed are 1 to "),
         ("max_batch", 0, "at least 1"),
         ("max_source_tokens", 0, "at least 1"),
         ("build_memory_mb", 0, "at least 1"),
@@ -88,6 +91,14 @@ def test_a_wrong_value_is_refused_with_what_is_allowed(name: str, value: Any, al
         EngineOptions.resolve({name: value})
     assert f"EngineOptions.{name}={value!r}" in str(error.value)
     assert allowed in str(error.value)
+
+
+def test_threads_are_bounded_by_the_machine_but_64_do_everywhere() -> None:
+    most = max(64, 4 * (os.cpu_count() or 1))
+    for threads in (1, 64, most):
+        assert EngineOptions(intra_op_threads=threads).intra_op_threads == threads
+    with pytest.raises(OptionError, match=f"allowed are 1 to {most}"):
+        EngineOptions(intra_op_threads=most + 1)
 
 
 @pytest.mark.parametrize("value", [3, "backend=torch", [("backend", "torch")]])
@@ -127,7 +138,8 @@ def test_explicit_options_win_over_the_environment(monkeypatch: pytest.MonkeyPat
         ("fast_loop=maybe", "fast_loop='maybe': expected true or false"),
         ("min_bucket=many", "min_bucket='many': expected a whole number"),
         ("prepack=head", "prepack='head': expected a number"),
-        ("min_bucket=0", "must be at least 1"),
+        ("min_bucket=0", "allowed are 1 to 65536"),
+        ("max_batch=0", "must be at least 1"),
         ("backends=torch", "Did you mean 'backend'"),
         ("backend=tpu", "allowed are 'auto', 'onnxruntime', 'tensorrt'"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastgen.hf.contract import CACHE
 from tests.configs import VARIANTS, build_pair
 from tests.modes import MODES, generate, plain
 
@@ -44,7 +45,8 @@ def test_same_tokens(name: str, mode: str) -> None:
 def test_explain_names_a_path(mode: str) -> None:
     name = MODES[mode].variants[0]
     model: Any = build_pair(name).fast
-    explanation = model.explain(**MODES[mode].arguments(model, name))
+    arguments = MODES[mode].arguments(model, name)
+    explanation = model.explain(**arguments, return_dict_in_generate=True)
     assert explanation.path in ((MODES[mode].path,) if MODES[mode].path else PATHS)
     assert explanation.path in str(explanation)
 
@@ -74,7 +76,7 @@ def test_continues_from_a_stock_kv_cache(name: str) -> None:
         call |= {
             "decoder_input_ids": first.sequences,
             "decoder_attention_mask": torch.ones_like(first.sequences),
-            "past_key_values": first.past_key_values,
+            CACHE: first[CACHE],
             "max_new_tokens": 7,
         }
         results.append(generate(model, name, call).sequences.tolist())

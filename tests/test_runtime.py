@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,13 +79,15 @@ def test_onnxruntime_is_the_module() -> None:
     assert runtime.onnxruntime() is onnxruntime
 
 
-def test_both_packages_installed_is_an_error_with_the_command(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("cuda", "extra"), [(False, "cpu"), (True, "cuda")])
+def test_both_packages_installed_is_an_error_with_the_command_for_this_machine(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, extra: str
 ) -> None:
     monkeypatch.setattr(runtime, "_folder", lambda package: "/site-packages")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     with pytest.raises(MissingRuntimeError) as caught:
         runtime.onnxruntime()
-    command = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "fastgen[cuda]"'
+    command = f'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "fastgen[{extra}]"'
     assert str(caught.value).endswith(f"Run: {command}")
 
 
@@ -113,6 +116,40 @@ def test_a_runtime_that_does_not_import_says_why(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(MissingRuntimeError, match=r"libonnxruntime\.so.*--force-reinstall"):
         runtime.onnxruntime()
+
+
+@pytest.mark.parametrize("chosen", [None, "0", "1", ""])
+def test_telemetry_is_off_unless_the_user_wants_it(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    """Set before the import, which is when it is read."""
+    if chosen is None:
+        monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    else:
+        monkeypatch.setenv("ORT_DISABLE_TELEMETRY", chosen)
+    seen = []
+
+    def imported(name: str) -> SimpleNamespace:
+        seen.append(os.environ["ORT_DISABLE_TELEMETRY"])
+        return FakeOnnxRuntime(*CPU_BUILD)
+
+    monkeypatch.setattr(importlib, "import_module", imported)
+    runtime.onnxruntime()
+    assert seen == ["1" if chosen is None else chosen]
+
+
+def test_importing_onnxruntime_through_fastgen_starts_no_thread() -> None:
+    """But those that NumPy starts."""
+    code = (
+        "import os, numpy; from fastgen import runtime; "
+        "threads = lambda: set(os.listdir('/proc/self/task')); "
+        "before = threads(); runtime.onnxruntime(); print(threads() - before)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert result.stdout == "set()\n", result.stderr
 
 
 @pytest.mark.parametrize(("build", "preloads"), [(CPU_BUILD, []), (CUDA_BUILD, [""])])

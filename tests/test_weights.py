@@ -1,18 +1,26 @@
 """Changes of weights: each is seen at a glance, and reaches every engine."""
 
+import copy
+import functools
 import math
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from torch import multiprocessing
 from torch.testing._internal.two_tensor import TwoTensor
+from transformers import T5Config
 
+import fastgen
 from fastgen.engines import NoEngine
 from fastgen.modeling import EngineModule
-from fastgen.weights import Glance, weights_state
-from tests.configs import TINY
+from fastgen.weights import Fingerprint, Glance, weights_state
+from tests.configs import TINY, Pair
 from tests.helpers import assert_left_to_torch, assert_served, copies, sources, targets
 
 
@@ -60,6 +68,13 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "hook before": lambda m: attention(m).q.register_forward_pre_hook(print),
     "forward": lambda m: setattr(m.lm_head, "forward", print),
     "training": lambda m: m.decoder.dropout.train(),
+    "number of a part": lambda m: setattr(m.decoder.final_layer_norm, "variance_epsilon", 0.5),
+    "flag of a part": lambda m: setattr(attention(m), "has_relative_attention_bias", False),
+    "number of the whole": lambda m: setattr(m, "model_dim", 8),
+    "number gone": lambda m: delattr(attention(m), "n_heads"),
+    "config": lambda m: setattr(m.config, "layer_norm_epsilon", 0.5),
+    "list in a config": lambda m: m.config.kinds[0].append("wide"),
+    "dict in a config": lambda m: m.config.ropes["outer"].update(factor=2),
 }
 
 
@@ -73,6 +88,7 @@ def state(model: Any, versions: bool) -> Any:
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_glance_sees_what_the_weights_state_knows(change: str) -> None:
     model: Any = copies().fast
+    model.config.kinds, model.config.ropes = [["narrow"]], {"outer": {"factor": 1}}
     before, glance = state(model, False), Glance(model, versions=False)
     assert glance.same(model)
     assert state(model, False) == before
@@ -122,6 +138,100 @@ def test_edits_behind_the_back_of_torch_are_seen() -> None:
     assert_served(pair)
 
 
+@pytest.mark.parametrize("prepack", [0.25, 1])
+def test_an_edit_of_one_row_through_data_is_seen(prepack: float) -> None:
+    """At the default options too, and of every matrix: no version tells of it."""
+    pair = copies()
+    pair.fast.engine_options = {"prepack": prepack}
+    assert_served(pair)
+    for model in (pair.fast, pair.stock):
+        for weight in model.parameters():
+            weight.data[1].mul_(-2)
+    assert_served(pair)
+    for model in (pair.fast, pair.stock):
+        for weight in model.parameters():
+            weight.data[:2] = weight.data[:2].flip(0)  # the same numbers in other places
+    assert_served(pair)
+    engine = pair.fast._engine
+    assert_served(pair)
+    assert pair.fast._engine is engine
+
+
+@pytest.mark.parametrize("columns", [7, 8])
+def test_fingerprints_tell_what_changed(columns: int) -> None:
+    matrix = torch.randn(5, columns)
+    whole = torch.nn.Parameter(matrix)
+    fingerprint = Fingerprint([whole, whole])
+    assert fingerprint.same()
+    edits: list[Callable[[torch.Tensor], Any]] = [
+        lambda m: m[2:3].mul_(2),
+        lambda m: m[:, 3:4].neg_(),
+        lambda m: m.copy_(m[[1, 0, 2, 3, 4]]),
+        lambda m: m.copy_(m[:, [1, 0, *range(2, columns)]]),
+        lambda m: m[4, 2].add_(1e-6),
+        lambda m: m[0, 0].fill_(torch.nan),
+    ]
+    for edit in edits:
+        fingerprint = Fingerprint([whole])
+        edit(whole.data)
+        assert not fingerprint.same()
+
+
+def share_storages(model: Any) -> None:
+    for weight in model.parameters():
+        weight.untyped_storage().share_memory_()
+
+
+def send(model: Any) -> None:
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    with ThreadPool(1) as pool:  # a pipe holds less than a model
+        received = pool.apply_async(queue.get)
+        queue.put(model)
+        received.get()
+
+
+SHARED: dict[str, Callable[[Any], Any]] = {
+    "model": lambda model: model.share_memory(),
+    "storages": share_storages,
+    "pickled": ForkingPickler.dumps,
+    "sent": send,
+}
+
+
+@functools.cache
+def large_enough() -> Pair:
+    """Models whose weights are pages of their own: once freed, reading them ends the process."""
+    config = T5Config(**TINY | {"vocab_size": 4096, "d_model": 256, "d_kv": 64, "d_ff": 1024})
+    stock = transformers.T5ForConditionalGeneration(config).eval()
+    fast = fastgen.FastT5ForConditionalGeneration(config).eval()
+    fast.load_state_dict(stock.state_dict())
+    return Pair(stock, fast)
+
+
+@pytest.mark.parametrize("share", SHARED.values(), ids=SHARED)
+def test_weights_may_move_to_shared_memory(share: Callable[[Any], Any]) -> None:
+    """Their storages stay what they were, but for the memory in them, and the old one is freed."""
+    fast: Any = copy.deepcopy(large_enough().fast)
+    pair = Pair(large_enough().stock, fast)
+    assert_served(pair)
+    with torch.no_grad():
+        call = {"input_ids": sources(), "decoder_input_ids": targets()}
+        past = {name: getattr(pair, name)(**call).past_key_values for name in ("fast", "stock")}
+        share(fast)
+        further = {"attention_mask": None, "decoder_input_ids": targets()[:, :1]}
+        hidden = pair.stock.encoder(sources())
+        found, expected = (
+            getattr(pair, name)(encoder_outputs=hidden, past_key_values=kept, **further).logits
+            for name, kept in past.items()
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert_served(pair)
+    decoder = fast._current_engine()
+    places = {name: p.data_ptr() for name, p in fast.named_parameters(remove_duplicate=False)}
+    pointers = decoder.decoder(False, 64).weight_pointers()
+    assert pointers == {name: places[name] for name in pointers}
+
+
 def test_a_config_may_hold_what_json_does_not() -> None:
     pair = copies()
     for model in (pair.fast, pair.stock):
@@ -149,6 +259,49 @@ def wrap_head(model: Any) -> None:
     weight = model.lm_head.weight.detach()
     wrapped = TwoTensor(weight.clone(), weight.clone())
     model.lm_head.weight = torch.nn.Parameter(wrapped, requires_grad=False)
+
+
+def other_flag(model: Any) -> None:
+    model.decoder.block[0].layer[0].SelfAttention.relative_attention_max_distance = 9
+
+
+def other_width(model: Any) -> None:
+    model.model_dim = 8
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (other_epsilon, "variance_epsilon=0.5"),
+        (other_flag, "relative_attention_max_distance=9"),
+        (other_width, "model_dim=8"),
+    ],
+)
+def test_a_number_edited_after_the_first_call(change: Callable[[Any], None], reason: str) -> None:
+    pair = copies("t5-1.0")
+    assert_served(pair)
+    for model in (pair.fast, pair.stock):
+        change(model)
+    assert_left_to_torch(pair, reason)
+
+
+def test_a_config_edited_after_the_first_call() -> None:
+    """The stock model has read it; what is built from it now would compute something else."""
+    pair = copies()
+    for field in ("layer_norm_epsilon", "relative_attention_max_distance"):
+        for model in (pair.fast, pair.stock):
+            setattr(model.config, field, 3 * getattr(model.config, field))
+    assert_left_to_torch(pair, "where the config makes it")
+
+
+def test_attributes_of_the_program_cost_no_engine() -> None:
+    pair = copies()
+    pair.fast.calls = 1
+    assert_served(pair)
+    engine = pair.fast._engine
+    pair.fast.calls = pair.fast.encoder.calls = 2
+    assert_served(pair)
+    assert pair.fast._engine is engine
 
 
 @pytest.mark.parametrize(

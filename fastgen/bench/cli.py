@@ -1,10 +1,15 @@
 """The command ``fastgen bench``."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import rich.console
 
 
 class Device(StrEnum):
@@ -90,7 +95,7 @@ def bench(
     console = rich.console.Console()
     try:
         single = Workload(batch, prompt_tokens, new_tokens, beams, sample)
-        with console.status("starting") as status:
+        with _progress(console) as progress:
             report = run(
                 models,
                 standard_grid(new_tokens) if grid else [single],
@@ -99,7 +104,7 @@ def bench(
                 peers=[peer for peer in against.split(",") if peer],
                 threads=threads,
                 json_file=json_file,
-                progress=status.update,
+                progress=progress,
                 repeats=repeats,
                 min_seconds=min_seconds,
                 fresh=fresh,
@@ -109,3 +114,23 @@ def bench(
     report.print(console)
     if report.failures():
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _progress(console: "rich.console.Console") -> Iterator[Callable[[str], None]]:
+    """A function that says what is being done: in a line that changes, or, where stdout is no
+    terminal, in lines on stderr, one for all rounds of a timing."""
+    if console.is_terminal:
+        with console.status("starting") as status:
+            yield status.update
+        return
+    last = ""
+
+    def say(doing: str) -> None:
+        nonlocal last
+        step = doing.partition(", round")[0]
+        if step != last:
+            typer.echo(f"fastgen bench: {step}", err=True)
+        last = step
+
+    yield say

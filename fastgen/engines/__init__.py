@@ -7,7 +7,7 @@ import torch
 
 from fastgen import target as targets
 from fastgen.engine_cache import Artifact
-from fastgen.errors import FastgenError
+from fastgen.errors import EngineError, FastgenError
 from fastgen.graph import Graph
 from fastgen.options import EngineOptions
 from fastgen.target import Target
@@ -59,11 +59,20 @@ class Backend(Protocol):
         parameters: Mapping[str, torch.Tensor],
         options: EngineOptions,
     ) -> Engine:
-        """An engine over the model's own parameters, which stay alive and in place."""
+        """An engine over the model's own parameters, which stay alive and in place.
+
+        Raises:
+            Unloadable: the library refuses the artifact.
+        """
 
 
 class NoEngine(FastgenError):
     """No engine serves this device and dtype; the message says why."""
+
+
+class Unloadable(EngineError):
+    """A library refuses what it compiled, though that is whole: another driver may be the cause.
+    It is compiled again, once."""
 
 
 class NotFused(FastgenError):

@@ -1,21 +1,19 @@
 """The ONNX Runtime engine: CPU and CUDA execution providers, IO binding, weights by pointer."""
 
+import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
 
-from fastgen import cuda, runtime
+from fastgen import cuda, processes, runtime
 from fastgen.engine_cache import Artifact
 from fastgen.engines import onnxruntime_tensorrt
 from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.errors import EngineError, MissingRuntimeError
-from fastgen.graph import WEIGHTS_FILE, Graph
+from fastgen.graph import Graph
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 
@@ -80,6 +78,9 @@ class OnnxRuntimeEngine:
             name: ort.OrtValue.from_dlpack(parameters[name].detach()) for name in graph.parameters
         }
         constants = _constants(graph, target, parameters, options)
+        packs = target.device == "cpu"
+        self.copied = tuple(n for n in constants if packs and parameters[n].ndim == 2)
+        """Parameters that the session may hold a second time, packed."""
         settings = _session_options(target, options)
         for name in constants:
             settings.add_initializer(name, self._weights[name])
@@ -90,7 +91,9 @@ class OnnxRuntimeEngine:
         def compile_graph() -> Any:
             return ort.InferenceSession(data, settings, providers=providers)
 
-        self._session = _on_device(compile_graph, self._device)
+        with cuda.exclusive(self._device):  # a session that is made works on the engine stream
+            self._session = _on_device(compile_graph, self._device)
+        processes.never_destroy_in_children(self._session)
         self._run_options = None  # looking into it costs ONNX Runtime 0.1 ms
         if target.device == "cuda":
             self._run_options = ort.RunOptions()
@@ -116,6 +119,10 @@ class OnnxRuntimeEngine:
 
     def weight_pointers(self) -> dict[str, int]:
         return {name: value.data_ptr() for name, value in self._weights.items()}
+
+    def __del__(self) -> None:
+        if "_session" in vars(self):  # it waits for the GPU as it ends
+            cuda.dispose(self._device, [vars(self).pop("_session")])
 
     def run(self, io_binding: Any) -> None:
         """Run a bound session; a failed allocation becomes torch's out-of-memory error."""
@@ -144,18 +151,6 @@ class OnnxRuntimeBinding:
         self._engine.run(self._io_binding)
 
 
-@cache
-def _weights_folder() -> str:
-    """A folder with the empty file that initializers name; their data comes by pointer."""
-    folder = tempfile.TemporaryDirectory(prefix="fastgen-")
-    _KEEP.append(folder)
-    Path(folder.name, WEIGHTS_FILE).touch()
-    return folder.name
-
-
-_KEEP: list[tempfile.TemporaryDirectory[str]] = []
-
-
 def _constants(
     graph: Graph,
     target: Target,
@@ -177,7 +172,8 @@ def _prepacked(
     a token, those of short rows first, which unpacked are read slowest; with 1, all of all."""
     if share == 1:
         return graph.parameters
-    if not any(spec.name == "logits" for spec in graph.outputs):
+    outputs = {spec.name for spec in graph.outputs}
+    if "logits" not in outputs or "last_hidden_state" in outputs:  # the latter with hidden states
         return ()
     nodes = onnx.load_from_string(graph.onnx).graph.node
     matrices = {n.input[1] for n in nodes if n.op_type == "FusedMatMul"}.intersection(parameters)
@@ -195,16 +191,16 @@ def _prepacked(
 def _session_options(target: Target, options: EngineOptions) -> Any:
     ort = runtime.onnxruntime()
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3
+    settings.log_severity_level = 4  # of what fails, the exception tells
     # Graphs are authored with fused operators: there is nothing left to optimize at load
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if target.backend == onnxruntime_tensorrt.NAME:
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     settings.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", _weights_folder()
+        "session.model_external_initializers_file_folder_path", os.path.dirname(os.devnull)
     )
     if target.device == "cpu":
-        settings.intra_op_num_threads = options.intra_op_threads or torch.get_num_threads()
+        settings.intra_op_num_threads = options.intra_op_threads or processes.threads()
         # Between two runs its threads must not spin on the cores that torch's threads need
         settings.add_session_config_entry("session.force_spinning_stop", "1")
     return settings
@@ -214,15 +210,16 @@ def _providers(target: Target, device: torch.device, options: EngineOptions) -> 
     """Execution providers, the preferred first: names, or pairs of name and options."""
     if target.device == "cpu":
         return ["CPUExecutionProvider"]
-    cuda_provider = (
-        "CUDAExecutionProvider",
-        {
-            "device_id": str(device.index or 0),
-            "user_compute_stream": str(cuda.engine_stream(device).cuda_stream),
-            "arena_extend_strategy": "kSameAsRequested",
-            "use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32)),
-        },
-    )
+    settings = {
+        "user_compute_stream": str(cuda.engine_stream(device).cuda_stream),
+        "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32)),
+    }
+    if (
+        device.index
+    ):  # the default 0 must not be named: ONNX Runtime would warn that no plugin has it
+        settings["device_id"] = str(device.index)
+    cuda_provider = ("CUDAExecutionProvider", settings)
     if target.backend == onnxruntime_tensorrt.NAME:
         return [onnxruntime_tensorrt.provider(target, device, options), cuda_provider]
     return [cuda_provider]

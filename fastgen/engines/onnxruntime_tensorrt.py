@@ -8,6 +8,7 @@ import torch
 
 from fastgen import cuda, runtime
 from fastgen.engine_cache import EngineCache
+from fastgen.engines.side_file import gpu_model
 from fastgen.errors import MissingRuntimeError
 from fastgen.options import EngineOptions
 from fastgen.target import Target
@@ -56,9 +57,9 @@ def provider(
     if options.build_memory_mb is not None:
         settings["trt_max_workspace_size"] = str(options.build_memory_mb * 2**20)
     if options.disk_cache:
-        # its file names tell neither of these from another
+        # its file names tell none of these from another
         effort = f"level-{options.build_level}-memory-{options.build_memory_mb}"
-        folder = EngineCache(options.cache_dir).folder / NAME / effort
+        folder = EngineCache(options.cache_dir).folder / NAME / gpu_model(device) / effort
         settings |= {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(folder),

@@ -2,7 +2,24 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
+
+import torch
+
+
+def gpu_model(device: torch.device) -> str:
+    """The model of a GPU, fit for file names, e.g. "sm90-NVIDIA-H100-80GB-HBM3-132".
+
+    TensorRT's plans and timings are for one model: an H100 and an H200 have the same compute
+    capability and other clocks, memory and caches. The number of processors tells the slices of a
+    divided GPU apart. Plans for a whole compute capability (``HardwareCompatibilityLevel``) would
+    do without cuBLAS's kernels and may be slower, to save one build on each model.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    name = re.sub(r"\W+", "-", properties.name).strip("-")
+    processors = properties.multi_processor_count
+    return f"sm{properties.major}{properties.minor}-{name}-{processors}"
 
 
 class SideFile:

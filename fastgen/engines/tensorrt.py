@@ -10,8 +10,8 @@ import torch
 
 from fastgen import cuda
 from fastgen.engine_cache import Artifact, EngineCache
-from fastgen.engines import NoEngine, tensorrt_build, weight_inputs
-from fastgen.engines.side_file import SideFile
+from fastgen.engines import NoEngine, Unloadable, tensorrt_build, weight_inputs
+from fastgen.engines.side_file import SideFile, gpu_model
 from fastgen.engines.tensorrt_build import FLAVOURS, Build, Flavour, Profile
 from fastgen.engines.weight_inputs import in_place
 from fastgen.errors import EngineError
@@ -44,7 +44,9 @@ class TensorRT:
         names = ("max_batch", "max_source_tokens", "build_level", "build_memory_mb")
         return {
             "version": tensorrt_build.load(self.flavour).__version__,
-            "gpu": "sm{}{}".format(*build.capability),
+            "gpu": "sm{}{}".format(*build.capability)
+            if self.flavour.names_gpu
+            else gpu_model(device),
             "tf32": build.tf32,
             "builder": hashlib.sha256(b"\0".join(sources)).hexdigest(),
             **{name: getattr(options, name) for name in names},
@@ -54,7 +56,7 @@ class TensorRT:
         self, graph: Graph, title: str, options: EngineOptions, device: torch.device
     ) -> Artifact:
         build = self._build(options, device)
-        side = self._side_file(options, build, "timings")
+        side = self._side_file(options, device, "timings")
         with torch.cuda.device(device):  # on which TensorRT times its kernels
             plan, timings = tensorrt_build.build_plan(graph, build, title, side.read())
         if timings:
@@ -74,19 +76,18 @@ class TensorRT:
         options: EngineOptions,
     ) -> "TensorRTEngine":
         device = next(iter(parameters.values())).device
-        kernels = self._side_file(options, self._build(options, device), "kernels")
+        kernels = self._side_file(options, device, "kernels")
         return TensorRTEngine(self.flavour, artifact, parameters, kernels)
 
     def _build(self, options: EngineOptions, device: torch.device) -> Build:
         capability = torch.cuda.get_device_capability(device)
         return Build(self.flavour, capability, options, torch.backends.cuda.matmul.allow_tf32)
 
-    def _side_file(self, options: EngineOptions, build: Build, kind: str) -> SideFile:
-        """What builds or runs leave for the next ones, for this version and GPU."""
+    def _side_file(self, options: EngineOptions, device: torch.device, kind: str) -> SideFile:
+        """What builds or runs leave for the next ones, for this version and model of GPU."""
         version = tensorrt_build.load(self.flavour).__version__
-        generation = "sm{}{}".format(*build.capability)
         folder = EngineCache(options.cache_dir).folder if options.disk_cache else None
-        return SideFile(folder, f"{self.flavour.name}-{version}-{generation}.{kind}")
+        return SideFile(folder, f"{self.flavour.name}-{version}-{gpu_model(device)}.{kind}")
 
 
 class TensorRTEngine:
@@ -105,6 +106,10 @@ class TensorRTEngine:
             parameters: the model's parameters by name; those the graph names must be contiguous
                 and must stay alive and in place as long as the engine.
             kernels: keeps what a flavour compiles when it runs.
+
+        Raises:
+            Unloadable: TensorRT refuses the plan.
+            EngineError: it fails in another way.
         """
         self.graph = Graph.from_meta(b"", artifact.meta)
         self._trt = tensorrt_build.load(flavour)
@@ -124,9 +129,16 @@ class TensorRTEngine:
         self.device = next(iter(self._weights.values())).device
         self._idle: list[Any] = []
         self._seen: set[Any] = set()
-        with torch.cuda.device(self.device):
-            self._runtime = self._trt.Runtime(self._logger)
-            self._engine = self._checked(self._runtime.deserialize_cuda_engine(artifact.data))
+        with cuda.exclusive(self.device), torch.cuda.device(self.device):
+            make = self._trt.Runtime
+            self._runtime = tensorrt_build.made(self._trt, self._logger, make, self._logger)
+            self._logger.take()
+            self._engine = self._runtime.deserialize_cuda_engine(artifact.data)
+            if self._engine is None:
+                raise Unloadable(
+                    f"TensorRT {self._trt.__version__} refuses a plan: {self._logger.take()}. "
+                    "If it has just built it, use EngineOptions(backend='onnxruntime')"
+                )
             self._runtime_config = self._make_runtime_config()
 
     def weight_pointers(self) -> dict[str, int]:
@@ -166,26 +178,42 @@ class TensorRTEngine:
         self._checked(context.set_optimization_profile_async(profile, stream) or None)
         return context
 
+    def scratch_size(self, context: Any) -> int:
+        """Bytes of scratch memory for a run over the context's shapes.
+
+        Raises:
+            EngineError: TensorRT cannot tell, and said why.
+        """
+        self._logger.take()
+        if size := int(context.update_device_memory_size_for_shapes()):
+            return size
+        if reason := self._logger.take(default=""):  # 0 means an error, or that nothing is needed
+            raise EngineError(f"TensorRT {self._trt.__version__}: {reason}")
+        profile = context.active_optimization_profile
+        return int(self._engine.get_device_memory_size_for_profile_v2(profile))
+
     def give_back(self, context: Any) -> None:
         self._idle.append(context)
 
     def ran(self, shapes: Any) -> None:
         """Note a first run over these shapes: what it compiled is kept for the next process."""
-        if self._flavour.compiles_at_run and shapes not in self._seen:
+        if self._compiled is not None and shapes not in self._seen:
             self._seen.add(shapes)
-            cache = self._runtime_config.get_runtime_cache()
-            self._kernels.write(bytes(cache.serialize()))
+            if (compiled := self._compiled.serialize()) is not None:
+                self._kernels.write(bytes(compiled))
 
     def _make_runtime_config(self) -> Any:
-        trt, config = self._trt, self._engine.create_runtime_config()
+        trt, config = self._trt, self._checked(self._engine.create_runtime_config())
         config.set_execution_context_allocation_strategy(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
+        self._compiled = None  # the runtime cache, where there is one
         if self._flavour.compiles_at_run:
             cache = config.create_runtime_cache()
-            if stored := self._kernels.read():
+            if cache is not None and (stored := self._kernels.read()):
                 cache.deserialize(stored)  # refused for another driver or GPU: then compiled anew
-            config.set_runtime_cache(cache)
+            if cache is not None and config.set_runtime_cache(cache):
+                self._compiled = cache
             # A captured graph keeps the kernels of its capture, so they must be the best ones; an
             # encoder meets ever new sizes, for which compiling would cost more than it gains
             kind = trt.DynamicShapesKernelSpecializationStrategy
@@ -224,8 +252,7 @@ class TensorRTBinding:
             engine._checked(context.set_input_shape(name, tuple(tensor.shape)) or None)
         for name, tensor in (bound | engine._weights).items():
             engine._checked(context.set_tensor_address(name, tensor.data_ptr()) or None)
-        size = context.update_device_memory_size_for_shapes()
-        self._scratch = _scratch(engine.device, size)
+        self._scratch = _scratch(engine.device, engine.scratch_size(context))
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
 
     def run(self) -> None:

@@ -5,7 +5,7 @@ the build and its errors. Nothing here needs a GPU where TensorRT does not.
 import importlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -128,17 +128,33 @@ class Build:
     """Whether float32 products may be rounded to TF32, as torch's own then are."""
 
 
+def made(trt: Any, logger: Any, make: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``make`` gives for ``arguments``.
+
+    Raises:
+        EngineError: TensorRT gives nothing: None, or of a constructor its bindings' TypeError.
+    """
+    try:
+        result = make(*arguments)
+    except TypeError as error:
+        raise EngineError(f"TensorRT {trt.__version__}: {error}: {logger.take()}") from error
+    if result is None:
+        raise EngineError(f"TensorRT {trt.__version__}: {logger.take()}")
+    return result
+
+
 def parse(trt: Any, logger: Any, graph: Graph) -> tuple[Any, Any]:
     """A builder and the strongly typed network of a Graph, whose parameters are inputs.
 
     Raises:
         EngineError: TensorRT does not take the Graph; the message names the node.
     """
-    builder = trt.Builder(logger)
+    builder = made(trt, logger, trt.Builder, logger)
     # Version 11 knows no other kind of network
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if typed is None else 1 << int(typed))
-    parser = trt.OnnxParser(network, logger)
+    flags = 0 if typed is None else 1 << int(typed)
+    network = made(trt, logger, builder.create_network, flags)
+    parser = made(trt, logger, trt.OnnxParser, network, logger)
     if not parser.parse(weights_as_inputs(graph)):
         found = [parser.get_error(i) for i in range(parser.num_errors)]
         nodes = "; ".join(
@@ -213,8 +229,8 @@ def build_plan(graph: Graph, build: Build, title: str, timings: bytes) -> tuple[
     logger.take()  # what an earlier failure left
     builder, network = parse(trt, logger, graph)
     config = configure(trt, builder, graph, build)
-    if not build.flavour.compiles_at_run:
-        config.set_timing_cache(config.create_timing_cache(timings), ignore_mismatch=False)
+    kept = None if build.flavour.compiles_at_run else use_timings(config, timings)
+    logger.take()  # that a cache was refused is no reason of a failure to come
     with progress_monitor(trt, title, build.options.build_seconds) as monitor:
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
@@ -226,9 +242,19 @@ def build_plan(graph: Graph, build: Build, title: str, timings: bytes) -> tuple[
                 "a lower build_level."
             )
         raise EngineError(f"TensorRT {trt.__version__} did not build {title}: {logger.take()}")
-    if build.flavour.compiles_at_run:
-        return bytes(plan), b""
-    return bytes(plan), bytes(config.get_timing_cache().serialize())
+    grown = None if kept is None else kept.serialize()
+    return bytes(plan), b"" if grown is None else bytes(grown)
+
+
+def use_timings(config: Any, timings: bytes) -> Any:
+    """The timing cache that a builder's config was given, which must live until the plan is built:
+    that of earlier builds or, where TensorRT refuses it (it is damaged, or of another GPU), an
+    empty one. None if it refuses that too, and times everything anew."""
+    for data in dict.fromkeys((timings, b"")):
+        cache = config.create_timing_cache(data)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+    return None
 
 
 @cache
@@ -245,10 +271,10 @@ def make_logger(trt: Any) -> Any:
                 self._errors.append(message)
             _log.log(_LEVELS.get(severity.name, logging.DEBUG), message)
 
-        def take(self) -> str:
+        def take(self, default: str = "it gave no reason") -> str:
             """The errors since the last call, as one line."""
             messages, self._errors = self._errors, []
-            return "; ".join(messages) or "it gave no reason"
+            return "; ".join(messages) or default
 
     return Logger()
 

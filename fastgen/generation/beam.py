@@ -15,94 +15,15 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
 
+from fastgen.bucket import Bucket
 from fastgen.generation import cpu
+from fastgen.generation.call import Call, keeps, records
+from fastgen.generation.draws import Draws
 from fastgen.generation.kernels import BeamTail, beam_obstacle
-from fastgen.generation.loop import Call, Loop, keeps, kept_eos, records
-from fastgen.kv_cache import Bucket, StaticKVCache
-
-_NEVER = -1.0e9  # transformers' score of what must not be chosen
-
-
-class BeamState:
-    """Running and finished beams of one batch, on the device."""
-
-    def __init__(self, batch: int, beams: int, capacity: int, device: torch.device) -> None:
-        self.batch, self.beams, self.capacity = batch, beams, capacity
-
-        def full(*axes: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(batch, *axes, dtype=dtype, device=device)
-
-        self.running = full(beams, capacity)  # tokens
-        self.sequences = full(beams, capacity)
-        self.running_scores = full(beams, dtype=torch.float32)
-        self.scores = full(beams, dtype=torch.float32)
-        self.finished = full(beams, dtype=torch.bool)
-        self.improvable = full(1, dtype=torch.bool)
-        self.running_parents = full(beams, capacity, dtype=torch.int32)  # HF's beam_indices
-        self.parents = full(beams, capacity, dtype=torch.int32)
-        self.ancestors = full(beams, capacity)  # beam whose slot holds a beam's token, by position
-        self.index = torch.zeros(1, dtype=torch.int64, device=device)  # where the next token goes
-        self.new = torch.zeros(1, dtype=torch.int64, device=device)  # how many tokens are new
-        self.done = torch.zeros(1, dtype=torch.bool, device=device)
-        self.steps = torch.zeros(1, dtype=torch.int64, device=device)  # tokens until ``done``
-        self.limit = torch.zeros(1, dtype=torch.int64, device=device)
-        self.seen = torch.zeros(1, dtype=torch.bool, pin_memory=device.type == "cuda")
-        """``done`` as the host sees it, at most ``RUN_AHEAD`` tokens late."""
-        self.final_divisor = torch.zeros(capacity + 2, dtype=torch.float32, device=device)
-        self.best_divisor = torch.zeros(capacity + 2, dtype=torch.float32, device=device)
-        self.eos = torch.zeros(0, dtype=torch.int64, device=device)
-        self.offsets = (torch.arange(batch, device=device) * beams)[:, None]
-        self.beam_range = torch.arange(beams, device=device)
-        self.busy = False
-
-    def begin(self, call: Call) -> None:
-        """Start a new batch as ``_beam_search`` does."""
-        config, prompt = call.config, call.prompt
-        self.running.fill_(_fill_value(config))
-        self.running[:, :, :prompt] = call.input_ids.view(self.batch, self.beams, prompt)
-        self.sequences.copy_(self.running)
-        self.running_scores.fill_(_NEVER)
-        self.running_scores[:, 0] = 0.0
-        self.scores.fill_(_NEVER)
-        self.finished.fill_(False)
-        self.improvable.fill_(True)
-        self.running_parents.fill_(-1)
-        self.parents.fill_(-1)
-        self.ancestors.copy_(self.beam_range[None, :, None].expand_as(self.ancestors))
-        self.index.fill_(prompt)
-        self.new.fill_(0)
-        self.done.fill_(False)
-        self.seen.fill_(False)
-        self.steps.fill_(0)
-        self.limit.fill_(call.limit)
-        self.eos = kept_eos(self.eos, call)
-        self._set_divisors(call)
-
-    def _set_divisors(self, call: Call) -> None:
-        """Length penalties by number of new tokens. torch divides a CUDA tensor by a number by
-        multiplying with its float32 reciprocal, so on a GPU the reciprocals stand here."""
-        penalty, longest = call.config.length_penalty, call.config.max_length - call.prompt
-        counts = range(min(len(self.final_divisor), call.limit - call.prompt + 2))
-        lengths = [float(max(n, 1)) ** penalty for n in counts]  # more of them may overflow
-        final = torch.ones(len(self.final_divisor))
-        final[: len(lengths)] = torch.tensor(lengths, dtype=torch.float32)
-        best = final.clone()
-        if call.config.early_stopping == "never" and penalty > 0.0:
-            best.fill_(float(longest) ** penalty)
-        if self.running.is_cuda:
-            final, best = 1.0 / final, 1.0 / best
-        self.final_divisor.copy_(final)
-        self.best_divisor.copy_(best)
-
-    def mutable(self) -> list[torch.Tensor]:
-        names = "running sequences running_scores scores finished improvable running_parents"
-        names += " parents ancestors index new done steps"
-        return [getattr(self, name) for name in names.split()]
-
-    def divide(self, scores: torch.Tensor, divisors: torch.Tensor) -> torch.Tensor:
-        """Apply the length penalty for ``new`` tokens."""
-        divisor = divisors.index_select(0, self.new)
-        return scores * divisor if scores.is_cuda else scores / divisor
+from fastgen.generation.loop import Loop
+from fastgen.generation.state import NEVER, BeamState
+from fastgen.hf import contract
+from fastgen.kv_cache import StaticKVCache, unshared
 
 
 class Advance:
@@ -114,10 +35,13 @@ class Advance:
         state: BeamState,
         bucket: Bucket,
         process: Callable[[torch.Tensor], torch.Tensor] | None,
+        draws: Draws | None = None,
     ) -> None:
         # not the call itself: a captured graph keeps this object, and must not keep the KV cache
         self._state, self.bucket, self._process = state, bucket, process
         self._do_sample, self._records = call.config.do_sample, records(call)
+        self.draws = draws
+        self._multinomial = torch.multinomial if draws is None else draws.multinomial
         self._early = call.config.early_stopping is True
         self._candidates = candidates(call)
         self._criteria = None if call.plain else call.criteria
@@ -179,8 +103,11 @@ class Advance:
         if self._do_sample:
             log_probs = (log_probs + state.running_scores[:, :, None]).view(state.batch, -1)
             probabilities = torch.nn.functional.softmax(log_probs, dim=-1)
-            indices = torch.multinomial(probabilities, num_samples=self._candidates)
+            indices = self._multinomial(probabilities, self._candidates)
             top = torch.gather(log_probs, 1, indices)
+            if contract.SORTS_DRAWN_BEAMS:
+                top, order = top.sort(dim=-1, descending=True)
+                indices = indices.gather(-1, order)
         else:
             top, indices = cpu.topk_of_sums(log_probs, state.running_scores, self._candidates)
         return top, indices
@@ -203,7 +130,7 @@ class Advance:
     ) -> torch.Tensor:
         """The N best continuations that go on become the running beams; gives their candidates."""
         state = self._state
-        running = top + stopped.to(torch.float32) * _NEVER
+        running = top + stopped.to(torch.float32) * NEVER
         chosen = torch.topk(running, k=state.beams)[1]
         state.running.copy_(_gather(sequences, chosen))
         state.running_scores.copy_(_gather(running, chosen))
@@ -218,9 +145,9 @@ class Advance:
         just_finished = stopped & (torch.arange(top.shape[1], device=top.device) < state.beams)
         top = state.divide(top, state.final_divisor)
         full = state.finished.all(dim=-1, keepdim=True) & self._early
-        top += full.to(torch.float32) * _NEVER
-        top += (~state.improvable).to(torch.float32) * _NEVER
-        top += (~just_finished) * _NEVER
+        top += full.to(torch.float32) * NEVER
+        top += (~state.improvable).to(torch.float32) * NEVER
+        top += (~just_finished) * NEVER
         scores = torch.cat((state.scores, top), dim=1)
         best = torch.topk(scores, k=state.beams)[1]
         for kept, new in (
@@ -250,7 +177,7 @@ class Advance:
         state = self._state
         state.steps.add_(~state.done)
         best = state.divide(state.running_scores[:, :1], state.best_divisor)
-        worst = torch.where(state.finished, state.scores.amin(dim=1, keepdim=True), _NEVER)
+        worst = torch.where(state.finished, state.scores.amin(dim=1, keepdim=True), NEVER)
         state.improvable &= (best > worst).any(dim=-1, keepdim=True)
         goes_on = state.improvable.any() & ~stopped.all()
         if self._early:
@@ -278,14 +205,6 @@ def _gather(tensor: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
     """Select along axis 1: [B, N, ...] and [B, C] -> [B, C, ...]."""
     index = beams.view(*beams.shape, *[1] * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:])
     return torch.gather(tensor, 1, index)
-
-
-def _fill_value(config: Any) -> int:
-    """What transformers fills unwritten places with (a pad id of 0 gives the end token)."""
-    if config._eos_token_tensor is None:
-        return -1
-    eos = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
-    return int(config.pad_token_id or eos)
 
 
 class BeamLoop(Loop):
@@ -335,14 +254,15 @@ class BeamLoop(Loop):
         def make_after() -> Advance:
             buffers = bucket.without_steps()
             if not self.plan.processors:
-                return Advance(call, state, buffers, None)
+                return Advance(call, state, buffers, None, self._draws())
             flat = state.running.view(-1, state.capacity)
             places = torch.arange(state.capacity, device=flat.device)
 
             def as_set() -> torch.Tensor:
                 return torch.where(places < state.index, flat, flat[:, :1])
 
-            return Advance(call, state, buffers, self.plan.process(flat[:, : self.length], as_set))
+            process = self.plan.process(flat[:, : self.length], as_set)
+            return Advance(call, state, buffers, process, self._draws())
 
         settings = (config.do_sample, config.early_stopping, candidates(call), records(call))
         step = call.decoder.step_with(
@@ -351,8 +271,7 @@ class BeamLoop(Loop):
             make_after=make_after,
             mutable=[*state.mutable(), bucket.tensors["slot_mask"]],
         )
-        step.run()
-        return step.after
+        return self._replay(step)
 
     def _finished(self) -> bool:
         """Whether to stop before the next token; waits only for tokens of a while ago."""
@@ -381,7 +300,7 @@ class BeamLoop(Loop):
             scores=tuple(self.scores[:steps]) if keeps(call, "output_scores") else None,
             logits=tuple(self.logits[:steps]) if keeps(call, "output_logits") else None,
             beam_indices=parents[:, :new].clone(),
-            past_key_values=self._cache(call.prompt + steps - 1),
+            **{contract.CACHE: self._cache(call.prompt + steps - 1)},
         )
 
     def _cache(self, length: int) -> StaticKVCache:
@@ -389,7 +308,8 @@ class BeamLoop(Loop):
         state, bucket = self.state, self.bucket
         slots = torch.arange(length, device=bucket.device) * self.beams
         slots = slots + state.ancestors[:, :, :length]  # [B, N, length]
-        return bucket.unshare(slots, self.hidden.shape[1])
+        listed = len(self.call.cache.self_attention_cache.layers)
+        return unshared(bucket, slots, self.hidden.shape[1], listed)
 
 
 def beam_search(call: Call) -> Any:

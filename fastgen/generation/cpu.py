@@ -4,18 +4,13 @@ All of it runs on the calling thread: a parallel region of torch leaves threads 
 milliseconds, on the cores where the engine's next step runs.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
-from fastgen.kv_cache import Bucket
+from fastgen.bucket import Bucket
+from fastgen.generation.state import NEVER, BeamState, SampleState
 
-if TYPE_CHECKING:
-    from fastgen.generation.beam import BeamState
-    from fastgen.generation.loop import SampleState
-
-_NEVER = np.float32(-1.0e9)  # transformers' score of what must not be chosen
+_NEVER = np.float32(NEVER)
 _FEW_ROWS = 8  # what one thread computes sooner than others have stopped spinning
 _EACH = 32  # places of a vocabulary in each class, whose maximum tells where the largest can be
 
@@ -26,7 +21,7 @@ class GreedyTail:
     A small operation costs NumPy a tenth of the 10 us that it costs torch.
     """
 
-    def __init__(self, state: "SampleState", bucket: Bucket, has_eos: bool, stops: bool) -> None:
+    def __init__(self, state: SampleState, bucket: Bucket, has_eos: bool, stops: bool) -> None:
         """
         Args:
             has_eos: rows that have finished get the padding token.
@@ -66,7 +61,7 @@ class BeamTail:
 
     select = None
 
-    def __init__(self, state: "BeamState", bucket: Bucket, early: bool) -> None:
+    def __init__(self, state: BeamState, bucket: Bucket, early: bool) -> None:
         self._state = {
             name: value.numpy()
             for name, value in vars(state).items()

@@ -1,12 +1,13 @@
 """Which path a ``generate`` call takes, and why not a faster one: ``model.explain``."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 
+from fastgen.explain import Explanation
 from fastgen.fallback import AUTOCAST, Asked, report, runs_under_autocast
+from fastgen.hf import contract, trial
 from fastgen.options import EngineOptions
 
 OPTIONAL_OUTPUTS = ("output_attentions", "output_hidden_states")
@@ -16,6 +17,10 @@ _FAST_MODES: tuple[Any, ...] = (
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 )
+_MODES = (*_FAST_MODES, GenerationMode.ASSISTED_GENERATION)
+_KINDS = dict(zip(_MODES, ("greedy", "sample", "beams", "beam sample", "assisted"), strict=True))
+"""What ``hf/trial.py`` calls them."""
+
 # Arguments of ``generate`` that become processors and criteria, or go with them: for any loop
 ANY_LOOP: tuple[str, ...] = (
     "logits_processor",
@@ -33,19 +38,7 @@ _SAYS_SO = (*OPTIONAL_OUTPUTS, "inputs_embeds", "decoder_inputs_embeds")
 _STEPS = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Which path a ``generate`` call takes, and why not a faster one."""
-
-    path: str
-    """``fast loop``, ``HF loop`` (both on the engine) or ``torch``."""
-    reasons: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return "\n".join([self.path, *(f"  - {reason}" for reason in self.reasons)])
-
-
-class Explained:
+class ExplainsGenerate:
     """Mixin of a model that generates: says how, and tells the loops what they serve."""
 
     engine_options: EngineOptions
@@ -59,18 +52,20 @@ class Explained:
         config, model_kwargs = self._prepare_generation_config(
             generate_kwargs.pop("generation_config", None), **generate_kwargs
         )
-        reasons = self._torch_reasons(config, model_kwargs)
+        mode = config.get_generation_mode(assistant)
+        reasons = self._torch_reasons(config, model_kwargs, mode)
         if reasons:
             return Explanation("torch", reasons)
-        mode = config.get_generation_mode(assistant)
         if mode not in _FAST_MODES:
             reasons.append(f"{mode.value} decodes in the HF loop")
         reasons += self._slow_reasons(config, model_kwargs)
         return Explanation("HF loop" if reasons else "fast loop", reasons)
 
-    def _torch_reasons(self, config: Any, model_kwargs: dict[str, Any]) -> list[str]:
+    def _torch_reasons(self, config: Any, model_kwargs: dict[str, Any], mode: Any) -> list[str]:
         """Why the engine does not run a ``generate`` call at all."""
         reasons = []
+        if reason := self._unmet(mode, "torch"):
+            reasons.append(reason)
         if config.cache_implementation not in (None, "dynamic"):
             asked = f"cache_implementation={config.cache_implementation!r}"
             reasons.append(f"{asked} asks for a KV cache of torch's: leave it out")
@@ -89,8 +84,12 @@ class Explained:
         reasons: list[str] = []
         if not self.engine_options.fast_loop:
             reasons.append(Asked("EngineOptions(fast_loop=False)"))
+        if reason := self._unmet(config.get_generation_mode(), "HF loop"):
+            reasons.append(reason)
         if config.use_cache is False:
             reasons.append(Asked("use_cache=False"))
+        if config.output_hidden_states and config.return_dict_in_generate:
+            reasons.append(Asked("output_hidden_states are collected by the HF loop"))
         if config.prefill_chunk_size is not None:
             reasons.append("prefill_chunk_size is set: leave it out")
         if config.num_beams > 1 and getattr(config, "low_memory", None):
@@ -104,22 +103,24 @@ class Explained:
         reasons += [f"{name} is the program's own: the fast loop does not call it" for name in own]
         if getattr(config, "is_assistant", False):
             reasons.append(Asked("an assistant model's tokens may be taken back"))
-        past = model_kwargs.get("past_key_values")
+        past = contract.given_cache(model_kwargs)
         if past is not None and past.get_seq_length():
-            reasons.append(Asked("past_key_values already holds tokens"))
-        served: tuple[str, ...] = (
-            "encoder_outputs",
-            "attention_mask",
-            "past_key_values",
-            "use_cache",
-        )
-        served += ("input_ids", "inputs", "decoder_input_ids", *ANY_LOOP)
+            reasons.append(Asked(f"{contract.CACHE} already holds tokens"))
+        served: tuple[str, ...] = ("encoder_outputs", "attention_mask", "use_cache")
+        served += ("output_hidden_states", "input_ids", "inputs", "decoder_input_ids")
         served += ("labels",)  # which Seq2SeqTrainer gives, and no loop reads
+        served += (*contract.CACHE_NAMES, *ANY_LOOP)
         for name, value in model_kwargs.items():
             if value is not None and value is not False and name not in served:
                 asked = Asked if name in _SAYS_SO else str
                 reasons.append(asked(f"{name} is given: leave it out if it can be"))
         return reasons
+
+    def _unmet(self, mode: Any, path: str) -> str | None:
+        """Why a version of transformers that nobody has met sends a decoding mode to this path."""
+        kind = _KINDS.get(mode, "other")
+        found = trial.path(type(self), kind, self.engine_options)
+        return trial.reason(kind, path) if found == path else None
 
     def _is_known(self, method: str) -> bool:
         """Whether a method is the one of a library, which the fast loop does the work of."""

@@ -8,18 +8,14 @@ import ctypes
 from collections.abc import Callable
 from functools import cache, cached_property
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 import torch
 
+from fastgen.bucket import Bucket
 from fastgen.engines import nvrtc
 from fastgen.engines.nvrtc import Launch, PreparedLaunch, Program
-from fastgen.kv_cache import Bucket
+from fastgen.generation.state import BeamState, SampleState
 from fastgen.options import EngineOptions
-
-if TYPE_CHECKING:
-    from fastgen.generation.beam import BeamState
-    from fastgen.generation.loop import SampleState
 
 # As in greedy.cu, beams.cu and top.cu
 MAX_ENDS = 32
@@ -92,7 +88,7 @@ def _machine_obstacle(device: torch.device) -> str | None:
     return nvrtc.missing()
 
 
-def greedy_obstacle(state: "SampleState", bucket: Bucket, options: EngineOptions) -> str | None:
+def greedy_obstacle(state: SampleState, bucket: Bucket, options: EngineOptions) -> str | None:
     """Why ``GreedyTail`` cannot serve this batch; None if it can."""
     if bucket.size.batch > _GREEDY_THREADS:
         return f"{bucket.size.batch} rows: the kernel serves {_GREEDY_THREADS}"
@@ -100,7 +96,7 @@ def greedy_obstacle(state: "SampleState", bucket: Bucket, options: EngineOptions
 
 
 def beam_obstacle(
-    state: "BeamState", bucket: Bucket, options: EngineOptions, candidates: int
+    state: BeamState, bucket: Bucket, options: EngineOptions, candidates: int
 ) -> str | None:
     """Why ``BeamTail`` cannot serve these beams; None if it can."""
     if state.beams > MAX_BEAMS or candidates > MAX_CANDIDATES:
@@ -138,7 +134,7 @@ class _Tail:
 class GreedyTail(_Tail):
     """All that ``Choose`` does for a greedy token without processors."""
 
-    def __init__(self, state: "SampleState", bucket: Bucket, pads: bool, stops: bool) -> None:
+    def __init__(self, state: SampleState, bucket: Bucket, pads: bool, stops: bool) -> None:
         """
         Args:
             pads: finished rows continue with ``state.pad``.
@@ -246,7 +242,7 @@ def selects_as_torch(
 class BeamTail(_Tail):
     """All that ``Advance`` does with the best candidates."""
 
-    def __init__(self, state: "BeamState", bucket: Bucket, candidates: int, early: bool) -> None:
+    def __init__(self, state: BeamState, bucket: Bucket, candidates: int, early: bool) -> None:
         """
         Args:
             candidates: C, how many continuations of a row there are.

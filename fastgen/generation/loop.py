@@ -5,100 +5,25 @@ what it does, in the same order, with the installed processors and stopping crit
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import MaxLengthCriteria
-from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
-from fastgen import cuda
+from fastgen.bucket import Bucket
+from fastgen.capturable import NotCapturable
 from fastgen.capturing import lasting
-from fastgen.decoder import Decoder
+from fastgen.decoder import Step
 from fastgen.generation import cpu
+from fastgen.generation import draws as drawing
+from fastgen.generation.call import Call, keeps, records
+from fastgen.generation.draws import Draws
 from fastgen.generation.kernels import GreedyTail, greedy_obstacle
-from fastgen.generation.plan import ProcessorPlan, runs_code_of_the_user
-from fastgen.kv_cache import Bucket, StaticKVCache
+from fastgen.generation.state import SampleState
+from fastgen.hf import contract
 
 RUN_AHEAD = 2  # tokens that the host may be ahead of the GPU; as many may be computed in vain
-
-
-@dataclass
-class Call:
-    """What transformers hands to a decoding method, and the engine that serves it."""
-
-    decoder: Decoder
-    input_ids: torch.Tensor
-    processors: Any
-    criteria: Any
-    config: Any
-    streamer: Any
-    hidden: torch.Tensor
-    mask: torch.Tensor | None
-    cache: StaticKVCache
-
-    def __post_init__(self) -> None:
-        self.prompt = self.input_ids.shape[1]
-        lengths = [c.max_length for c in self.criteria if isinstance(c, MaxLengthCriteria)]
-        self.limit = max(min(lengths), self.prompt + 1)  # criteria are asked after a token
-        self.has_eos = any(hasattr(c, "eos_token_id") for c in self.criteria)
-        eos = [c.eos_token_id for c in self.criteria if type(c) is EosTokenCriteria]
-        # a user's own criterion may keep its tokens on the CPU
-        self.eos: torch.Tensor | None = eos[0].to(self.decoder.device) if eos else None
-        known = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in self.criteria)
-        self.plain = known and len(eos) <= 1
-        """Whether length and end-of-sequence tokens alone stop a row, which the device can see."""
-        foreign = any(runs_code_of_the_user(p) for p in self.processors)
-        self.waits = self.streamer is not None or foreign or not self.plain
-        """Whether each token must be known on the host before the next."""
-
-    def plan(self) -> ProcessorPlan:
-        """How the processors take part in a captured graph."""
-        known: dict[int, Hashable] = {
-            id(self.config._eos_token_tensor): ("eos", str(self.config.eos_token_id))
-        }
-        return ProcessorPlan(list(self.processors), known)
-
-
-def kept_eos(kept: torch.Tensor, call: Call) -> torch.Tensor:
-    """The call's end-of-sequence tokens, where captured graphs read those of all calls."""
-    if call.eos is not None:
-        if kept.shape != call.eos.shape:
-            with lasting():
-                kept = torch.empty_like(call.eos)
-        kept.copy_(call.eos)
-    return kept
-
-
-class SampleState:
-    """The tokens of one batch on the device, and what choosing the next one changes."""
-
-    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
-        self.sequences = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
-        self.index = torch.zeros(1, dtype=torch.int64, device=device)  # where the next token goes
-        self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
-        self.pad = torch.zeros((), dtype=torch.int64, device=device)
-        self.eos = torch.zeros(0, dtype=torch.int64, device=device)
-        self.seen = torch.ones(batch, dtype=torch.bool, pin_memory=device.type == "cuda")
-        """``unfinished`` as the host sees it, at most ``RUN_AHEAD`` tokens late."""
-        self.seen_by_host = self.seen.numpy()
-        self.busy = False
-
-    def begin(self, call: Call) -> None:
-        """Start a new batch; unfilled places repeat the row's first token."""
-        self.sequences.copy_(call.input_ids[:, :1].expand_as(self.sequences))
-        self.sequences[:, : call.prompt] = call.input_ids
-        self.index.fill_(call.prompt)
-        self.unfinished.fill_(True)
-        self.seen.fill_(True)
-        if call.has_eos:
-            self.pad.copy_(call.config._pad_token_tensor)
-        self.eos = kept_eos(self.eos, call)
-
-    def mutable(self) -> list[torch.Tensor]:
-        return [self.sequences, self.index, self.unfinished]
 
 
 class Choose:
@@ -110,10 +35,12 @@ class Choose:
         state: SampleState,
         bucket: Bucket,
         process: Callable[[torch.Tensor], torch.Tensor] | None,
+        draws: Draws | None = None,
     ) -> None:
         # not the call itself: a captured graph keeps this object, and must not keep the KV cache
         self._state, self.bucket, self._process = state, bucket, process
-        self._do_sample = call.config.do_sample
+        self._do_sample, self.draws = call.config.do_sample, draws
+        self._multinomial = torch.multinomial if draws is None else draws.multinomial
         self._has_eos, self._eos = call.has_eos, call.plain and call.eos is not None
         self._records = records(call)
         self.logits: torch.Tensor | None = None
@@ -137,7 +64,7 @@ class Choose:
         self.scores = scores
         if self._do_sample:
             probabilities = torch.nn.functional.softmax(scores, dim=-1)
-            tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1)
+            tokens = self._multinomial(probabilities, 1).squeeze(1)
         else:
             tokens = cpu.argmax(scores)
         if self._has_eos:
@@ -160,6 +87,8 @@ class Loop:
         self.plan = call.plan()
         self.captures = call.decoder.captures and call.plain and self.plan.obstacle is None
         self.captures = self.captures and self.plan.signature not in call.decoder.not_captured
+        if self.captures and call.config.do_sample:
+            self.captures = drawing.are_torchs(call.decoder.device)
         self.beams = beams
         self.hidden = call.hidden[::beams]  # generate() repeats each row for its beams
         self.mask = None if call.mask is None else call.mask[::beams]
@@ -179,7 +108,9 @@ class Loop:
             self._prefill()
             while not self._finished():
                 self._record(self._choose())
-            return self._output()
+            output = self._output()
+            self.call.decoder.hand_over(*_tensors(output))
+            return output
         finally:
             self.state.busy = False
 
@@ -241,7 +172,7 @@ class Loop:
     def _captured_or_eager(self, phase: tuple[bool, ...]) -> Any:
         try:
             return self._captured(phase)
-        except cuda.NotCapturable:  # a processor of this transformers version waits for the GPU
+        except NotCapturable:  # a processor of this transformers version waits, or draws
             self.call.decoder.not_captured.add(self.plan.signature)
             self.captures = False
             return self._eager()
@@ -251,6 +182,21 @@ class Loop:
 
     def _captured(self, phase: tuple[bool, ...]) -> Any:
         raise NotImplementedError
+
+    def _draws(self) -> Draws | None:
+        """What all captured steps over one state draw with."""
+        if self.call.config.do_sample and self.state.draws is None:
+            columns = self.beams * self.bucket.tensors["logits"].shape[-1]
+            batch = self.bucket.size.batch
+            self.state.draws = Draws(batch, columns, self.call.decoder.device)
+        return self.state.draws if self.call.config.do_sample else None
+
+    def _replay(self, step: Step) -> Any:
+        """Run a captured step; gives the choice."""
+        if step.after.draws is not None:
+            step.after.draws.draw()
+        step.run()
+        return step.after
 
     def _once_a_bucket(self, make: Callable[[], Any]) -> Any:
         """The choice without processors, which is the same for every token of a bucket."""
@@ -270,8 +216,10 @@ class Loop:
 
     def _undo(self, tokens: int) -> None:
         """Take back the last tokens' random draws: the HF loop would not have made them."""
-        if tokens and self.draws:
-            torch.cuda.set_rng_state(self.draws[-1 - tokens], self.call.decoder.device)
+        device = self.call.decoder.device
+        # unless another thread drew meanwhile, who must not draw the same again
+        if tokens and self.draws and self.draws[-1].equal(torch.cuda.get_rng_state(device)):
+            torch.cuda.set_rng_state(self.draws[-1 - tokens], device)
 
     def _wait(self) -> bool:
         """Wait for a token of a while ago; whether the host may look at what it left."""
@@ -322,7 +270,7 @@ class SampleLoop(Loop):
             if self.plan.processors:
                 sequences = state.sequences
                 process = self.plan.process(sequences[:, : self.length], lambda: sequences)
-            return Choose(call, state, bucket.without_steps(), process)
+            return Choose(call, state, bucket.without_steps(), process, self._draws())
 
         step = call.decoder.step_with(
             bucket,
@@ -330,8 +278,7 @@ class SampleLoop(Loop):
             make_after=make_after,
             mutable=state.mutable(),
         )
-        step.run()
-        return step.after
+        return self._replay(step)
 
     def _finished(self) -> bool:
         """Whether to stop before the next token; waits only for tokens of a while ago."""
@@ -370,7 +317,7 @@ class SampleLoop(Loop):
             sequences=sequences,
             scores=tuple(self.scores[:new]) if keeps(call, "output_scores") else None,
             logits=tuple(self.logits[:new]) if keeps(call, "output_logits") else None,
-            past_key_values=call.cache,
+            **{contract.CACHE: call.cache},
         )
 
     def _final_length(self) -> int:
@@ -384,12 +331,13 @@ class SampleLoop(Loop):
         return call.prompt + int(first.max())
 
 
-def keeps(call: Call, output: str) -> bool:
-    return bool(call.config.return_dict_in_generate and getattr(call.config, output))
-
-
-def records(call: Call) -> bool:
-    return keeps(call, "output_scores") or keeps(call, "output_logits")
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors of what a method returns, but for a KV cache's."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, tuple | dict):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(part)
 
 
 def sample(call: Call) -> Any:

@@ -4,17 +4,29 @@ T5 has no biases, RMS norms before each sublayer, unscaled attention, and a bias
 relative position that the first layer owns and all share (in UMT5 every layer owns one).
 """
 
+from dataclasses import replace
+
 import torch
 from onnxscript import nn
-from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import (
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    T5ForQuestionAnswering,
+    T5ForSequenceClassification,
+    T5ForTokenClassification,
+    T5Model,
+)
 from transformers.models.t5.modeling_t5 import T5Attention as StockT5Attention
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from fastgen.errors import UnsupportedConfigError
-from fastgen.modeling_seq2seq import FastEncoder, FastEncoderModel, FastSeq2SeqLM
+from fastgen.modeling_seq2seq import FastSeq2SeqLM
 from fastgen.models.layers import Embedding, Linear, RMSNorm, WideLinear
 from fastgen.ops import KVSlots, Ops, Value
+from fastgen.pretrained import FastTask
 from fastgen.seq2seq import DecoderShape
+from fastgen.stacks import FastDecoder, FastEncoder
 
 
 class Attention(nn.Module):
@@ -164,6 +176,7 @@ class Encoder(nn.Module):
     def __init__(self, config: T5Config, bias_in_every_layer: bool = False) -> None:
         super().__init__()
         self.buckets, self.reach = distance_buckets(config, bidirectional=True)
+        self.layers = config.num_layers
         self.embed_tokens = Embedding(config.vocab_size, config.d_model)
         self.block = nn.ModuleList()
         for i in range(config.num_layers):
@@ -182,8 +195,9 @@ class Encoder(nn.Module):
         key_positions: Value,
     ) -> dict[str, Value]:
         mask = op.mask_bias(attention_mask)
+        results: dict[str, Value] = {}
         residual, delta = self.embed_tokens(op, input_ids), None
-        for block in self.block:
+        for i, block in enumerate(self.block):
             attention, feed_forward = block.layer
             if hasattr(attention.SelfAttention, "relative_attention_bias"):
                 table = attention.SelfAttention.relative_attention_bias(op, self.buckets, None)
@@ -191,18 +205,20 @@ class Encoder(nn.Module):
                 bias = op.position_bias(table, *positions, -self.reach, self.reach)
                 bias = op.add(bias, mask)
             residual, x = attention.layer_norm(op, residual, delta)
+            results[f"hidden_state.{i}"] = residual
             delta = attention.SelfAttention(op, x, bias)
             residual, x = feed_forward.layer_norm(op, residual, delta)
             delta = feed_forward.DenseReluDense(op, x)
-        _, hidden = self.final_layer_norm(op, residual, delta)
-        return {"last_hidden_state": hidden}
+        _, results["last_hidden_state"] = self.final_layer_norm(op, residual, delta)
+        return results
 
 
 class DecoderStack(nn.Module):
-    """T5Stack as decoder."""
+    """T5Stack as decoder: root module of a decoder without a head."""
 
-    def __init__(self, config: T5Config, bias_in_every_layer: bool) -> None:
+    def __init__(self, config: T5Config, bias_in_every_layer: bool = False) -> None:
         super().__init__()
+        self.buckets, self.reach = distance_buckets(config, bidirectional=False)
         self.embed_tokens = Embedding(config.vocab_size, config.d_model)
         self.block = nn.ModuleList()
         for i in range(config.num_decoder_layers):
@@ -214,19 +230,6 @@ class DecoderStack(nn.Module):
             ]
             self.block.append(Block(config, sublayers))
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-
-
-class Decoder(nn.Module):
-    """The decoder and its head: root module of the cross graph and the decoder graph."""
-
-    def __init__(
-        self, config: T5Config, scale_outputs: bool, bias_in_every_layer: bool = False
-    ) -> None:
-        super().__init__()
-        self.buckets, self.reach = distance_buckets(config, bidirectional=False)
-        self.decoder = DecoderStack(config, bias_in_every_layer)
-        self.lm_head = Linear(config.d_model, config.vocab_size)
-        self.logits_scale = config.d_model**-0.5 if scale_outputs else 1.0
         layers = config.num_decoder_layers
         tables = layers if bias_in_every_layer else min(1, layers)
         self.shape = DecoderShape(
@@ -234,7 +237,7 @@ class Decoder(nn.Module):
             heads=config.num_heads,
             head_size=config.d_kv,
             width=config.d_model,
-            vocab_size=config.vocab_size,
+            vocab_size=None,
             tables={
                 f"position_table.{i}": (1, config.num_heads, len(self.buckets))
                 for i in range(tables)
@@ -246,7 +249,7 @@ class Decoder(nn.Module):
     ) -> dict[str, Value]:
         """What stays the same for all tokens of one ``generate``."""
         results = {"cross_mask": op.mask_bias(attention_mask)}
-        for i, block in enumerate(self.decoder.block):
+        for i, block in enumerate(self.block):
             attention = block.layer[0].SelfAttention
             if hasattr(attention, "relative_attention_bias"):
                 table = attention.relative_attention_bias(op, self.buckets, future=1)
@@ -266,13 +269,13 @@ class Decoder(nn.Module):
         slot_mask: Value | None = None,
         **buffers: Value,
     ) -> dict[str, Value]:
-        """Query tokens [B, Q] over KV cache slots -> logits [B, Q, V] and the KV buffers."""
+        """Query tokens [B, Q] over KV cache slots -> hidden states and the KV buffers."""
         positions = op.visible_slots(slot_positions, input_ids, first_slot, axis=1)
         if slot_mask is not None:
             slot_mask = op.visible_slots(slot_mask, input_ids, first_slot, axis=3)
         results: dict[str, Value] = {}
-        residual, delta = self.decoder.embed_tokens(op, input_ids), None
-        for i, block in enumerate(self.decoder.block):
+        residual, delta = self.embed_tokens(op, input_ids), None
+        for i, block in enumerate(self.block):
             attention, cross, feed_forward = block.layer
             if f"position_table.{i}" in buffers:
                 table = buffers[f"position_table.{i}"]
@@ -280,6 +283,7 @@ class Decoder(nn.Module):
                 bias = bias if slot_mask is None else op.add(bias, slot_mask)
             slots = KVSlots(buffers[f"self_key.{i}"], buffers[f"self_value.{i}"], first_slot)
             residual, x = attention.layer_norm(op, residual, delta)
+            results[f"hidden_state.{i}"] = residual
             delta, key, value = attention.SelfAttention(op, x, slots, bias)
             results |= {f"present_key.{i}": key, f"present_value.{i}": value}
             residual, x = cross.layer_norm(op, residual, delta)
@@ -287,28 +291,97 @@ class Decoder(nn.Module):
             delta = cross.EncDecAttention(op, x, *kv, cross_mask)
             residual, x = feed_forward.layer_norm(op, residual, delta)
             delta = feed_forward.DenseReluDense(op, x)
-        _, hidden = self.decoder.final_layer_norm(op, residual, delta)
-        results["logits"] = self.lm_head(op, hidden, scale=self.logits_scale)
+        _, results["last_hidden_state"] = self.final_layer_norm(op, residual, delta)
         return results
+
+
+class Decoder(nn.Module):
+    """The decoder and its head: root module of the cross graph and the decoder graph."""
+
+    def __init__(
+        self, config: T5Config, scale_outputs: bool, bias_in_every_layer: bool = False
+    ) -> None:
+        super().__init__()
+        self.decoder = DecoderStack(config, bias_in_every_layer)
+        self.lm_head = Linear(config.d_model, config.vocab_size)
+        self.logits_scale = config.d_model**-0.5 if scale_outputs else 1.0
+        self.shape = replace(self.decoder.shape, vocab_size=config.vocab_size)
+
+    def cross(
+        self, op: Ops, encoder_hidden_states: Value, attention_mask: Value
+    ) -> dict[str, Value]:
+        return self.decoder.cross(op, encoder_hidden_states, attention_mask)
+
+    def decode(self, op: Ops, **inputs: Value) -> dict[str, Value]:
+        """As the stack, and logits [B, Q, V]."""
+        results = self.decoder.decode(op, **inputs)
+        hidden = results["last_hidden_state"]
+        return results | {"logits": self.lm_head(op, hidden, scale=self.logits_scale)}
+
+
+TRIAL_CONFIG = {
+    **{"d_model": 16, "d_kv": 4, "d_ff": 32, "num_heads": 4, "num_layers": 2},
+    **{"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},
+}
+"""The fields of a config whose models take milliseconds (see ``hf/trial.py``)."""
 
 
 class FastT5Stack(FastEncoder, T5Stack):
     """The encoder stack, on the engine."""
 
+    trial_config = TRIAL_CONFIG
+
     def _encoder_root(self) -> Encoder:
         return Encoder(self.config)
 
 
-class FastT5EncoderModel(FastEncoderModel, T5EncoderModel):
-    """T5EncoderModel on a compiled engine."""
+class FastT5DecoderStack(FastDecoder, T5Stack):
+    """The decoder stack, on the engine."""
 
-    _stack_class = FastT5Stack
+    trial_config = TRIAL_CONFIG | {"is_decoder": True}
+
+    def _decoder_root(self) -> DecoderStack:
+        return DecoderStack(self.config)
+
+
+_STACKS = FastT5Stack, FastT5DecoderStack
+
+
+class FastT5EncoderModel(FastTask, T5EncoderModel):
+    """T5EncoderModel over stacks on compiled engines."""
+
+    _stacks = _STACKS
+
+
+class FastT5Model(FastTask, T5Model):
+    """T5Model over stacks on compiled engines."""
+
+    _stacks = _STACKS
+
+
+class FastT5ForSequenceClassification(FastTask, T5ForSequenceClassification):
+    """T5ForSequenceClassification over stacks on compiled engines."""
+
+    _stacks = _STACKS
+
+
+class FastT5ForTokenClassification(FastTask, T5ForTokenClassification):
+    """T5ForTokenClassification over stacks on compiled engines."""
+
+    _stacks = _STACKS
+
+
+class FastT5ForQuestionAnswering(FastTask, T5ForQuestionAnswering):
+    """T5ForQuestionAnswering over stacks on compiled engines."""
+
+    _stacks = _STACKS
 
 
 class FastT5ForConditionalGeneration(FastSeq2SeqLM, T5ForConditionalGeneration):
     """T5ForConditionalGeneration on a compiled engine: T5 1.0, 1.1, FLAN-T5, ByT5."""
 
-    _stack_class = FastT5Stack
+    trial_config = TRIAL_CONFIG
+    _stacks = _STACKS
 
     def _decoder_root(self) -> Decoder:
         return Decoder(self.config, scale_outputs=self.config.scale_decoder_outputs)

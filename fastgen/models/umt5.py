@@ -1,31 +1,91 @@
 """UMT5: T5 1.1 whose every layer owns a relative position bias."""
 
-from transformers import UMT5EncoderModel, UMT5ForConditionalGeneration
+from typing import Any
+
+import torch
+from transformers import (
+    UMT5EncoderModel,
+    UMT5ForConditionalGeneration,
+    UMT5ForQuestionAnswering,
+    UMT5ForSequenceClassification,
+    UMT5ForTokenClassification,
+    UMT5Model,
+)
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
-from fastgen.modeling_seq2seq import FastEncoder, FastEncoderModel, FastSeq2SeqLM
-from fastgen.models.t5 import Decoder, Encoder
+from fastgen.hf import contract
+from fastgen.modeling_seq2seq import FastSeq2SeqLM
+from fastgen.models.t5 import TRIAL_CONFIG, Decoder, DecoderStack, Encoder
+from fastgen.pretrained import FastTask
+from fastgen.stacks import FastDecoder, FastEncoder
 
 
 class FastUMT5Stack(FastEncoder, UMT5Stack):
     """The encoder stack, on the engine."""
 
+    trial_config = TRIAL_CONFIG
+
     def _encoder_root(self) -> Encoder:
         return Encoder(self.config, bias_in_every_layer=True)
 
 
-class FastUMT5EncoderModel(FastEncoderModel, UMT5EncoderModel):
-    """UMT5EncoderModel on a compiled engine."""
+class FastUMT5DecoderStack(FastDecoder, UMT5Stack):
+    """The decoder stack, on the engine."""
 
-    _stack_class = FastUMT5Stack
+    trial_config = TRIAL_CONFIG | {"is_decoder": True}
+
+    def _decoder_root(self) -> DecoderStack:
+        return DecoderStack(self.config, bias_in_every_layer=True)
+
+    def refusal(self, **kwargs: Any) -> str | None:
+        """See ``FastDecoder.refusal``; in transformers 5.17 the stock stack is not causal."""
+        ids = kwargs.get("input_ids")
+        several = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.shape[1] > 1
+        blocks: Any = self.block
+        if several and not all(block.layer[0].SelfAttention.is_causal for block in blocks):
+            return "the stock stack of this transformers lets several tokens see later tokens"
+        return super().refusal(**kwargs)
+
+
+_STACKS = FastUMT5Stack, FastUMT5DecoderStack
+
+
+class FastUMT5EncoderModel(FastTask, UMT5EncoderModel):
+    """UMT5EncoderModel over stacks on compiled engines."""
+
+    _stacks = _STACKS
+
+
+class FastUMT5Model(FastTask, UMT5Model):
+    """UMT5Model over stacks on compiled engines."""
+
+    _stacks = _STACKS
+
+
+class FastUMT5ForSequenceClassification(FastTask, UMT5ForSequenceClassification):
+    """UMT5ForSequenceClassification over stacks on compiled engines."""
+
+    _stacks = _STACKS
+
+
+class FastUMT5ForTokenClassification(FastTask, UMT5ForTokenClassification):
+    """UMT5ForTokenClassification over stacks on compiled engines."""
+
+    _stacks = _STACKS
+
+
+class FastUMT5ForQuestionAnswering(FastTask, UMT5ForQuestionAnswering):
+    """UMT5ForQuestionAnswering over stacks on compiled engines."""
+
+    _stacks = _STACKS
 
 
 class FastUMT5ForConditionalGeneration(FastSeq2SeqLM, UMT5ForConditionalGeneration):
     """UMT5ForConditionalGeneration on a compiled engine."""
 
-    _stack_class = FastUMT5Stack
+    trial_config = TRIAL_CONFIG
+    _stacks = _STACKS
 
     def _decoder_root(self) -> Decoder:
-        return Decoder(
-            self.config, scale_outputs=self.config.tie_word_embeddings, bias_in_every_layer=True
-        )
+        scaled = contract.scales_umt5_logits(self.config)
+        return Decoder(self.config, scale_outputs=scaled, bias_in_every_layer=True)

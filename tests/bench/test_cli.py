@@ -24,6 +24,21 @@ def test_prints_a_table_and_writes_json(tmp_path):
     assert [record["name"] for record in json.loads(file.read_text())] == ["fastgen", "hf"]
 
 
+def test_without_a_terminal_each_step_is_told_once_on_stderr():
+    result = CliRunner().invoke(
+        app, ["t5-tiny@random", *QUICK, "--repeats", "3", "--new-tokens", "2"]
+    )
+    told = [line.removeprefix("fastgen bench: ") for line in result.stderr.splitlines()]
+    assert told == [
+        "drawing the weights of t5-tiny@random",
+        *("preparing fastgen", "loading fastgen", "preparing hf", "loading hf"),
+        *("first call of fastgen", "first call of hf", "warming up fastgen", "warming up hf"),
+        "timing",
+    ]
+    assert "fastgen bench:" not in result.stdout
+    assert "t5-tiny@random, cpu, float32: greedy" in result.stdout
+
+
 def test_failures_set_the_exit_code(monkeypatch):
     monkeypatch.setattr(report_module.Report, "failures", lambda self: ["tokens differ"])
     result = CliRunner().invoke(app, ["t5-tiny@random", *QUICK, "--new-tokens", "2"])

@@ -7,6 +7,7 @@ by ONNX Runtime, bfloat16 by onnx's reference evaluator.
 import copy
 import functools
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -17,7 +18,8 @@ from fastgen import engines
 from fastgen.engine_cache import Artifact
 from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.graph import Graph
-from fastgen.target import Target, tensorrt
+from fastgen.hf.contract import CACHE
+from fastgen.target import Target, onnxruntime_tensorrt, tensorrt
 from tests.configs import VARIANTS, Pair, build_pair, build_stock, fast_class, stock_class
 from tests.helpers import CLOSE, tokens
 from tests.modes import MODES
@@ -75,8 +77,8 @@ def decode(model: Any, chunks: tuple[int, ...], rows: int = 3) -> tuple[torch.Te
     past, found, start = None, [], 0
     for chunk in chunks:
         new = ids[:, start : start + chunk]
-        output = model(**call, decoder_input_ids=new, past_key_values=past, use_cache=True)
-        past, start = output.past_key_values, start + chunk
+        output = model(**call, decoder_input_ids=new, **{CACHE: past}, use_cache=True)
+        past, start = output[CACHE], start + chunk
         found.append(output.logits.clone())
     return torch.cat(found, dim=1), past
 
@@ -152,6 +154,42 @@ def test_narrow_types_are_no_farther_from_float32_than_stock(
     assert fast <= 1.2 * stock, f"RMS error {fast:.4f}, stock {stock:.4f}"
 
 
+@pytest.mark.parametrize("all_narrow", [True, False], ids=["narrow", "wide kept"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@torch.no_grad()
+def test_narrow_hidden_states_are_what_stock_gives(dtype: torch.dtype, all_narrow: bool) -> None:
+    """In its dtypes, and no farther from float32."""
+    models = narrow_pair("t5-1.1", dtype, all_narrow)
+    call = sources(48) | {"output_hidden_states": True}
+    call["decoder_input_ids"] = tokens(48, 5, seed=2)
+    wide = build_pair("t5-1.1").stock
+    exact, stock, fast = (model(**call) for model in (wide, models.stock, models.fast))
+    served(models.fast)
+    seen = call["attention_mask"].bool()
+    for side, rows in (("encoder", seen), ("decoder", torch.ones(48, 5, dtype=torch.bool))):
+        states = [output[f"{side}_hidden_states"] for output in (exact, stock, fast)]
+        assert [s.dtype for s in states[2]] == [s.dtype for s in states[1]]
+        for right, *others in zip(*states, strict=True):
+            errors = [(s.float() - right)[rows].square().mean().sqrt() for s in others]
+            assert errors[1] <= 1.2 * errors[0]
+
+
+@pytest.mark.parametrize("name", ["t5-1.0", "t5-1.1", "umt5"])
+def test_attention_as_products_gives_the_same_tokens(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ONNX Runtime's TensorRT provider gets it."""
+    target = replace(onnxruntime_tensorrt("float32"), device="cpu", backend="onnxruntime")
+    monkeypatch.setattr("fastgen.modeling.choose_target", lambda *_: target)
+    models = Pair(build_pair(name).stock, copy.deepcopy(build_pair(name).fast))
+    found, _ = decode(models.fast, (PROMPT,) + (1,) * STEPS)
+    torch.testing.assert_close(found, decode(models.stock, (1,) * (PROMPT + STEPS))[0], **CLOSE)
+    for mode in ("ragged right", "ragged beams"):
+        expected, found = outcome(models.stock, name, mode), outcome(models.fast, name, mode)
+        assert found["sequences"].tolist() == expected["sequences"].tolist()
+    assert not served(models.fast).target.attends
+
+
 # What TensorRT reads
 
 
@@ -184,5 +222,5 @@ def test_what_is_compared_here_is_what_tensorrt_reads(
         model = onnx.load_from_string(onnx_bytes)
         assert {o.domain: o.version for o in model.opset_import} == {"": 24}
         onnx.checker.check_model(model, full_check=True)
-    for backend in ("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt"):
+    for backend in ("tensorrt", "tensorrt-rtx"):
         assert graphs_of(fast, tensorrt("float32", backend), monkeypatch) == here

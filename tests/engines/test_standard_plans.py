@@ -11,6 +11,7 @@ from fastgen.engines import tensorrt_build
 from fastgen.engines.tensorrt_build import FLAVOURS, Build
 from fastgen.errors import MissingRuntimeError
 from fastgen.graph import Graph
+from fastgen.target import onnxruntime_tensorrt
 from tests.engines.test_tensorrt_build import OPTIONS, recorded
 
 RTX = FLAVOURS["tensorrt-rtx"]
@@ -19,9 +20,10 @@ RTX = FLAVOURS["tensorrt-rtx"]
 class Layer(NamedTuple):
     """A launch of a plan, as TensorRT's verbose log describes it."""
 
-    name: str  # of a layer in the first profile: "..._myl0_7"
+    name: str  # of a layer in the first profile: "..._myl0_7"; it tells what is fused in it
     kind: str
     inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,10 @@ def compiled(trt: Any, graph: Graph, caplog: pytest.LogCaptureFixture) -> list[L
     caplog.clear()
     layers = []
     for line in text.partition("I/O Tensors")[0].splitlines()[1:]:
-        if found := re.match(r"Name: (.+?), LayerType: (\w+), Inputs: (\[.*?\]), Constants", line):
-            names = re.findall(r"{ Name: (.+?), Dimensions", found[3])
-            layers.append(Layer(found[1], found[2], tuple(names)))
+        form = r"Name: (.+?), LayerType: (\w+), Inputs: (\[.*?\]), Constants.* Outputs: (\[.*?\])"
+        if found := re.match(form, line):
+            sides = [re.findall(r"{ Name: (.+?), Dimensions", found[side]) for side in (3, 4)]
+            layers.append(Layer(found[1], found[2], *map(tuple, sides)))
     assert layers
     return layers
 
@@ -84,3 +87,34 @@ def test_a_step_reads_kv_buffers_in_place(
         assert all("Scat" in name or "_mha_" in name for name in readers), (buffer, readers)
     attended = [layer for layer in step if "_mha_" in layer.name]
     assert len(attended) == 2 * sum(s.name.startswith("self_key") for s in graph.inputs)
+
+
+def test_nothing_multiplies_the_keys(trt: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The parser multiplies keys by the root of Attention's scale; in every profile that has become
+    a part of the product with them."""
+    graphs, _ = recorded("t5-1.1", "bfloat16")
+    graph = next(g for name, g in graphs.items() if name.startswith("decoder"))
+    layers = compiled(trt, graph, caplog)
+    keys = {s.name for s in (*graph.inputs, *graph.outputs) if "key." in s.name}
+    keys |= {f"{name} [profile 1]" for name in keys}
+    moved: set[str] = set()
+    while keys - moved:  # what launches that only move things make of the keys
+        moved |= keys
+        for layer in (layer for layer in layers if keys & set(layer.inputs)):
+            assert "Mul" not in layer.name, layer
+            if not re.search("Scat|_mha_|_fc|Soft|Max", layer.name) and layer.kind == "kgen":
+                keys |= set(layer.outputs)
+    assert len(keys) > 12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_written_as_products_is_built_and_fused(
+    trt: Any, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ONNX Runtime's provider cannot say that an Attention may be served by several kernels, and
+    TensorRT then refuses one that no fused kernel serves: so it gets the products."""
+    graphs, _ = recorded("t5-1.1", dtype, onnxruntime_tensorrt(dtype))
+    assert not any("Attention" in graph.operators() for graph in graphs.values())
+    graph = next(g for name, g in graphs.items() if name.startswith("decoder"))
+    fused = [layer for layer in compiled(trt, graph, caplog) if "_mha_" in layer.name]
+    assert len(fused) == 2 * sum(s.name.startswith("self_key") for s in graph.inputs)

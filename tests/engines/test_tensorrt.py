@@ -6,8 +6,6 @@ What runs on a GPU is TensorRT's own; here it is found that it is given the righ
 import copy
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen import cuda, modeling
 from fastgen.engines import NoEngine, tensorrt, tensorrt_build
 from fastgen.engines.tensorrt import TensorRT
-from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.errors import EngineError, MissingRuntimeError
-from fastgen.target import tensorrt as tensorrt_target
 from tests.configs import Pair, build_pair
 from tests.engines import simulated_tensorrt
 from tests.helpers import CLOSE, refusal, sources, targets, tokens
@@ -29,25 +24,7 @@ from tests.helpers import CLOSE, refusal, sources, targets, tokens
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU of compute capability 8.9, as far as the TensorRT engine sees."""
-
-    def build_plan(graph: Any, *_: Any) -> tuple[bytes, bytes]:
-        return weights_as_inputs(graph), b""
-
-    def choose(options: Any, device: torch.device, dtype: torch.dtype) -> Any:
-        return replace(tensorrt_target("float32", options.backend), device="cpu", captured=False)
-
-    monkeypatch.setattr(tensorrt_build, "load", lambda flavour: simulated_tensorrt.MODULE)
-    monkeypatch.setattr(tensorrt_build, "build_plan", build_plan)
-    logger = tensorrt_build.make_logger.__wrapped__(simulated_tensorrt.MODULE)
-    monkeypatch.setattr(tensorrt_build, "make_logger", lambda trt: logger)
-    monkeypatch.setattr(tensorrt, "ALIGNMENT", 1)  # the CPU's memory is aligned less
-    monkeypatch.setattr(tensorrt, "_scratches", {})
-    monkeypatch.setattr(modeling, "choose_target", choose)
-    monkeypatch.setattr(cuda, "on_engine_stream", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
-    stream = SimpleNamespace(cuda_stream=1)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    simulated_tensorrt.machine(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +58,7 @@ def test_tokens_are_the_stock_models(simulated: None, variant: str, mode: str) -
     expected = pair.stock.generate(**arguments)
     assert torch.equal(pair.fast.generate(**arguments), expected)
     assert refusal(pair.fast) is None
-    runs = pair.fast.encoder._engine.engine._engine.runs
+    runs = pair.fast.encoder._engine.engine._engine._real.runs
     assert runs > 0, "the engine did not run"
 
 
@@ -109,7 +86,7 @@ def test_a_context_serves_one_binding_after_the_other(simulated: None) -> None:
     pair = pair_on_tensorrt()
     for length in (3, 9, 5):
         pair.fast.encoder(input_ids=tokens(2, length, seed=length))
-    assert pair.fast.encoder._engine.engine._engine.contexts == 1
+    assert pair.fast.encoder._engine.engine._engine._real.contexts == 1
 
 
 def test_scratch_memory_is_shared(simulated: None) -> None:
@@ -165,7 +142,9 @@ def test_failures_carry_what_tensorrt_said(
 def test_kernels_compiled_at_run_time_are_kept(simulated: None, tmp_path: Path) -> None:
     pair = pair_on_tensorrt(disk_cache=True, cache_dir=tmp_path)
     pair.fast.encoder(input_ids=sources())
-    assert (tmp_path / "tensorrt-rtx-1.7.1-sm89.kernels").read_bytes() == b"kernels"
+    assert (
+        tmp_path / "tensorrt-rtx-1.7.1.116-sm89-NVIDIA-L4-58.kernels"
+    ).read_bytes() == b"kernels"
 
 
 def test_the_next_process_finds_the_plans(
@@ -183,8 +162,7 @@ def test_the_next_process_finds_the_plans(
         fast = pair_on_tensorrt(disk_cache=True, cache_dir=tmp_path, **changed).fast
         with pytest.raises(AssertionError, match="built again"):
             fast.compile_engine()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 0))
-    monkeypatch.setattr(simulated_tensorrt.MODULE.ComputeCapability, "SM120", 1, raising=False)
+    simulated_tensorrt.gpu(monkeypatch, capability=(12, 0))
     with pytest.raises(AssertionError, match="built again"):
         pair_on_tensorrt(disk_cache=True, cache_dir=tmp_path).fast.compile_engine()
 
@@ -192,7 +170,7 @@ def test_the_next_process_finds_the_plans(
 def test_a_gpu_that_tensorrt_for_rtx_refuses_is_left_to_torch(
     simulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    simulated_tensorrt.gpu(monkeypatch, capability=(9, 0))
     pair = pair_on_tensorrt()
     assert "compute capability 9.0" in str(refusal(pair.fast))
     with pytest.raises(NoEngine, match="backend='tensorrt'"):

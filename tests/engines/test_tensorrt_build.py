@@ -18,7 +18,7 @@ from fastgen.engines.weight_inputs import in_place, weights_as_inputs
 from fastgen.errors import EngineError, MissingRuntimeError
 from fastgen.graph import Graph
 from fastgen.modeling import EngineModule
-from fastgen.target import tensorrt
+from fastgen.target import Target, tensorrt
 from tests.configs import VARIANTS, build_pair
 
 RTX = FLAVOURS["tensorrt-rtx"]
@@ -46,14 +46,17 @@ def in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     return model
 
 
-def recorded(variant: str, dtype: str) -> tuple[dict[str, Graph], Any]:
-    """All graphs of a model for TensorRT by name, and its Decoder."""
+def recorded(
+    variant: str, dtype: str, target: Target | None = None
+) -> tuple[dict[str, Graph], Any]:
+    """All graphs of a model for TensorRT (or another Target) by name, and its Decoder."""
     model: Any = in_dtype(build_pair(variant).fast, dtype)
     model.engine_options = OPTIONS
-    recorder, target = Recorder(), tensorrt(dtype, "tensorrt-rtx")
+    recorder, target = Recorder(), target or tensorrt(dtype, "tensorrt-rtx")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "backend", lambda name: recorder)
-        built = [m._build_engine(target) for m in model.modules() if isinstance(m, EngineModule)]
+        parts = [m for m in model.modules() if isinstance(m, EngineModule) and not m._waits]
+        built = [part._build_engine(target) for part in parts]
     return recorder.graphs, next(engine for engine in built if isinstance(engine, Decoder))
 
 

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
+from fastgen.hf.contract import CACHE
 from tests.configs import prompts
 from tests.helpers import CAUSAL
 from tests.modes import Recorder, only_small_tokens
@@ -272,7 +273,7 @@ def outcome(model: Any, call: GenerateCall, grows: bool = False) -> dict[str, An
     log: Log = []
     arguments = {name: _moved(value, model) for name, value in keywords(call, log).items()}
     if grows:
-        arguments["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        arguments[CACHE] = EncoderDecoderCache(DynamicCache(), DynamicCache())
     torch.manual_seed(call.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -296,8 +297,8 @@ def _moved(value: Any, model: Any) -> Any:
 def _contents(output: Any) -> dict[str, Any]:
     if torch.is_tensor(output):
         return {"sequences": output}
-    found = {name: value for name, value in output.items() if name != "past_key_values"}
-    past = output.past_key_values
+    found = {name: value for name, value in output.items() if name != CACHE}
+    past = output[CACHE]
     found["past length"] = past.get_seq_length()
     for kind in ("self_attention_cache", "cross_attention_cache"):
         layers = getattr(past, kind).layers
@@ -313,6 +314,6 @@ def _continue(model: Any, call: GenerateCall, output: Any) -> torch.Tensor:
     repeated |= {
         "decoder_input_ids": output.sequences,
         "decoder_attention_mask": torch.ones_like(output.sequences),
-        "past_key_values": output.past_key_values,
+        CACHE: output[CACHE],
     }
     return model.generate(**repeated, max_new_tokens=3)

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from fastgen import cuda
+from fastgen.capturable import RefuseDraws
 from fastgen.capturing import Capturing
 from fastgen.decoder import Decoder
 from fastgen.generation.loop import RUN_AHEAD, Loop
@@ -27,18 +28,18 @@ class EagerGraph:
         pool: None,
     ) -> None:
         for _ in range(2):
-            function()
+            with RefuseDraws():  # other threads draw from the same generator
+                function()
             undo()
         self.replay = function
 
 
 def _restorer(tensors: list[torch.Tensor], device: torch.device) -> Callable[[], None]:
-    copies, state = [tensor.clone() for tensor in tensors], torch.get_rng_state()
+    copies = [tensor.clone() for tensor in tensors]
 
     def restore() -> None:
         for tensor, copy in zip(tensors, copies, strict=True):
             tensor.copy_(copy)
-        torch.set_rng_state(state)
 
     return restore
 

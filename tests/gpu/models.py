@@ -9,6 +9,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from fastgen import FastT5
+from fastgen.hf.contract import CACHE
 from tests.configs import Pair, build_pair
 
 DEVICE = torch.device("cuda", 0)
@@ -81,7 +82,7 @@ def decoded(model: Any, call: Mapping[str, torch.Tensor], prefill: int = 4) -> t
             encoder_outputs=(output.encoder_last_hidden_state,),
             attention_mask=call.get("attention_mask"),
             decoder_input_ids=prompt[:, i : i + 1],
-            past_key_values=output.past_key_values,
+            **{CACHE: output[CACHE]},
             use_cache=True,
         )
         found.append(output.logits)

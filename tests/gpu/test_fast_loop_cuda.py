@@ -25,6 +25,7 @@ from tests.generation.compare import (
     run,
     tokens,
 )
+from tests.gpu.memory import used
 
 pytestmark = pytest.mark.cuda
 
@@ -259,12 +260,6 @@ def test_threads_meet_a_cold_model() -> None:
 
 def test_memory_is_flat() -> None:
     model = fresh(min_bucket=8)
-
-    def used() -> int:
-        torch.cuda.synchronize()
-        free, total = torch.cuda.mem_get_info()
-        return total - free
-
     for number in range(120):  # 60 kinds of calls, twice
         model.generate(**mixed(number))
     before, allocated = used(), torch.cuda.memory_allocated()

@@ -2,47 +2,24 @@
 
 import copy
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 from fastgen.cuda import CapturedGraph
+from fastgen.hf.contract import CACHE
+from tests.gpu.memory import MIB, at_most, used
 from tests.gpu.models import DEVICE, cuda_copies, decoded, fast_of, ids, medium_stock
 
 pytestmark = pytest.mark.cuda
 
-MIB = 2**20
 SLACK = 64 * MIB  # work spaces of libraries and graph launches, which stay
-
-
-def used() -> int:
-    """Bytes of the GPU in use, by whichever allocator, once idle memory was given back."""
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(DEVICE)
-    return total - free
 
 
 def generate(model: Any, rows: int, length: int = 32, **arguments: Any) -> torch.Tensor:
     call = {"max_new_tokens": 4, "min_new_tokens": 4, **arguments}
     return model.generate(ids(rows, length, seed=rows), **call)
-
-
-@contextmanager
-def all_but(leave: int) -> Iterator[None]:
-    """Fill the GPU but for some bytes during the body."""
-    used()
-    free, _ = torch.cuda.mem_get_info(DEVICE)
-    ballast = torch.empty(free - leave, dtype=torch.uint8, device=DEVICE)
-    try:
-        yield
-    finally:
-        del ballast
-        torch.cuda.empty_cache()  # or torch would cut small tensors from this block, and keep it
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -52,13 +29,27 @@ def test_running_out_of_memory_leaves_the_model_usable(beams: int) -> None:
     small = {"num_beams": beams, "max_new_tokens": 6}
     expected = generate(pair.stock, 2, **small).tolist()
     assert generate(pair.fast, 2, **small).tolist() == expected
-    with all_but(400 * MIB):
+    with at_most(400 * MIB):
         for rows, length in ((4096, 512), (8192, 256)):
             with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate .*[KMG]iB"):
                 generate(pair.fast, rows, length, num_beams=beams)
             assert generate(pair.fast, 2, **small).tolist() == expected
     assert generate(pair.fast, 2, **small).tolist() == expected
     assert generate(pair.fast, 600, 64, num_beams=beams).shape == (600, 5)
+
+
+@torch.no_grad()
+def test_a_session_that_runs_out_of_memory_can_go_on() -> None:
+    """More than any GPU has, for a tensor that ONNX Runtime allocates."""
+    stock = medium_stock(d_model=64, d_ff=2**16, num_heads=1, num_layers=1).to(DEVICE)
+    model = fast_of(stock, torch.float32)
+    expected = stock.encoder(input_ids=ids(2, 12)).last_hidden_state
+    rows = torch.cuda.get_device_properties(DEVICE).total_memory // (512 * 4 * 2**16) + 64
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate .*[KMG]iB"):
+            model.encoder(input_ids=ids(rows, 512))
+        found = model.encoder(input_ids=ids(2, 12)).last_hidden_state
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_running_out_of_memory_in_a_step_keeps_the_kv_cache_usable() -> None:
@@ -72,12 +63,12 @@ def test_running_out_of_memory_in_a_step_keeps_the_kv_cache_usable() -> None:
         step = {
             "encoder_outputs": (first.encoder_last_hidden_state,),
             "decoder_input_ids": prompt[:, 1020:1030],
-            "past_key_values": first.past_key_values,
+            CACHE: first[CACHE],
         }
         # the bucket of 2,048 slots takes 64 MiB and more
-        with all_but(24 * MIB), pytest.raises(torch.OutOfMemoryError):
+        with at_most(24 * MIB), pytest.raises(torch.OutOfMemoryError):
             pair.fast(**step)
-        assert first.past_key_values.get_seq_length() == 1020
+        assert first[CACHE].get_seq_length() == 1020
         found = pair.fast(**step).logits
         expected = pair.stock(input_ids=source, decoder_input_ids=prompt).logits[:, 1020:]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=5e-3)

@@ -1,0 +1,76 @@
+"""Which path a call takes, and why not a faster one: ``explain`` and ``explain_forward``."""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which path a call takes, and why not a faster one."""
+
+    path: str
+    """``generate``: ``fast loop``, ``HF loop`` (both on the engine) or ``torch``; ``forward``:
+    ``engine`` or ``torch``."""
+    reasons: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([self.path, *(f"  - {reason}" for reason in self.reasons)])
+
+
+class Explained:
+    """Mixin of a module that an engine may serve."""
+
+    forward: Any
+    refusal: Any
+    """Why ``forward`` with these arguments goes to torch; None if the engine serves it."""
+
+    def stacks_refusal(self, **kwargs: Any) -> str | None:
+        """Why torch runs some stack of it even so: a refused model may leave the work to engines
+        of its stacks. None if it runs none."""
+        refusal: str | None = self.refusal(**kwargs)
+        return refusal
+
+    def explain_forward(self, **forward_kwargs: Any) -> Explanation:
+        """Say what serves ``self(**forward_kwargs)`` here and now, without running it.
+
+        What is left out is taken to be served. Gradients count: outside of ``torch.no_grad()`` a
+        model with trainable weights is torch's. The path is ``torch`` where torch runs a stack.
+        """
+        call = _with_ids(self.forward, forward_kwargs)
+        reasons, by_torch = [self.refusal(**call)], None
+        encoder = getattr(self, "encoder", None)
+        if reasons[0] is not None:
+            by_torch = self.stacks_refusal(**call)
+        elif isinstance(encoder, Explained) and call.get("encoder_outputs") is None:
+            names = "input_ids", "attention_mask", "inputs_embeds"
+            by_torch = encoder.refusal(**{name: call.get(name) for name in names})
+        if by_torch not in reasons:
+            reasons.append(by_torch)
+        return Explanation("torch" if by_torch else "engine", [str(r) for r in reasons if r])
+
+    def explain(self, **forward_kwargs: Any) -> Explanation:
+        """As ``explain_forward``: a model that does not generate does nothing else."""
+        return self.explain_forward(**forward_kwargs)
+
+
+def _with_ids(forward: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, with token ids that stand for those it leaves out."""
+    call, names = dict(given), inspect.signature(forward).parameters
+
+    def lacks(*others: str) -> bool:
+        return others[0] in names and all(call.get(name) is None for name in others)
+
+    if lacks("decoder_input_ids", "decoder_inputs_embeds", "labels"):
+        call["decoder_input_ids"] = ...
+    if lacks("encoder_hidden_states"):  # a decoder's
+        call["encoder_hidden_states"] = ...
+    if lacks("input_ids", "inputs_embeds", "encoder_outputs"):
+        mask, targets = call.get("attention_mask"), call.get("decoder_input_ids")
+        rows = len(targets) if isinstance(targets, torch.Tensor) else 1
+        shape = (rows, 1) if mask is None else tuple(mask.shape)
+        stand_in = torch.zeros(shape, dtype=torch.int64)
+        call["input_ids"] = ... if "encoder_hidden_states" in names else stand_in
+    return call

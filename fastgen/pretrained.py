@@ -1,0 +1,144 @@
+"""Whole Hugging Face models whose stacks are Fast ones: made, loaded, saved and named."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from transformers import PreTrainedModel
+
+from fastgen.hf import contract
+from fastgen.modeling import EngineModule, stock_class
+from fastgen.options import EngineOptions
+from fastgen.stacks import FastDecoder, FastEncoder
+
+# What a whole model's own code does not hand on to its stacks under this name
+_OF_THE_WHOLE: tuple[str, ...] = (
+    *("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"),
+    *("encoder_outputs", "inputs_embeds", "decoder_inputs_embeds", "use_cache", contract.CACHE),
+    *("labels", "start_positions", "end_positions"),
+)
+
+
+def _is_ours(fast: type) -> bool:
+    """Whether fastgen defines a class; a program's own subclass is known by its own name."""
+    return fast.__module__.partition(".")[0] == "fastgen"
+
+
+class FastPreTrained(EngineModule):
+    """Mixin of a whole Hugging Face model whose stacks are Fast ones.
+
+    Programs that write down a model's class, to load it again later, find the stock one: a class
+    of fastgen has the stock class's ``__name__``, and its models that one's ``__module__``. What
+    they wrote loads without fastgen too. Pickles go by ``__qualname__``, which is its own.
+    """
+
+    _stacks: tuple[type[FastEncoder], type[FastDecoder]]
+    get_output_embeddings: Any
+    _shift_right: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if _is_ours(cls) and issubclass(cls, PreTrainedModel):
+            cls.__name__ = stock_class(cls).__name__
+
+    def __init__(
+        self,
+        config: Any,
+        *args: Any,
+        engine_options: EngineOptions | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As the stock constructor.
+
+        Args:
+            engine_options: EngineOptions, a dict of them, or None for the defaults.
+
+        Raises:
+            OptionError: an option that does not exist, or a value that is not allowed.
+        """
+        options = None if engine_options is None else EngineOptions.resolve(engine_options)
+        super().__init__(config, *args, **kwargs)
+        for part in self.modules():
+            if type(part) is stock_class(self._stacks[0]):
+                part.__class__ = self._stacks[bool(part.is_decoder)]
+        if _is_ours(type(self)):
+            self.__module__ = stock_class(type(self)).__module__
+        if options is not None:
+            self.engine_options = options
+
+    def __repr__(self) -> str:
+        """As the stock class's, under the Fast class's own name."""
+        return type(self).__qualname__ + super().__repr__().removeprefix(self._get_name())
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: or transformers would not initialise the weights as it does the stock class's."""
+        return False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        *args: Any,
+        engine_options: EngineOptions | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """As the stock ``from_pretrained``.
+
+        Args:
+            engine_options: as in the constructor.
+        """
+        options = EngineOptions.resolve(engine_options)
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
+        model.engine_options = options
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock ``save_pretrained``; the checkpoint names the stock class."""
+        fast = self.__class__
+        self.__class__ = stock_class(fast)
+        try:
+            return self.save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = fast
+
+    def _fast_stacks(self) -> list[FastEncoder | FastDecoder]:
+        return [part for part in self.modules() if isinstance(part, FastEncoder | FastDecoder)]
+
+    def stacks_refusal(self, **kwargs: Any) -> str | None:
+        """Why torch runs a stack in a stock forward with these arguments; None if engines serve
+        them all."""
+        others = {name: value for name, value in kwargs.items() if name not in _OF_THE_WHOLE}
+        encoded, ids = kwargs.get("encoder_outputs"), kwargs.get("decoder_input_ids")
+        for stack in self._fast_stacks():
+            if isinstance(stack, FastDecoder):
+                call = {
+                    # heads that get no tokens for it shift the encoder's
+                    "input_ids": kwargs.get("input_ids") if ids is None else ids,
+                    "attention_mask": kwargs.get("decoder_attention_mask"),
+                    "inputs_embeds": kwargs.get("decoder_inputs_embeds"),
+                    "encoder_hidden_states": ... if encoded is None else encoded[0],
+                    "encoder_attention_mask": kwargs.get("attention_mask"),
+                    contract.CACHE: contract.given_cache(kwargs),
+                }
+            elif encoded is None:
+                names = "input_ids", "attention_mask", "inputs_embeds"
+                call = {name: kwargs.get(name) for name in names}
+            else:
+                continue
+            if reason := stack.refusal(**call, **others):
+                return reason
+        return None
+
+
+class FastTask(FastPreTrained):
+    """Mixin of a whole model whose own code is the stock class's: its stacks do the work."""
+
+    def compile_engine(self) -> None:
+        """Build the engines of all stacks now (and store them in the engine cache)."""
+        for stack in self._fast_stacks():
+            stack.compile_engine()
+
+    def refusal(self, **kwargs: Any) -> str | None:
+        """Why a forward with these arguments goes to torch, in part at least; None if the engines
+        serve both stacks."""
+        return self.stacks_refusal(**kwargs)
