@@ -42,7 +42,7 @@ def model_of(kind: type) -> Any:
 BOTH = {"input_ids": sources(), "decoder_input_ids": targets()}
 CASES: dict[str, tuple[Any, dict[str, Any], list[bool], str]] = {
     "whole": (build_pair, BOTH, [], ""),
-    "labels": (build_pair, BOTH | {"decoder_input_ids": None, "labels": targets()}, [], "labels"),
+    "labels": (build_pair, BOTH | {"decoder_input_ids": None, "labels": targets()}, [], ""),
     "masked": (build_pair, BOTH | {"decoder_attention_mask": HIDING}, [True], "hides tokens"),
     "embeds": (build_pair, BOTH | {"input_ids": None, "inputs_embeds": EMBEDS}, [False], "embeds"),
     "encoder stack": (None, {"input_ids": sources(), "attention_mask": MASK}, [], ""),
