@@ -4,7 +4,8 @@ import re
 import sys
 import threading
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,25 @@ AUTOCAST = (
 _lock = threading.Lock()
 
 
+class _Said(threading.local):
+    """Whether this thread is within a whole model's call on torch, of which all was said."""
+
+    outer = False
+
+
+_inside = _Said()
+
+
+@contextmanager
+def said() -> Iterator[None]:
+    """Within a whole model's call on torch, torch calls its stacks: they report nothing."""
+    outer, _inside.outer = _inside.outer, True
+    try:
+        yield
+    finally:
+        _inside.outer = outer
+
+
 class Asked(str):
     """A reason that the call or an option asks for in so many words: nobody is surprised."""
 
@@ -42,24 +62,24 @@ def report(model: Any, to: Literal["torch", "HF loop"], reason: str) -> None:
         to: the path that serves instead.
         reason: why, with the remedy. What stands in brackets, and numbers, make no other reason.
     """
-    if torch.compiler.is_compiling() or isinstance(reason, Asked):
+    if torch.compiler.is_compiling() or _inside.outer or isinstance(reason, Asked):
         return
-    said = vars(model).get("_reported")
-    if said is not None and (to, reason) in said:
+    told = vars(model).get("_reported")
+    if told is not None and (to, reason) in told:
         return
     options = model.engine_options
     if not options.warn_fallback or options.backend == "torch":
         return
     kind = to, _DETAILS.sub("", reason)
     with _lock:
-        said = _said(model)
-        known = kind in said
-        if len(said) < 1000:  # texts are kept for a quick look only
-            said.add((to, reason))
-        said.add(kind)
+        told = _told(model)
+        known = kind in told
+        if len(told) < 1000:  # texts are kept for a quick look only
+            told.add((to, reason))
+        told.add(kind)
     if not known:
         warnings.warn(
-            f"{type(model).__name__} {_PATHS[to]}: {reason}. Said once; model.explain() names "
+            f"{type(model).__qualname__} {_PATHS[to]}: {reason}. Said once; model.explain() names "
             "the reasons, EngineOptions(warn_fallback=False) switches this warning off.",
             FallbackWarning,
             stacklevel=_users_level(),
@@ -78,7 +98,7 @@ def runs_under_autocast(forward: Any) -> bool:
     return False
 
 
-def _said(model: Any) -> set[tuple[str, str]]:
+def _told(model: Any) -> set[tuple[str, str]]:
     """What was said of a model: one set for the whole and its parts, whoever reports first."""
     said: set[tuple[str, str]] | None = vars(model).get("_reported")
     if said is None:

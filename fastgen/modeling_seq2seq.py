@@ -10,7 +10,7 @@ from fastgen.bucket import Bucket
 from fastgen.decoder import Decoder
 from fastgen.engines import NoEngine, too_large
 from fastgen.engines.fused import FusedEngine
-from fastgen.fallback import Asked, report
+from fastgen.fallback import Asked, report, said
 from fastgen.generation import FastGenerationMixin
 from fastgen.hf import contract
 from fastgen.hf.forward import forward_like
@@ -143,10 +143,13 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
             cls.forward = forward_like(stock_class(cls).forward)
 
     def _forward(self, **arguments: Any) -> Any:
-        if (reason := self.refusal(**arguments)) is not None:
-            report(self, "torch", reason)
+        if (reason := self.refusal(**arguments)) is None:
+            return self._run(**arguments)
+        if torch.compiler.is_compiling():
             return super().forward(**arguments)
-        return self._run(**arguments)
+        report(self, "torch", reason)
+        with said():
+            return super().forward(**arguments)
 
     def _run(
         self,

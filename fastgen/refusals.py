@@ -28,6 +28,7 @@ DECODER_ARGUMENTS = frozenset(
         *("input_ids", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"),
         *("inputs_embeds", "use_cache", "return_dict", *contract.CACHE_NAMES),
     }
+    | _UNREAD
 )
 
 

@@ -1,5 +1,6 @@
 """Which path a ``generate`` call takes, and why not a faster one: ``model.explain``."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -125,8 +126,11 @@ class ExplainsGenerate:
     def _is_known(self, method: str) -> bool:
         """Whether a method is the one of a library, which the fast loop does the work of."""
         of_class, own = getattr(type(self), method), vars(self).get(method)
-        # Accelerate puts the class's method back as an attribute
-        known = own is None or getattr(own, "__func__", None) is of_class
+        # Accelerate puts the class's method back as an attribute, without its decorators
+        known = own is None or getattr(own, "__func__", None) in (
+            of_class,
+            inspect.unwrap(of_class),
+        )
         return known and of_class.__module__.partition(".")[0] in ("fastgen", "transformers")
 
     def _serves_fast_loop(self, config: Any, model_kwargs: dict[str, Any]) -> bool:
