@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 
+from fastgen.engines import too_large
 from fastgen.explain import Explanation
 from fastgen.fallback import AUTOCAST, Asked, report, runs_under_autocast
 from fastgen.hf import contract, trial
@@ -77,7 +78,11 @@ class ExplainsGenerate:
         arguments |= dict.fromkeys(("inputs_embeds", "decoder_attention_mask", "labels"))
         given = dict(model_kwargs)
         given["input_ids"] = given.pop("inputs", given.get("input_ids"))
-        refusal = self.refusal(**{"decoder_input_ids": ..., **given, **arguments})
+        ids, refusal = given["input_ids"], None
+        if isinstance(ids, torch.Tensor) and ids.ndim == 2:  # of which generate() makes more rows
+            rows = len(ids) * max(config.num_beams, config.num_return_sequences)
+            refusal = too_large(self.engine_options, rows, ids.shape[1])
+        refusal = refusal or self.refusal(**{"decoder_input_ids": ..., **given, **arguments})
         return reasons + ([refusal] if refusal else [])
 
     def _slow_reasons(self, config: Any, model_kwargs: dict[str, Any]) -> list[str]:
