@@ -20,12 +20,15 @@ class ContribOps(Ops):
         super().__init__(builder, target)
         self.contrib = builder.opset("com.microsoft")
 
-    def linear(self, x: Value, weight: Value, scale: float = 1.0) -> Value:
+    def linear(
+        self, x: Value, weight: Value, bias: Value | None = None, scale: float = 1.0
+    ) -> Value:
         """See ``Ops.linear``. FusedMatMul's alpha is rounded to the compute dtype, so only a power
         of two is exact; on a CPU any but 1 leaves the kernel for single rows."""
         alpha = scale if self.target.device == "cuda" and is_power_of_two(scale) else 1.0
         x = self.cast(self._scaled(x, scale / alpha), weight.dtype or self._compute)
         y = self.contrib.FusedMatMul(x, weight, transB=1, alpha=alpha)
+        y = y if bias is None else self.onnx.Add(y, bias)
         return self._typed(y, weight.dtype)
 
     def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
@@ -40,6 +43,24 @@ class ContribOps(Ops):
             return super().add_rms_norm(residual, x, weight, eps)
         normed, _, _, total = self.contrib.SkipSimplifiedLayerNormalization(
             x, residual, weight, epsilon=eps, _outputs=4
+        )
+        return self._typed(total, residual.dtype), self._typed(normed, weight.dtype)
+
+    def layer_norm(self, x: Value, weight: Value, bias: Value, eps: float) -> Value:
+        """See ``Ops.layer_norm``; the kernel itself computes in float32."""
+        if x.dtype != weight.dtype:
+            return super().layer_norm(x, weight, bias, eps)
+        normed = self.onnx.LayerNormalization(x, weight, bias, epsilon=eps, axis=-1)
+        return self._typed(normed, weight.dtype)
+
+    def add_layer_norm(
+        self, residual: Value, x: Value, weight: Value, bias: Value, eps: float
+    ) -> tuple[Value, Value]:
+        """See ``Ops.add_layer_norm``; one kernel where all share a dtype."""
+        if not x.dtype == residual.dtype == weight.dtype == self._residual:
+            return super().add_layer_norm(residual, x, weight, bias, eps)
+        normed, _, _, total = self.contrib.SkipLayerNormalization(
+            x, residual, weight, bias, epsilon=eps, _outputs=4
         )
         return self._typed(total, residual.dtype), self._typed(normed, weight.dtype)
 

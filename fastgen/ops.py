@@ -79,15 +79,19 @@ class Ops:
         rows = self._typed(self.onnx.Gather(weight, ids, axis=0), weight.dtype)
         return self.cast(rows, self._residual)
 
-    def linear(self, x: Value, weight: Value, scale: float = 1.0) -> Value:
-        """``scale * x @ weight.T`` with torch's [out, in] weight, in the weight's dtype."""
+    def linear(
+        self, x: Value, weight: Value, bias: Value | None = None, scale: float = 1.0
+    ) -> Value:
+        """``scale * x @ weight.T + bias`` with torch's [out, in] weight, in the weight's dtype."""
         dtype = weight.dtype or self._compute
         x = self.cast(self._scaled(x, scale), dtype)
         rows = self._typed(self.onnx.Flatten(x, axis=2), dtype)
         wide = ir.DataType.FLOAT if dtype == ir.DataType.FLOAT16 else dtype
         # TensorRT takes such casts around a product as: float16, accumulated in float32. They must
         # be next to the Gemm, or it would really cast the weight.
-        y = self.onnx.Gemm(self.cast(rows, wide), self.cast(weight, wide), transB=1)
+        factors = [self.cast(value, wide) for value in (rows, weight)]
+        addend = [] if bias is None else [self.cast(bias, wide)]
+        y = self.onnx.Gemm(*factors, *addend, transB=1)
         y = self.cast(self._typed(y, wide), dtype)
         return self._typed(self._unflatten(y, x, weight.shape[0]), dtype)
 
@@ -126,6 +130,20 @@ class Ops:
         total = self.onnx.Add(residual, self.cast(x, self._residual))
         total = self._typed(total, self._residual)
         return total, self.rms_norm(total, weight, eps)
+
+    def layer_norm(self, x: Value, weight: Value, bias: Value, eps: float) -> Value:
+        """Mean and variance norm, computed in float32; from any dtype to the weight's."""
+        wide = [self.cast(value, ir.DataType.FLOAT) for value in (x, weight, bias)]
+        normed = self.onnx.LayerNormalization(*wide, epsilon=eps, axis=-1)
+        return self.cast(self._typed(normed, ir.DataType.FLOAT), weight.dtype)
+
+    def add_layer_norm(
+        self, residual: Value, x: Value, weight: Value, bias: Value, eps: float
+    ) -> tuple[Value, Value]:
+        """``residual + x`` in the residual dtype, and its norm."""
+        total = self.onnx.Add(self.cast(residual, self._residual), self.cast(x, self._residual))
+        total = self._typed(total, self._residual)
+        return total, self.layer_norm(total, weight, bias, eps)
 
     def activation(self, x: Value, name: str) -> Value:
         """An activation by its name in transformers' ACT2FN, computed in float32 as torch does;

@@ -282,8 +282,14 @@ class FusedOps:
         return total, self.rms_norm(total, weight, eps)
 
     def linear(
-        self, x: Normed | Activated | torch.Tensor, weight: Any, scale: float = 1.0
+        self,
+        x: Normed | Activated | torch.Tensor,
+        weight: Any,
+        bias: Any = None,
+        scale: float = 1.0,
     ) -> Product:
+        if bias is not None:
+            raise NotFused("a product with a bias")
         if isinstance(x, Activated):
             products = [x.product] if x.gate is None else [x.product, x.gate]
             hidden = self._buffer("hidden", products[0].weight.shape[0])
