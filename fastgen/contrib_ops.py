@@ -21,13 +21,18 @@ class ContribOps(Ops):
         self.contrib = builder.opset("com.microsoft")
 
     def linear(
-        self, x: Value, weight: Value, bias: Value | None = None, scale: float = 1.0
+        self,
+        x: Value,
+        weight: Value,
+        bias: Value | None = None,
+        scale: float = 1.0,
+        transposed: bool = False,
     ) -> Value:
         """See ``Ops.linear``. FusedMatMul's alpha is rounded to the compute dtype, so only a power
         of two is exact; on a CPU any but 1 leaves the kernel for single rows."""
         alpha = scale if self.target.device == "cuda" and is_power_of_two(scale) else 1.0
         x = self.cast(self._scaled(x, scale / alpha), weight.dtype or self._compute)
-        y = self.contrib.FusedMatMul(x, weight, transB=1, alpha=alpha)
+        y = self.contrib.FusedMatMul(x, weight, transB=int(not transposed), alpha=alpha)
         y = y if bias is None else self.onnx.Add(y, bias)
         return self._typed(y, weight.dtype)
 
@@ -83,24 +88,36 @@ class ContribOps(Ops):
         return self._typed(self.onnx.Slice(x, zero, end, axes), x.dtype)
 
     def attention(self, q: Value, k: Value, v: Value, bias: Value, heads: int) -> Value:
-        y = self.contrib.MultiHeadAttention(q, k, v, None, None, bias, num_heads=heads, scale=1.0)
+        return self._attention(q, k, v, bias, heads, 1.0)
+
+    def _attention(
+        self, q: Value, k: Value, v: Value, bias: Value, heads: int, scale: float
+    ) -> Value:
+        y = self.contrib.MultiHeadAttention(q, k, v, None, None, bias, num_heads=heads, scale=scale)
         return self._typed(y, self._compute)
 
     def cached_attention(
-        self, q: Value, k: Value, v: Value, slots: KVSlots, bias: Value, heads: int
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        slots: KVSlots,
+        bias: Value,
+        heads: int,
+        scale: float = 1.0,
     ) -> tuple[Value, Value, Value]:
         """See ``Ops.cached_attention``; attention itself may write what it is given."""
         if self.target.appends_in_attention:
             y, key, value = self.contrib.MultiHeadAttention(
                 *(q, k, v, None, None, bias, slots.key, slots.value, slots.first_slot),
                 num_heads=heads,
-                scale=1.0,
+                scale=scale,
                 _outputs=3,
             )
             return self._typed(y, self._compute), key, value
         key = self.onnx.TensorScatter(slots.key, k, slots.first_slot, axis=1)
         value = self.onnx.TensorScatter(slots.value, v, slots.first_slot, axis=1)
-        return self.attention(q, key, value, bias, heads), key, value
+        return self._attention(q, key, value, bias, heads, scale), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         return x if self.target.kv_layout == "BLHD" else super().as_kv(x, heads, head_size)

@@ -71,6 +71,7 @@ class BeamTail:
             name: bucket.tensors[name].numpy()
             for name in ("input_ids", "query_positions", "first_slot", "slot_mask")
         }
+        self._prefix = bucket.prefix
         self._vocabulary = bucket.tensors["logits"].shape[-1]
         self._rows = np.arange(state.batch)[:, None]
         self._early = early
@@ -123,8 +124,10 @@ class BeamTail:
         tensors["input_ids"][:] = state["running"][:, :, at]
         tensors["query_positions"] += 1  # as Bucket.advance
         tensors["first_slot"] += queries
-        mask = tensors["slot_mask"]
-        visible = ancestors[:, :, : mask.shape[-1] // queries, None] == state["beam_range"]
+        prefix, mask = self._prefix, tensors["slot_mask"]  # of the prefix every beam sees all
+        positions = min((mask.shape[-1] - prefix) // queries, ancestors.shape[-1] - prefix)
+        mask = mask[..., prefix : prefix + positions * queries]
+        visible = ancestors[:, :, prefix : prefix + positions, None] == state["beam_range"]
         mask[:] = np.where(visible.reshape(mask.shape), np.float32(0), np.float32(-np.inf))
 
     def _check_done(self, stopped: np.ndarray) -> None:

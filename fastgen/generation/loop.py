@@ -4,17 +4,21 @@ The slow reference is transformers' ``_sample``; every line that touches scores 
 what it does, in the same order, with the installed processors and stopping criteria.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers.generation.utils import GenerateEncoderDecoderOutput
+from transformers.generation.utils import (
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+)
 
 from fastgen.bucket import Bucket
 from fastgen.capturable import NotCapturable
 from fastgen.capturing import lasting
-from fastgen.decoder import Step
+from fastgen.decoder import Step, row_starts
 from fastgen.generation import cpu
 from fastgen.generation import draws as drawing
 from fastgen.generation.call import Call, keeps, records
@@ -90,8 +94,15 @@ class Loop:
         if self.captures and call.config.do_sample:
             self.captures = drawing.are_torchs(call.decoder.device)
         self.beams = beams
-        self.hidden = call.hidden[::beams]  # generate() repeats each row for its beams
+        # generate() repeats each row for its beams
+        self.hidden = None if call.hidden is None else call.hidden[::beams]
         self.mask = None if call.mask is None else call.mask[::beams]
+        self.places: float = math.inf
+        """Tokens that a row may have for the model to tell its last one's position."""
+        self.starts: torch.Tensor | None = None
+        """Slots at which rows begin [B, 1]; None: at the first."""
+        if call.hidden is None:
+            self._find_rows(call)
         self.bucket = self._enter(call.prompt)
         call.cache.source_mask = self.mask  # what later calls must agree with
         self.state = self._lease_state(batch)  # last: run() gives it back, whatever happens
@@ -106,7 +117,7 @@ class Loop:
         try:
             self.state.begin(self.call)
             self._prefill()
-            while not self._finished():
+            while not self._finished() and self._fits():
                 self._record(self._choose())
             output = self._output()
             self.call.decoder.hand_over(*_tensors(output))
@@ -125,8 +136,38 @@ class Loop:
         """Whether to stop before the next token; waits only for tokens of a while ago."""
         raise NotImplementedError
 
+    def _stopped(self) -> bool:
+        """Whether every row has stopped; waits for all tokens."""
+        raise NotImplementedError
+
     def _output(self) -> Any:
         raise NotImplementedError
+
+    def _find_rows(self, call: Call) -> None:
+        """Without an encoder: where rows begin, and how long they may become."""
+        if self.mask is not None:
+            self.starts = row_starts(self.mask)
+        if (positions := call.decoder.shape.positions) is not None:
+            first = 0
+            if self.starts is not None and call.limit - 1 > positions:
+                first = int(self.starts.min())
+            self.places = first + positions
+
+    def _fits(self) -> bool:
+        """Whether the next token's position is one that the model knows; False if no row needs it.
+
+        Raises:
+            IndexError: a row goes on behind the model's last position.
+        """
+        if self.length <= self.places:
+            return True
+        if self._stopped():
+            return False
+        positions = self.call.decoder.shape.positions
+        raise IndexError(
+            f"index out of range in self: position {positions} of a row, where the model knows "
+            f"{positions} positions. Ask for fewer tokens, or give a shorter prompt."
+        )
 
     def _lease_state(self, batch: int) -> Any:
         """A state of this size that no other call uses: captured graphs name its addresses."""
@@ -149,20 +190,23 @@ class Loop:
         return state
 
     def _enter(self, length: int) -> Bucket:
-        call = self.call
-        return call.decoder.enter(call.cache, self.hidden, self.mask, length, self.beams)
+        call, beams = self.call, self.beams
+        if self.hidden is not None:
+            return call.decoder.enter(call.cache, self.hidden, self.mask, length, beams)
+        rows, prefix = len(call.input_ids) // beams, call.prompt - 1 if beams > 1 else 0
+        return call.decoder.enter_rows(call.cache, rows, self.starts, length, beams, prefix)
 
     def _grow(self) -> None:
         """Move on to the next bucket; the last tokens wait in the old one."""
         old = self.bucket
-        self.call.cache.fill((self.length - 1) * self.beams)
+        self.call.cache.fill(old.slots_of(self.length - 1))
         self.bucket = self._enter(self.length)
         self.bucket.tensors["input_ids"].copy_(old.tensors["input_ids"])
         self.bucket.seek(self.length - 1)
 
     def _choose(self) -> Any:
         """Queue a step and the choice that follows it; gives the choice."""
-        if self.length * self.beams > self.bucket.size.slots:
+        if self.bucket.slots_of(self.length) > self.bucket.size.slots:
             self._grow()
         phase = self.plan.phase(self.length) if self.captures else None
         chosen = self._eager() if phase is None else self._captured_or_eager(phase)
@@ -244,7 +288,7 @@ class SampleLoop(Loop):
         """All prompt tokens but the last, whose step also chooses the first new token."""
         call = self.call
         if call.prompt > 1:
-            call.decoder.run(self.bucket, call.input_ids[:, :-1], 0)
+            call.decoder.prefill(self.bucket, call.input_ids[:, :-1])
         self.bucket.seek(call.prompt - 1)
         self.bucket.tensors["input_ids"].copy_(call.input_ids[:, -1:])
 
@@ -291,6 +335,10 @@ class SampleLoop(Loop):
             return True
         return call.eos is not None and self._wait() and not self.state.seen_by_host.any()
 
+    def _stopped(self) -> bool:
+        # who waits for each token has just asked; without these tokens, length alone stops a row
+        return self.call.eos is not None and not bool(self.state.unfinished.any())
+
     def _finished_now(self) -> bool:
         """Hand the token to the streamer and ask the user's stopping criteria."""
         call, state = self.call, self.state
@@ -313,7 +361,10 @@ class SampleLoop(Loop):
         if not call.config.return_dict_in_generate:
             return sequences
         new = length - call.prompt
-        return GenerateEncoderDecoderOutput(
+        kind: Any = GenerateEncoderDecoderOutput
+        if call.hidden is None:
+            kind = GenerateDecoderOnlyOutput
+        return kind(
             sequences=sequences,
             scores=tuple(self.scores[:new]) if keeps(call, "output_scores") else None,
             logits=tuple(self.logits[:new]) if keeps(call, "output_logits") else None,

@@ -27,6 +27,18 @@ class WideLinear(Linear):
         return op.wide_linear(x, self.weight)
 
 
+class Conv1D(nn.Module):
+    """transformers' Conv1D: a Linear whose weight is [in, out]."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([in_features, out_features])
+        self.bias = nn.Parameter([out_features])
+
+    def forward(self, op: Ops, x: Value) -> Value:
+        return op.linear(x, self.weight, self.bias, transposed=True)
+
+
 class Embedding(nn.Module):
     """torch.nn.Embedding of token ids."""
 
