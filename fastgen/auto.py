@@ -62,7 +62,9 @@ class _FastAuto:
         known = {} if config is None else {"config": config}
         found = AutoConfig.from_pretrained(name, **hub_kwargs) if config is None else config
         if fallback and found.model_type not in cls._classes:
-            return cls._stock_model("from_pretrained", name, *args, **known, **kwargs, **remote_code)
+            return cls._stock_model(
+                "from_pretrained", name, *args, **known, **kwargs, **remote_code
+            )
         # without one the class reads the config itself, and changes of its fields in kwargs
         return cls._class_for(found).from_pretrained(name, *args, **known, **kwargs)
 
@@ -82,7 +84,9 @@ class _FastAuto:
         return cls._class_for(config)._from_config(config, **kwargs)
 
     @classmethod
-    def _stock_model(cls, method: str, *args: Any, engine_options: Any = None, **kwargs: Any) -> Any:
+    def _stock_model(
+        cls, method: str, *args: Any, engine_options: Any = None, **kwargs: Any
+    ) -> Any:
         EngineOptions.resolve(engine_options)  # wrong ones are refused as a Fast class refuses them
         made = getattr(cls._stock, method)(*args, **kwargs)
         model = made[0] if isinstance(made, tuple) else made  # output_loading_info=True

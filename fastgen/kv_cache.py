@@ -108,6 +108,8 @@ class LeasedCache:
 
     _slots: _Slots
     get_seq_length: Any
+    source_mask: torch.Tensor | None
+    """What the bucket's cross-attention mask is made of; not there before there is a bucket."""
 
     def _own_layers(self, cross: bool) -> list[SlotLayer]:
         raise NotImplementedError

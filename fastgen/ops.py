@@ -233,7 +233,7 @@ class Ops:
         return self._typed(bias, self._compute)
 
     def row_positions(self, query_positions: Value, row_start: Value) -> Value:
-        """[Q, 1] places and where rows begin [B, 1] -> positions in their rows [B, Q], at least 0."""
+        """[Q, 1] places, rows' starts [B, 1] -> positions in their rows [B, Q], at least 0."""
         places = self.onnx.Reshape(query_positions, self.constant([1, -1], torch.int64))
         behind = self.onnx.Sub(places, row_start)
         positions = self.onnx.Max(behind, self.constant([0], torch.int64))

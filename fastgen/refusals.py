@@ -192,7 +192,9 @@ def positions_refusal(
         wanted = (wanted - starts).clamp(min=0)
     if bool((positions == wanted).all()):
         return None
-    return "position_ids are not the places of the tokens in their rows: leave them out if it can be"
+    return (
+        "position_ids are not the places of the tokens in their rows: leave them out if it can be"
+    )
 
 
 def _place_refusal(what: str, tensor: torch.Tensor, module: Any) -> str | None:

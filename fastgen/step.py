@@ -50,7 +50,9 @@ class Step:
         layer = self._layers
         self._layers += 1
         slots = KVSlots(
-            self._buffers[f"self_key.{layer}"], self._buffers[f"self_value.{layer}"], self._first_slot
+            self._buffers[f"self_key.{layer}"],
+            self._buffers[f"self_value.{layer}"],
+            self._first_slot,
         )
         y, key, value = op.cached_attention(q, k, v, slots, self._bias, heads, scale)
         self.results |= {f"present_key.{layer}": key, f"present_value.{layer}": value}

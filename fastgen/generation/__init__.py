@@ -84,11 +84,12 @@ class FastGenerationMixin(ExplainsGenerate, GenerationMixin):
         arguments[self._reads] = input_ids
         if self.refusal(**{**model_kwargs, **arguments}) is not None:
             return None
-        encoded, mask = model_kwargs.get("encoder_outputs"), model_kwargs.get("attention_mask")
-        decoder = self._current_engine()
-        if criteria.max_length is None or (decoder.shape.source and encoded is None):
+        decoder, hidden = self._current_engine(), None
+        if decoder.shape.source:
+            hidden = (model_kwargs.get("encoder_outputs") or (None,))[0]
+        if criteria.max_length is None or (decoder.shape.source and hidden is None):
             return None
-        hidden = encoded[0] if decoder.shape.source else None
+        mask = model_kwargs.get("attention_mask")
         return Call(
             decoder, input_ids, logits_processor, criteria, config, streamer, hidden, mask, past
         )

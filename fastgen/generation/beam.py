@@ -280,10 +280,9 @@ class BeamLoop(Loop):
             return Advance(call, state, buffers, process, self._draws())
 
         settings = (config.do_sample, config.early_stopping, candidates(call), records(call))
-        settings += (bucket.prefix > 0,)
         step = call.decoder.step_with(
             bucket,
-            key=("beams", state, settings, self.plan.signature, phase),
+            key=("beams", state, bucket.prefix > 0, settings, self.plan.signature, phase),
             make_after=make_after,
             mutable=[*state.mutable(), bucket.tensors["slot_mask"]],
         )

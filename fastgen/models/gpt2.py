@@ -67,7 +67,9 @@ class Decoder(DecoderRoot):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         if config.add_cross_attention:
-            raise UnsupportedConfigError("add_cross_attention=True: the engine has no source for it.")
+            raise UnsupportedConfigError(
+                "add_cross_attention=True: the engine has no source for it."
+            )
         if config.reorder_and_upcast_attn and config._attn_implementation == "eager":
             raise UnsupportedConfigError(
                 "reorder_and_upcast_attn=True with eager attention: the engine does not reorder."
@@ -102,10 +104,14 @@ class Decoder(DecoderRoot):
         return self.lm_head(op, hidden)
 
 
+TRIAL_CONFIG = {"n_embd": 16, "n_head": 4, "n_layer": 2, "n_positions": 32}
+"""The fields of a config whose models take milliseconds (see ``hf/trial.py``)."""
+
+
 class FastGPT2LMHeadModel(FastCausalLM, GPT2LMHeadModel):
     """GPT2LMHeadModel on a compiled engine."""
 
-    trial_config = {"n_embd": 16, "n_head": 4, "n_layer": 2, "n_positions": 32}
+    trial_config = TRIAL_CONFIG
     _output = CausalLMOutputWithCrossAttentions
 
     def _decoder_root(self) -> Decoder:
