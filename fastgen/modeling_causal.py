@@ -119,6 +119,12 @@ class FastCausalLM(FastPreTrained, FastGenerationMixin):
         if isinstance(ids, torch.Tensor) and held and (mask is None or mask.shape == ids.shape):
             ids = ids[:, held:]
         given["input_ids"] = ... if ids is None else ids
+        positions = given.get("position_ids")
+        if positions is None and isinstance(mask, torch.Tensor):
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if isinstance(positions, torch.Tensor) and isinstance(ids, torch.Tensor):
+            positions = positions[..., -ids.shape[-1] :]
+        given["position_ids"] = positions
         return given
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
