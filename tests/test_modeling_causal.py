@@ -1,4 +1,4 @@
-"""Models without an encoder: which forwards the engine serves, and that it gives stock's outputs."""
+"""Models without an encoder: which forwards the engine serves, with stock's outputs."""
 
 import copy
 from typing import Any

@@ -4,7 +4,6 @@ The slow reference is transformers' ``_sample``; every line that touches scores 
 what it does, in the same order, with the installed processors and stopping criteria.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,12 +17,13 @@ from transformers.generation.utils import (
 from fastgen.bucket import Bucket
 from fastgen.capturable import NotCapturable
 from fastgen.capturing import lasting
-from fastgen.decoder import Step, row_starts
+from fastgen.decoder import Step
 from fastgen.generation import cpu
 from fastgen.generation import draws as drawing
 from fastgen.generation.call import Call, keeps, records
 from fastgen.generation.draws import Draws
 from fastgen.generation.kernels import GreedyTail, greedy_obstacle
+from fastgen.generation.rows import Rows
 from fastgen.generation.state import SampleState
 from fastgen.hf import contract
 
@@ -97,12 +97,7 @@ class Loop:
         # generate() repeats each row for its beams
         self.hidden = None if call.hidden is None else call.hidden[::beams]
         self.mask = None if call.mask is None else call.mask[::beams]
-        self.places: float = math.inf
-        """Tokens that a row may have for the model to tell its last one's position."""
-        self.starts: torch.Tensor | None = None
-        """Slots at which rows begin [B, 1]; None: at the first."""
-        if call.hidden is None:
-            self._find_rows(call)
+        self.rows = Rows(call, self.mask)
         self.bucket = self._enter(call.prompt)
         call.cache.source_mask = self.mask  # what later calls must agree with
         self.state = self._lease_state(batch)  # last: run() gives it back, whatever happens
@@ -117,7 +112,7 @@ class Loop:
         try:
             self.state.begin(self.call)
             self._prefill()
-            while not self._finished() and self._fits():
+            while not self._finished() and self.rows.fit(self.length, self._stopped):
                 self._record(self._choose())
             output = self._output()
             self.call.decoder.hand_over(*_tensors(output))
@@ -142,32 +137,6 @@ class Loop:
 
     def _output(self) -> Any:
         raise NotImplementedError
-
-    def _find_rows(self, call: Call) -> None:
-        """Without an encoder: where rows begin, and how long they may become."""
-        if self.mask is not None:
-            self.starts = row_starts(self.mask)
-        if (positions := call.decoder.shape.positions) is not None:
-            first = 0
-            if self.starts is not None and call.limit - 1 > positions:
-                first = int(self.starts.min())
-            self.places = first + positions
-
-    def _fits(self) -> bool:
-        """Whether the next token's position is one that the model knows; False if no row needs it.
-
-        Raises:
-            IndexError: a row goes on behind the model's last position.
-        """
-        if self.length <= self.places:
-            return True
-        if self._stopped():
-            return False
-        positions = self.call.decoder.shape.positions
-        raise IndexError(
-            f"index out of range in self: position {positions} of a row, where the model knows "
-            f"{positions} positions. Ask for fewer tokens, or give a shorter prompt."
-        )
 
     def _lease_state(self, batch: int) -> Any:
         """A state of this size that no other call uses: captured graphs name its addresses."""
@@ -194,7 +163,8 @@ class Loop:
         if self.hidden is not None:
             return call.decoder.enter(call.cache, self.hidden, self.mask, length, beams)
         rows, prefix = len(call.input_ids) // beams, call.prompt - 1 if beams > 1 else 0
-        return call.decoder.enter_rows(call.cache, rows, self.starts, length, beams, prefix)
+        starts = self.rows.starts
+        return call.decoder.enter_rows(call.cache, rows, starts, length, beams, prefix)
 
     def _grow(self) -> None:
         """Move on to the next bucket; the last tokens wait in the old one."""

@@ -10,7 +10,6 @@ import torch
 
 from fastgen.target import Target, onnxruntime_cuda
 from tests.configs import DECODERS, Pair, build_pair
-from tests.modes import MODES
 from tests.test_parity import outcome
 
 TARGET = replace(onnxruntime_cuda("float32"), device="cpu", captured=False)
