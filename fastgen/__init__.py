@@ -9,6 +9,8 @@ _HOMES = {
     "EngineOptions": "fastgen.options",
     "FallbackWarning": "fastgen.errors",
     "FastAutoModelForSeq2SeqLM": "fastgen.auto",
+    "FastAutoModelForCausalLM": "fastgen.auto",
+    "FastGPT2LMHeadModel": "fastgen.models.gpt2",
     "FastMT5EncoderModel": "fastgen.models.mt5",
     "FastMT5ForConditionalGeneration": "fastgen.models.mt5",
     "FastMT5ForQuestionAnswering": "fastgen.models.mt5",
@@ -33,8 +35,10 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:  # the same names again: type checkers do not read a dict
+    from fastgen.auto import FastAutoModelForCausalLM as FastAutoModelForCausalLM
     from fastgen.auto import FastAutoModelForSeq2SeqLM as FastAutoModelForSeq2SeqLM
     from fastgen.errors import FallbackWarning as FallbackWarning
+    from fastgen.models.gpt2 import FastGPT2LMHeadModel as FastGPT2LMHeadModel
     from fastgen.models.mt5 import FastMT5EncoderModel as FastMT5EncoderModel
     from fastgen.models.mt5 import (
         FastMT5ForConditionalGeneration as FastMT5ForConditionalGeneration,

@@ -1,11 +1,12 @@
-"""FastAutoModelForSeq2SeqLM: ``model_type`` -> Fast class, like transformers' auto classes."""
+"""``model_type`` -> Fast class, like transformers' auto classes."""
 
 import importlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fastgen.errors import FallbackWarning, UnsupportedConfigError
 from fastgen.options import EngineOptions
@@ -15,16 +16,21 @@ _SEQ2SEQ_LM = {
     "mt5": ("fastgen.models.mt5", "FastMT5ForConditionalGeneration"),
     "umt5": ("fastgen.models.umt5", "FastUMT5ForConditionalGeneration"),
 }
+_CAUSAL_LM = {"gpt2": ("fastgen.models.gpt2", "FastGPT2LMHeadModel")}
 _REMOTE_CODE = ("code_revision", "trust_remote_code")
 
 
-class FastAutoModelForSeq2SeqLM:
+class _FastAuto:
     """Picks the Fast class of a checkpoint or config; not instantiated itself."""
 
+    _classes: Mapping[str, tuple[str, str]]
+    """``model_type`` -> module and name of the Fast class."""
+    _stock: Any
+
     def __init__(self) -> None:
+        name = type(self).__name__
         raise OSError(
-            "FastAutoModelForSeq2SeqLM is made by FastAutoModelForSeq2SeqLM.from_pretrained(name) "
-            "or FastAutoModelForSeq2SeqLM.from_config(config)."
+            f"{name} is made by {name}.from_pretrained(name) or {name}.from_config(config)."
         )
 
     @classmethod
@@ -55,11 +61,12 @@ class FastAutoModelForSeq2SeqLM:
             config = AutoConfig.from_pretrained(config, **hub_kwargs)
         known = {} if config is None else {"config": config}
         found = AutoConfig.from_pretrained(name, **hub_kwargs) if config is None else config
-        if fallback and found.model_type not in _SEQ2SEQ_LM:
-            stock = AutoModelForSeq2SeqLM.from_pretrained
-            return _stock_model(stock, name, *args, **known, **kwargs, **remote_code)
+        if fallback and found.model_type not in cls._classes:
+            return cls._stock_model(
+                "from_pretrained", name, *args, **known, **kwargs, **remote_code
+            )
         # without one the class reads the config itself, and changes of its fields in kwargs
-        return _class_for(found).from_pretrained(name, *args, **known, **kwargs)
+        return cls._class_for(found).from_pretrained(name, *args, **known, **kwargs)
 
     @classmethod
     def from_config(cls, config: Any, *, fallback: bool = False, **kwargs: Any) -> Any:
@@ -71,35 +78,49 @@ class FastAutoModelForSeq2SeqLM:
         Raises:
             UnsupportedConfigError: no Fast class for the config's model_type.
         """
-        if fallback and config.model_type not in _SEQ2SEQ_LM:
-            return _stock_model(AutoModelForSeq2SeqLM.from_config, config, **kwargs)
+        if fallback and config.model_type not in cls._classes:
+            return cls._stock_model("from_config", config, **kwargs)
         kwargs.pop("trust_remote_code", None)
-        return _class_for(config)._from_config(config, **kwargs)
+        return cls._class_for(config)._from_config(config, **kwargs)
 
-
-def _stock_model(make: Any, *args: Any, engine_options: Any = None, **kwargs: Any) -> Any:
-    EngineOptions.resolve(engine_options)  # wrong ones are refused as a Fast class refuses them
-    made = make(*args, **kwargs)
-    model = made[0] if isinstance(made, tuple) else made  # output_loading_info=True
-    warnings.warn(
-        f"{_without_fast_class(model.config)}: the stock {type(model).__name__} is used, at the "
-        "stock speed.",
-        FallbackWarning,
-        stacklevel=3,
-    )
-    return made
-
-
-def _class_for(config: Any) -> Any:
-    if config.model_type not in _SEQ2SEQ_LM:
-        raise UnsupportedConfigError(
-            f"{_without_fast_class(config)}. Pass fallback=True to get the stock class for this "
-            "checkpoint, or use AutoModelForSeq2SeqLM of transformers."
+    @classmethod
+    def _stock_model(
+        cls, method: str, *args: Any, engine_options: Any = None, **kwargs: Any
+    ) -> Any:
+        EngineOptions.resolve(engine_options)  # wrong ones are refused as a Fast class refuses them
+        made = getattr(cls._stock, method)(*args, **kwargs)
+        model = made[0] if isinstance(made, tuple) else made  # output_loading_info=True
+        warnings.warn(
+            f"{cls._without_fast_class(model.config)}: the stock {type(model).__name__} is used, "
+            "at the stock speed.",
+            FallbackWarning,
+            stacklevel=3,
         )
-    module, name = _SEQ2SEQ_LM[config.model_type]
-    return getattr(importlib.import_module(module), name)
+        return made
+
+    @classmethod
+    def _class_for(cls, config: Any) -> Any:
+        if config.model_type not in cls._classes:
+            raise UnsupportedConfigError(
+                f"{cls._without_fast_class(config)}. Pass fallback=True to get the stock class for "
+                f"this checkpoint, or use {cls._stock.__name__} of transformers."
+            )
+        module, name = cls._classes[config.model_type]
+        return getattr(importlib.import_module(module), name)
+
+    @classmethod
+    def _without_fast_class(cls, config: Any) -> str:
+        others = ", ".join(cls._classes)
+        return f"model_type={config.model_type!r} has no Fast class (there is one for {others})"
 
 
-def _without_fast_class(config: Any) -> str:
-    others = ", ".join(_SEQ2SEQ_LM)
-    return f"model_type={config.model_type!r} has no Fast class (there is one for {others})"
+class FastAutoModelForSeq2SeqLM(_FastAuto):
+    """Picks the Fast class of an encoder-decoder with a language model head."""
+
+    _classes, _stock = _SEQ2SEQ_LM, AutoModelForSeq2SeqLM
+
+
+class FastAutoModelForCausalLM(_FastAuto):
+    """Picks the Fast class of a decoder with a language model head."""
+
+    _classes, _stock = _CAUSAL_LM, AutoModelForCausalLM

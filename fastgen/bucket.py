@@ -42,19 +42,28 @@ class Bucket:
         kv = 2 * shape.layers
         self.self_kv = self._empty(kv, *target.kv_shape(batch, *self._heads(slots)))
         self.cross_kv = self._empty(kv, *target.kv_shape(batch, *self._heads(sources)))
+        self.prefix = 0
+        """Slots of a prompt that all query tokens of a row share; behind it, each has its own."""
         self.tensors = {
             "input_ids": torch.zeros(batch, queries, dtype=torch.int64, device=device),
             "slot_positions": (torch.arange(slots, device=device) // queries).view(1, slots),
             **self._counters(batch, queries),
-            "cross_mask": self._empty(batch, 1, queries, sources),
         }
+        if shape.source:
+            self.tensors["cross_mask"] = self._empty(batch, 1, queries, sources)
+            self.tensors |= self._kv_tensors("cross", self.cross_kv)
+        else:
+            self.tensors["row_start"] = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+            self.tensors["kept"] = torch.arange(queries, device=device)
+            self.owners = torch.zeros(slots, dtype=torch.int64, device=device)
+            """Which query token's a slot is, -1 if all share it; of no use without a prefix."""
         self.output(*shape.output)
         if queries > 1 or target.always_masked:  # zero until beams say what hides what
             self.tensors["slot_mask"] = self._empty(batch, 1, queries, slots).zero_()
         self.tensors |= {name: self._empty(*axes) for name, axes in shape.tables.items()}
         self.tensors |= self._kv_tensors("self", self.self_kv)
         self.tensors |= self._kv_tensors("present", self.self_kv)  # updated in place
-        self.tensors |= self._kv_tensors("cross", self.cross_kv)
+        self._padded = False
         self.steps: dict[Any, Any] = {}
         """Captured graphs of these buffers, by whatever made them."""
         self.bindings: dict[Any, Any] = {}
@@ -87,10 +96,32 @@ class Bucket:
         positions, first_slot = self._counts[:queries], self._counts[slot:]
         return {"query_positions": positions[:, None], "first_slot": first_slot}
 
+    def share_prefix(self, length: int) -> None:
+        """Say that all query tokens of a row share its first ``length`` slots."""
+        if length == self.prefix:
+            return
+        slots, queries = torch.arange(self.size.slots, device=self.device), self.size.queries
+        places = torch.where(slots < length, slots, length + (slots - length) // queries)
+        self.tensors["slot_positions"].copy_(places[None])
+        self.owners.copy_(torch.where(slots < length, -1, (slots - length) % queries))
+        self.prefix = length
+
+    def slots_of(self, length: int) -> int:
+        """How many slots hold ``length`` tokens of each sequence."""
+        return min(length, self.prefix) + max(0, length - self.prefix) * self.size.queries
+
+    def start_rows(self, starts: torch.Tensor | None) -> None:
+        """Let rows begin at the slots ``starts`` [B, 1]; None: at the first."""
+        if starts is not None:
+            self.tensors["row_start"].copy_(starts)
+        elif self._padded:
+            self.tensors["row_start"].zero_()
+        self._padded = starts is not None
+
     def seek(self, length: int) -> None:
         """Let the next query tokens follow ``length`` tokens."""
         self.tensors["query_positions"].fill_(length)
-        self.tensors["first_slot"].fill_(length * self.size.queries)
+        self.tensors["first_slot"].fill_(self.slots_of(length))
 
     def advance(self) -> None:
         """Let the next query tokens follow one token more; queued on the device."""
@@ -129,8 +160,19 @@ class Bucket:
 
     def clear(self) -> None:
         """Forget the last user's tokens: attention reads all slots, and NaN survives a mask."""
+        self.share_prefix(0)
         if not self.target.appends_in_attention:
             self.self_kv.zero_()
+
+    def take_over(self, old: "Bucket") -> None:
+        """What all tokens of a call read, from a bucket of another number of slots."""
+        shared = ("cross_mask",) if self.shape.source else ("row_start",)
+        for name in (*shared, *self.shape.tables):
+            self.tensors[name].copy_(old.tensors[name])
+        self._padded = old._padded
+        if self.shape.source:
+            self.cross_kv.copy_(old.cross_kv)  # padding too: it must be finite
+        self.share_prefix(old.prefix)
 
     def reorder(self, rows: torch.Tensor, length: int) -> None:
         """Row i takes the keys and values of row ``rows[i]``."""

@@ -20,12 +20,20 @@ class ContribOps(Ops):
         super().__init__(builder, target)
         self.contrib = builder.opset("com.microsoft")
 
-    def linear(self, x: Value, weight: Value, scale: float = 1.0) -> Value:
+    def linear(
+        self,
+        x: Value,
+        weight: Value,
+        bias: Value | None = None,
+        scale: float = 1.0,
+        transposed: bool = False,
+    ) -> Value:
         """See ``Ops.linear``. FusedMatMul's alpha is rounded to the compute dtype, so only a power
         of two is exact; on a CPU any but 1 leaves the kernel for single rows."""
         alpha = scale if self.target.device == "cuda" and is_power_of_two(scale) else 1.0
         x = self.cast(self._scaled(x, scale / alpha), weight.dtype or self._compute)
-        y = self.contrib.FusedMatMul(x, weight, transB=1, alpha=alpha)
+        y = self.contrib.FusedMatMul(x, weight, transB=int(not transposed), alpha=alpha)
+        y = y if bias is None else self.onnx.Add(y, bias)
         return self._typed(y, weight.dtype)
 
     def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
@@ -40,6 +48,24 @@ class ContribOps(Ops):
             return super().add_rms_norm(residual, x, weight, eps)
         normed, _, _, total = self.contrib.SkipSimplifiedLayerNormalization(
             x, residual, weight, epsilon=eps, _outputs=4
+        )
+        return self._typed(total, residual.dtype), self._typed(normed, weight.dtype)
+
+    def layer_norm(self, x: Value, weight: Value, bias: Value, eps: float) -> Value:
+        """See ``Ops.layer_norm``; the kernel itself computes in float32."""
+        if x.dtype != weight.dtype:
+            return super().layer_norm(x, weight, bias, eps)
+        normed = self.onnx.LayerNormalization(x, weight, bias, epsilon=eps, axis=-1)
+        return self._typed(normed, weight.dtype)
+
+    def add_layer_norm(
+        self, residual: Value, x: Value, weight: Value, bias: Value, eps: float
+    ) -> tuple[Value, Value]:
+        """See ``Ops.add_layer_norm``; one kernel where all share a dtype."""
+        if not x.dtype == residual.dtype == weight.dtype == self._residual:
+            return super().add_layer_norm(residual, x, weight, bias, eps)
+        normed, _, _, total = self.contrib.SkipLayerNormalization(
+            x, residual, weight, bias, epsilon=eps, _outputs=4
         )
         return self._typed(total, residual.dtype), self._typed(normed, weight.dtype)
 
@@ -62,24 +88,36 @@ class ContribOps(Ops):
         return self._typed(self.onnx.Slice(x, zero, end, axes), x.dtype)
 
     def attention(self, q: Value, k: Value, v: Value, bias: Value, heads: int) -> Value:
-        y = self.contrib.MultiHeadAttention(q, k, v, None, None, bias, num_heads=heads, scale=1.0)
+        return self._attention(q, k, v, bias, heads, 1.0)
+
+    def _attention(
+        self, q: Value, k: Value, v: Value, bias: Value, heads: int, scale: float
+    ) -> Value:
+        y = self.contrib.MultiHeadAttention(q, k, v, None, None, bias, num_heads=heads, scale=scale)
         return self._typed(y, self._compute)
 
     def cached_attention(
-        self, q: Value, k: Value, v: Value, slots: KVSlots, bias: Value, heads: int
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        slots: KVSlots,
+        bias: Value,
+        heads: int,
+        scale: float = 1.0,
     ) -> tuple[Value, Value, Value]:
         """See ``Ops.cached_attention``; attention itself may write what it is given."""
         if self.target.appends_in_attention:
             y, key, value = self.contrib.MultiHeadAttention(
                 *(q, k, v, None, None, bias, slots.key, slots.value, slots.first_slot),
                 num_heads=heads,
-                scale=1.0,
+                scale=scale,
                 _outputs=3,
             )
             return self._typed(y, self._compute), key, value
         key = self.onnx.TensorScatter(slots.key, k, slots.first_slot, axis=1)
         value = self.onnx.TensorScatter(slots.value, v, slots.first_slot, axis=1)
-        return self.attention(q, key, value, bias, heads), key, value
+        return self._attention(q, key, value, bias, heads, scale), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         return x if self.target.kv_layout == "BLHD" else super().as_kv(x, heads, head_size)

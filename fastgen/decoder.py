@@ -1,4 +1,4 @@
-"""The decoder side of an encoder-decoder model: prefill and step over leased buckets."""
+"""The decoder side of a model: prefill and step over leased buckets."""
 
 import math
 import threading
@@ -12,12 +12,18 @@ import torch
 from fastgen.bucket import Bucket, BucketPool, BucketSize
 from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Binding, Engine, NotFused
-from fastgen.kv_cache import StaticKVCache
+from fastgen.kv_cache import LeasedCache
 from fastgen.options import EngineOptions
 from fastgen.seq2seq import LAST_STATE, DecoderShape, state_names
 from fastgen.target import Target
 
+_PREFILL_TOKENS = 4096  # of all rows, that one run over a prompt reads
 _STEPS = 8  # a bucket's captured steps: one for each choice that followed, and phase of it
+
+
+def row_starts(mask: torch.Tensor) -> torch.Tensor:
+    """Where the rows of a mask [B, P], padded on the left, begin: int64 [B, 1]."""
+    return (mask != 0).to(torch.int64).argmax(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -48,13 +54,14 @@ class Decoder(Capturing):
         shape: DecoderShape,
         target: Target,
         device: torch.device,
-        cross: Engine,
+        cross: Engine | None,
         decoder: DecoderEngines,
         fused: Engine | None,
         options: EngineOptions,
     ) -> None:
         """
         Args:
+            cross: None where there is no source.
             fused: runs steps of few rows in place of ``decoder``, where it can.
         """
         super().__init__(target, device, options)
@@ -89,7 +96,7 @@ class Decoder(Capturing):
 
     def enter(
         self,
-        cache: StaticKVCache,
+        cache: LeasedCache,
         hidden: torch.Tensor,
         mask: torch.Tensor | None,
         length: int,
@@ -112,6 +119,36 @@ class Decoder(Capturing):
             cache.move_in(sources)
         elif slots > bucket.size.slots:
             bucket = cache.lease(self.pool, size)
+        return bucket
+
+    def enter_rows(
+        self,
+        cache: LeasedCache,
+        rows: int,
+        starts: torch.Tensor | None,
+        length: int,
+        beams: int = 1,
+        prefix: int = 0,
+    ) -> Bucket:
+        """``enter`` of a model without an encoder.
+
+        Args:
+            rows: sequences, or with beams those that share a KV buffer.
+            starts: slots at which rows begin [B, 1]; None: at the first.
+            prefix: tokens of a prompt that beams share, if the cache has no bucket yet.
+        """
+        bucket = cache.bucket
+        prefix = prefix if bucket is None else bucket.prefix
+        needed = prefix + (length - prefix) * beams if length > prefix else length
+        slots = beams * self.slots_for(-(-needed // beams))
+        if bucket is None:
+            filled = cache.get_seq_length()
+            bucket = cache.lease(self.pool, BucketSize(rows, beams, slots, 0), fresh=True)
+            bucket.share_prefix(prefix)
+            cache.fill(filled)
+        elif slots > bucket.size.slots:
+            bucket = cache.lease(self.pool, BucketSize(rows, beams, slots, 0))
+        bucket.start_rows(starts)
         return bucket
 
     def fill_cross(self, bucket: Bucket, hidden: torch.Tensor, mask: torch.Tensor | None) -> None:
@@ -139,6 +176,7 @@ class Decoder(Capturing):
         )
         shared = bucket.tensors["cross_mask"]
         cross_mask = torch.empty_like(shared[:, :, :1])
+        assert self.cross is not None
         binding = self.cross.bind(bucket.tensors | source.tensors | {"cross_mask": cross_mask})
 
         def run() -> None:
@@ -149,11 +187,17 @@ class Decoder(Capturing):
 
     # Runs
 
-    def run(self, bucket: Bucket, input_ids: torch.Tensor, length: int) -> torch.Tensor:
+    def run(
+        self, bucket: Bucket, input_ids: torch.Tensor, length: int, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Decode query tokens [B, Q] behind ``length`` filled slots -> logits [B, Q, V], or without
         a head hidden states [B, Q, E].
 
         A step (Q as in the bucket) gives the bucket's own tensor, overwritten by the next step.
+
+        Args:
+            kept: int64 [K], the query tokens to give logits of, if that is not all; without an
+                encoder only.
         """
         output, tensors = bucket.output(*self.shape.output), bucket.tensors
         if input_ids.shape[1] == bucket.size.queries:
@@ -161,10 +205,21 @@ class Decoder(Capturing):
             bucket.seek(length)
             self.step(bucket)()
             return output
-        return self._prefill(bucket, input_ids, length)
+        return self._prefill(bucket, input_ids, length, kept=kept)
+
+    def prefill(self, bucket: Bucket, input_ids: torch.Tensor) -> None:
+        """Decode the first tokens of a prompt [B, Q], of which nobody reads what comes out: in
+        pieces, where no source is attended to, so that scores take no more memory."""
+        if self.shape.source:
+            self.run(bucket, input_ids, 0)
+            return
+        piece = max(1, _PREFILL_TOKENS // len(input_ids))
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        for start in range(0, input_ids.shape[1], piece):
+            self._prefill(bucket, input_ids[:, start : start + piece], start, kept=none)
 
     def run_with_states(
-        self, bucket: Bucket, input_ids: torch.Tensor, length: int
+        self, bucket: Bucket, input_ids: torch.Tensor, length: int, kept: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """``run``, and what each block reads, in the residual stream's dtype, with the hidden
         states behind the final norm last; never captured, and nothing of it lies in a bucket."""
@@ -173,7 +228,7 @@ class Decoder(Capturing):
         names = state_names(self.shape.layers)
         states = {name: torch.empty(axes, dtype=wide, device=self.device) for name in names}
         states[LAST_STATE] = torch.empty(axes, dtype=bucket.dtype, device=self.device)
-        output = self._prefill(bucket, input_ids, length, states)
+        output = self._prefill(bucket, input_ids, length, states, kept)
         return output, list(states.values())
 
     def _prefill(
@@ -182,20 +237,26 @@ class Decoder(Capturing):
         input_ids: torch.Tensor,
         length: int,
         states: Mapping[str, torch.Tensor] | None = None,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
         batch, queries = input_ids.shape
         positions = torch.arange(length, length + queries, device=self.device)
-        cross_mask = bucket.tensors["cross_mask"][:, :, :1].expand(-1, -1, queries, -1)
         name, width = self.shape.output
-        output = torch.empty(batch, queries, width, dtype=bucket.dtype, device=self.device)
+        if kept is None:
+            kept = positions - length
+        output = torch.empty(batch, len(kept), width, dtype=bucket.dtype, device=self.device)
         bucket.tensors["first_slot"].fill_(length)
         tensors = bucket.tensors | {
             "input_ids": input_ids.contiguous(),
             "query_positions": positions[:, None],
-            "cross_mask": cross_mask.contiguous(),
             name: output,
             **(states or {}),
         }
+        if self.shape.source:
+            cross_mask = bucket.tensors["cross_mask"][:, :, :1].expand(-1, -1, queries, -1)
+            tensors["cross_mask"] = cross_mask.contiguous()
+        else:
+            tensors["kept"] = kept
         if self.target.always_masked:
             shape = batch, 1, queries, bucket.size.slots
             tensors["slot_mask"] = torch.zeros(shape, dtype=bucket.dtype, device=self.device)

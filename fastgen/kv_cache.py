@@ -111,26 +111,16 @@ class _EmptyLayer(DynamicLayer):
             super().crop(tokens_to_remove)
 
 
-class StaticKVCache(EncoderDecoderCache):
-    """A KV cache in engine-owned device buffers that is a Hugging Face cache too."""
+class LeasedCache:
+    """Mixin of a Hugging Face cache whose layers are SlotLayers of one bucket."""
 
-    def __init__(self, layers: int, listed: int = 0) -> None:
-        """
-        Args:
-            layers: those of the decoder.
-            listed: stock's ``generate`` makes a cache of as many layers as the encoder has: where
-                that is more, those behind stay empty.
-        """
-        self._slots = _Slots()
-        caches = DynamicCache(), DynamicCache()
-        for cross, cache in enumerate(caches):
-            cache.layers = [SlotLayer(self._slots, i, bool(cross)) for i in range(layers)]
-            cache.layers += [_EmptyLayer() for _ in range(layers, listed)]
-        super().__init__(*caches)
+    _slots: _Slots
+    get_seq_length: Any
+    source_mask: torch.Tensor | None
+    """What the bucket's cross-attention mask is made of; not there before there is a bucket."""
 
     def _own_layers(self, cross: bool) -> list[SlotLayer]:
-        cache = self.cross_attention_cache if cross else self.self_attention_cache
-        return [layer for layer in cache.layers if isinstance(layer, SlotLayer)]
+        raise NotImplementedError
 
     @property
     def bucket(self) -> Bucket | None:
@@ -146,9 +136,7 @@ class StaticKVCache(EncoderDecoderCache):
         graph computes to be filled."""
         old, lease = self._slots.lease, pool.lease(size)
         if old is not None and not fresh:
-            for name in ("cross_mask", *old.bucket.shape.tables):
-                lease.bucket.tensors[name].copy_(old.bucket.tensors[name])
-            lease.bucket.cross_kv.copy_(old.bucket.cross_kv)  # padding too: it must be finite
+            lease.bucket.take_over(old.bucket)
         self._copy_into(lease.bucket, self._own_layers(cross=False))
         self._slots.lease = lease
         return lease.bucket
@@ -176,17 +164,59 @@ class StaticKVCache(EncoderDecoderCache):
         if sources is not None:
             for i, layer in enumerate(self._own_layers(cross=True)):
                 layer.move_in(sources)
-                self.is_updated[i] = True
+                self._note_source(i)
+
+    def _note_source(self, layer: int) -> None:
+        """A layer's cross-attention content is there."""
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         bucket = self.bucket
         if bucket is None:
-            super().reorder_cache(beam_idx)
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
         else:
             bucket.reorder(beam_idx, self.get_seq_length())
 
 
-def unshared(bucket: Bucket, slots: torch.Tensor, sources: int, listed: int = 0) -> StaticKVCache:
+class StaticKVCache(LeasedCache, EncoderDecoderCache):
+    """A KV cache in engine-owned device buffers that is a Hugging Face cache too."""
+
+    def __init__(self, layers: int, listed: int = 0) -> None:
+        """
+        Args:
+            layers: those of the decoder.
+            listed: stock's ``generate`` makes a cache of as many layers as the encoder has: where
+                that is more, those behind stay empty.
+        """
+        self._slots = _Slots()
+        caches = DynamicCache(), DynamicCache()
+        for cross, cache in enumerate(caches):
+            cache.layers = [SlotLayer(self._slots, i, bool(cross)) for i in range(layers)]
+            cache.layers += [_EmptyLayer() for _ in range(layers, listed)]
+        super().__init__(*caches)
+
+    def _own_layers(self, cross: bool) -> list[SlotLayer]:
+        cache = self.cross_attention_cache if cross else self.self_attention_cache
+        return [layer for layer in cache.layers if isinstance(layer, SlotLayer)]
+
+    def _note_source(self, layer: int) -> None:
+        self.is_updated[layer] = True
+
+
+class StaticDecoderCache(LeasedCache, DynamicCache):
+    """The same of a model without an encoder."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self._slots = _Slots()
+        self.layers = [SlotLayer(self._slots, i, False) for i in range(layers)]
+
+    def _own_layers(self, cross: bool) -> list[SlotLayer]:
+        return [] if cross else [layer for layer in self.layers if isinstance(layer, SlotLayer)]
+
+
+def unshared(
+    bucket: Bucket, slots: torch.Tensor, sources: int, listed: int = 0
+) -> StaticKVCache | StaticDecoderCache:
     """Copies of the keys and values of sequences that share rows.
 
     Args:
@@ -200,16 +230,23 @@ def unshared(bucket: Bucket, slots: torch.Tensor, sources: int, listed: int = 0)
     batch, beams, length = slots.shape
     heads, head_size = bucket.shape.heads, bucket.shape.head_size
     index = slots.view(batch, 1, -1, 1).expand(-1, heads, -1, head_size)
-    cache = StaticKVCache(bucket.shape.layers, listed)
-    pairs = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
+    cache: StaticKVCache | StaticDecoderCache = StaticDecoderCache(bucket.shape.layers)
+    if bucket.shape.source:
+        cache = StaticKVCache(bucket.shape.layers, listed)
+    own, source = cache._own_layers(cross=False), cache._own_layers(cross=True)
     for i in range(2 * bucket.shape.layers):
-        name = "values" if i % 2 else "keys"
-        own = bucket.layer(bucket.self_kv, i, bucket.size.slots).gather(2, index)
-        own = own.view(batch, heads, beams, length, head_size).transpose(1, 2).flatten(0, 1)
-        source = bucket.layer(bucket.cross_kv, i, sources).repeat_interleave(beams, dim=0)
-        for layers, tensor in zip(pairs, (own, source), strict=True):
-            setattr(layers[i // 2], name, tensor.contiguous())
-            layers[i // 2].is_initialized = True
-            layers[i // 2].dtype, layers[i // 2].device = tensor.dtype, tensor.device
-        cache.is_updated[i // 2] = True
+        rows = bucket.layer(bucket.self_kv, i, bucket.size.slots).gather(2, index)
+        rows = rows.view(batch, heads, beams, length, head_size).transpose(1, 2).flatten(0, 1)
+        _keep(own[i // 2], i % 2, rows)
+        if source:
+            rows = bucket.layer(bucket.cross_kv, i, sources).repeat_interleave(beams, dim=0)
+            _keep(source[i // 2], i % 2, rows)
+            cache._note_source(i // 2)
     return cache
+
+
+def _keep(layer: SlotLayer, value: int, tensor: torch.Tensor) -> None:
+    """Give a layer keys (or, by 1, values) of its own."""
+    setattr(layer, "values" if value else "keys", tensor.contiguous())
+    layer.is_initialized = True
+    layer.dtype, layer.device = tensor.dtype, tensor.device

@@ -66,6 +66,9 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
             fused = FusedEngine(step, step.decode, target, own, self._engine_cache())
         return build_decoder(self, target, shape, "decoder", fused)
 
+    def _new_cache(self) -> StaticKVCache:
+        return StaticKVCache(self.config.num_decoder_layers, self.config.num_hidden_layers)
+
     def _called(self) -> tuple[type, ...]:
         return FastEncoder, FastPreTrained  # the decoder stack is part of the graph
 

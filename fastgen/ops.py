@@ -79,17 +79,36 @@ class Ops:
         rows = self._typed(self.onnx.Gather(weight, ids, axis=0), weight.dtype)
         return self.cast(rows, self._residual)
 
-    def linear(self, x: Value, weight: Value, scale: float = 1.0) -> Value:
-        """``scale * x @ weight.T`` with torch's [out, in] weight, in the weight's dtype."""
+    def linear(
+        self,
+        x: Value,
+        weight: Value,
+        bias: Value | None = None,
+        scale: float = 1.0,
+        transposed: bool = False,
+    ) -> Value:
+        """``scale * x @ weight.T + bias`` with torch's [out, in] weight, in the weight's dtype;
+        ``transposed``: the weight is [in, out]."""
         dtype = weight.dtype or self._compute
         x = self.cast(self._scaled(x, scale), dtype)
         rows = self._typed(self.onnx.Flatten(x, axis=2), dtype)
         wide = ir.DataType.FLOAT if dtype == ir.DataType.FLOAT16 else dtype
         # TensorRT takes such casts around a product as: float16, accumulated in float32. They must
         # be next to the Gemm, or it would really cast the weight.
-        y = self.onnx.Gemm(self.cast(rows, wide), self.cast(weight, wide), transB=1)
+        factors = [self.cast(value, wide) for value in (rows, weight)]
+        addend = [] if bias is None else [self.cast(bias, wide)]
+        y = self.onnx.Gemm(*factors, *addend, transB=int(not transposed))
         y = self.cast(self._typed(y, wide), dtype)
-        return self._typed(self._unflatten(y, x, weight.shape[0]), dtype)
+        return self._typed(self._unflatten(y, x, weight.shape[int(transposed)]), dtype)
+
+    def split(self, x: Value, parts: int) -> list[Value]:
+        """[B, Q, parts * E] -> parts of [B, Q, E]."""
+        pieces = self.onnx.Split(x, num_outputs=parts, axis=-1, _outputs=parts)
+        return [self._typed(piece, x.dtype) for piece in pieces]
+
+    def rows_kept(self, x: Value, kept: Value) -> Value:
+        """[B, Q, E], [K] query tokens -> [B, K, E]."""
+        return self._typed(self.onnx.Gather(x, kept, axis=1), x.dtype)
 
     def _scaled(self, x: Value, scale: float) -> Value:
         """``scale * x``: in float32, as a rounded scale would shift all results; but a power of two
@@ -126,6 +145,20 @@ class Ops:
         total = self.onnx.Add(residual, self.cast(x, self._residual))
         total = self._typed(total, self._residual)
         return total, self.rms_norm(total, weight, eps)
+
+    def layer_norm(self, x: Value, weight: Value, bias: Value, eps: float) -> Value:
+        """Mean and variance norm, computed in float32; from any dtype to the weight's."""
+        wide = [self.cast(value, ir.DataType.FLOAT) for value in (x, weight, bias)]
+        normed = self.onnx.LayerNormalization(*wide, epsilon=eps, axis=-1)
+        return self.cast(self._typed(normed, ir.DataType.FLOAT), weight.dtype)
+
+    def add_layer_norm(
+        self, residual: Value, x: Value, weight: Value, bias: Value, eps: float
+    ) -> tuple[Value, Value]:
+        """``residual + x`` in the residual dtype, and its norm."""
+        total = self.onnx.Add(self.cast(residual, self._residual), self.cast(x, self._residual))
+        total = self._typed(total, self._residual)
+        return total, self.layer_norm(total, weight, bias, eps)
 
     def activation(self, x: Value, name: str) -> Value:
         """An activation by its name in transformers' ACT2FN, computed in float32 as torch does;
@@ -191,6 +224,21 @@ class Ops:
         axes = self.constant([1, 2], torch.int64)
         return self._typed(self.onnx.Unsqueeze(bias, axes), self._compute)
 
+    def causal_bias(self, query_positions: Value, key_positions: Value, row_start: Value) -> Value:
+        """[Q, 1], [1, K] and where rows begin [B, 1] -> additive bias [B, 1, Q, K] that hides later
+        keys, and those before a row; the latter finite, as a query there sees nothing else."""
+        started = self.onnx.Not(self.onnx.Greater(row_start, key_positions))
+        later = self.onnx.Greater(key_positions, query_positions)
+        bias = self.onnx.Where(later, self.scalar(float("-inf")), self.mask_bias(started))
+        return self._typed(bias, self._compute)
+
+    def row_positions(self, query_positions: Value, row_start: Value) -> Value:
+        """[Q, 1] places, rows' starts [B, 1] -> positions in their rows [B, Q], at least 0."""
+        places = self.onnx.Reshape(query_positions, self.constant([1, -1], torch.int64))
+        behind = self.onnx.Sub(places, row_start)
+        positions = self.onnx.Max(behind, self.constant([0], torch.int64))
+        return self._typed(positions, ir.DataType.INT64)
+
     def add(self, x: Value, y: Value) -> Value:
         return self._typed(self.onnx.Add(x, y), x.dtype)
 
@@ -227,14 +275,22 @@ class Ops:
         return self.onnx.MatMul(weights, v)
 
     def cached_attention(
-        self, q: Value, k: Value, v: Value, slots: KVSlots, bias: Value, heads: int
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        slots: KVSlots,
+        bias: Value,
+        heads: int,
+        scale: float = 1.0,
     ) -> tuple[Value, Value, Value]:
-        """Write k and v [B, Q, H*D] into their slots, then attend; also gives the KV buffers."""
+        """Write k and v [B, Q, H*D] into their slots, then attend, with products of queries and
+        keys times ``scale``; also gives the KV buffers."""
         rows = self._split(k, heads), self._split(v, heads)
         key = self.onnx.TensorScatter(slots.key, rows[0], slots.first_slot, axis=-2)
         value = self.onnx.TensorScatter(slots.value, rows[1], slots.first_slot, axis=-2)
         # TensorRT would copy the whole key buffer at every step if the scale were 1
-        q = self._split(q, heads)
+        q = self._split(self.cast(self._scaled(q, scale), self._compute), heads)
         return self._attend(q, key, value, bias, _CACHED_SCALE), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:

@@ -31,7 +31,7 @@ class FastPreTrained(EngineModule):
     they wrote loads without fastgen too. Pickles go by ``__qualname__``, which is its own.
     """
 
-    _stacks: tuple[type[FastEncoder], type[FastDecoder]]
+    _stacks: tuple[type[FastEncoder], type[FastDecoder]] | None = None
     get_output_embeddings: Any
     _shift_right: Any
 
@@ -57,9 +57,10 @@ class FastPreTrained(EngineModule):
         """
         options = None if engine_options is None else EngineOptions.resolve(engine_options)
         super().__init__(config, *args, **kwargs)
-        for part in self.modules():
-            if type(part) is stock_class(self._stacks[0]):
-                part.__class__ = self._stacks[bool(part.is_decoder)]
+        if self._stacks is not None:
+            for part in self.modules():
+                if type(part) is stock_class(self._stacks[0]):
+                    part.__class__ = self._stacks[bool(part.is_decoder)]
         if _is_ours(type(self)):
             self.__module__ = stock_class(type(self)).__module__
         if options is not None:

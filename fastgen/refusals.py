@@ -31,6 +31,14 @@ DECODER_ARGUMENTS = frozenset(
     | _UNREAD
 )
 
+CAUSAL_ARGUMENTS = frozenset(
+    {
+        *("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
+        *("return_dict", "labels", "logits_to_keep", *contract.CACHE_NAMES),
+    }
+    | _UNREAD
+)
+
 
 def common_refusal(
     module: EngineModule, kwargs: dict[str, Any], known: frozenset[str]
@@ -144,6 +152,49 @@ def decoder_mask_refusal(mask: Any, ids: Any, past: Any) -> str | None:
         if mask.shape == wanted:
             return "decoder_attention_mask hides tokens, which only torch serves"
     return Asked("decoder_attention_mask is no tensor of one value per token so far")
+
+
+def left_mask_refusal(mask: Any, shape: torch.Size | None) -> str | None:
+    """An attention_mask that is not one value per token so far, with zeros on the left only."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape != shape:
+        made = list(mask.shape) if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+        wanted = None if shape is None else list(shape)
+        return Asked(f"attention_mask is {made}, not {wanted}: one per token so far")
+    seen = mask != 0
+    if bool(seen[:, -1].all()) and bool((seen[:, 1:] >= seen[:, :-1]).all()):
+        return None
+    return (
+        "attention_mask hides tokens that are not the first of a row, which only torch serves: pad "
+        'on the left (tokenizer.padding_side = "left")'
+    )
+
+
+def positions_refusal(
+    positions: Any, starts: torch.Tensor | None, shape: torch.Size, length: int
+) -> str | None:
+    """position_ids that are not the places of the tokens behind ``length`` others, counted from
+    where their rows start [B, 1] (None: at the first)."""
+    if positions is None:
+        if starts is None or not bool(starts.any()):
+            return None
+        return (
+            "attention_mask without position_ids, which stock then counts from the padding on: "
+            "give them, as generate does"
+        )
+    rows, total = shape
+    form = isinstance(positions, torch.Tensor) and positions.ndim == 2
+    if not form or positions.shape[1] != total - length or len(positions) not in (1, rows):
+        return "position_ids are not one per token: leave them out if it can be"
+    wanted = torch.arange(length, total, device=positions.device)[None]
+    if starts is not None:
+        wanted = (wanted - starts).clamp(min=0)
+    if bool((positions == wanted).all()):
+        return None
+    return (
+        "position_ids are not the places of the tokens in their rows: leave them out if it can be"
+    )
 
 
 def _place_refusal(what: str, tensor: torch.Tensor, module: Any) -> str | None:

@@ -1,8 +1,9 @@
-"""The three graphs of every encoder-decoder family, and the names of their tensors.
+"""The graphs of every family with a decoder, and the names of their tensors.
 
 ``encoder``: token ids to hidden states. ``cross``: hidden states to cross-attention keys and
 values, computed once per ``generate``. ``decoder``: query tokens over KV cache slots to logits, or
 without a head to hidden states. Two have variants that also give what each block reads.
+A family without an encoder has the ``decoder`` alone, which reads where rows begin instead.
 Axes: B rows, S source tokens, Q query tokens, L slots, H heads, D head size, E width, V vocabulary.
 """
 
@@ -33,6 +34,10 @@ class DecoderShape:
     """None where there is no head: the decoder's hidden states are what it gives."""
     tables: Mapping[str, tuple[int, ...]]
     """Tensors in the compute dtype that the cross graph computes once and the decoder reads."""
+    source: bool = True
+    """Whether it attends to an encoder; if not, rows may begin behind the first slot."""
+    positions: int | None = None
+    """How many positions a row may have; None if a position is no place in a table."""
 
     @property
     def output(self) -> tuple[str, int]:
@@ -115,16 +120,20 @@ def decoder_specs(
         TensorSpec("query_positions", "int64", ("Q", 1)),
         TensorSpec("slot_positions", "int64", (1, length)),
         TensorSpec("first_slot", *first_slot),
-        TensorSpec("cross_mask", target.dtype, ("B", 1, "Q", "S")),
     ]
+    if shape.source:
+        inputs.append(TensorSpec("cross_mask", target.dtype, ("B", 1, "Q", "S")))
+    else:
+        inputs += [TensorSpec("row_start", "int64", ("B", 1)), TensorSpec("kept", "int64", ("K",))]
     if slot_mask or target.always_masked:
         inputs.append(TensorSpec("slot_mask", target.dtype, ("B", 1, "Q", length)))
     inputs += [TensorSpec(name, target.dtype, axes) for name, axes in shape.tables.items()]
     self_axes, cross_axes = shape.kv_axes(target, length), shape.kv_axes(target, "S")
     inputs += [TensorSpec(name, target.dtype, self_axes) for name in shape.kv_names("self")]
-    inputs += [TensorSpec(name, target.dtype, cross_axes) for name in shape.kv_names("cross")]
+    if shape.source:
+        inputs += [TensorSpec(name, target.dtype, cross_axes) for name in shape.kv_names("cross")]
     name, width = shape.output
-    outputs = [TensorSpec(name, target.dtype, ("B", "Q", width))]
+    outputs = [TensorSpec(name, target.dtype, ("B", "Q" if shape.source else "K", width))]
     if states:
         axes = "B", "Q", shape.width
         if name != LAST_STATE:

@@ -111,6 +111,7 @@ class FastDecoder(EngineModule):
     """
 
     _waits = True
+    _needs_source = True
     forward: Any
 
     def _decoder_root(self) -> Any:
@@ -221,7 +222,9 @@ def build_decoder(
         fused: runs most steps; the decoder engine is then built when it is needed.
     """
     root, options = module._decoder_root(), module.engine_options
-    cross = module._engine_for("cross", root, target, "cross", cross_specs(target, shape))
+    cross = None
+    if shape.source:
+        cross = module._engine_for("cross", root, target, "cross", cross_specs(target, shape))
     model = weakref.proxy(module)  # or each would keep the other, and with it the GPU's memory
 
     @cache

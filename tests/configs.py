@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ TINY: dict[str, Any] = {
     "eos_token_id": 1,
 }
 
+#: The same for models without an encoder; positions for prompts and 72 new tokens.
+TINY_DECODER: dict[str, Any] = {
+    "vocab_size": 96,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_layer": 2,
+    "n_positions": 96,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -45,6 +58,7 @@ class Variant:
     changes: dict[str, Any] = field(default_factory=dict)
     tied: bool = True
     seed: int = 0
+    tiny: Mapping[str, Any] = field(default_factory=lambda: TINY)
 
 
 T5, MT5, UMT5 = (f"{name}ForConditionalGeneration" for name in ("T5", "MT5", "UMT5"))
@@ -75,15 +89,34 @@ VARIANTS: dict[str, Variant] = {
     "t5-untied-scaled": Variant(T5, {"feed_forward_proj": "gated-relu"}, tied=False, seed=2),
 }
 
+GPT2 = functools.partial(Variant, "GPT2LMHeadModel", tiny=TINY_DECODER)
+#: Models without an encoder, and how each variant computes differently.
+DECODERS: dict[str, Variant] = {
+    "gpt2": GPT2(seed=106),
+    "gpt2-scales": GPT2(
+        {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False, "n_layer": 3},
+        seed=147,
+    ),
+    "gpt2-sizes": GPT2(
+        {
+            **{"n_inner": 48, "n_head": 2, "activation_function": "relu"},
+            **{"layer_norm_epsilon": 0.05, "tie_word_embeddings": False},
+        },
+        tied=False,
+        seed=3,
+    ),
+}
+EVERY = VARIANTS | DECODERS
+
 
 def stock_class(name: str) -> type[PreTrainedModel]:
     """The stock transformers class of a variant."""
-    return getattr(transformers, VARIANTS[name].stock)
+    return getattr(transformers, EVERY[name].stock)
 
 
 def fast_class(name: str) -> type[PreTrainedModel]:
     """The Fast class of a variant."""
-    return getattr(fastgen, f"Fast{VARIANTS[name].stock}")
+    return getattr(fastgen, f"Fast{EVERY[name].stock}")
 
 
 def build_stock(name: str) -> PreTrainedModel:
@@ -94,8 +127,10 @@ def build_stock(name: str) -> PreTrainedModel:
     position and the whole past; the logits spread by 2.5; and the row of eos is longer than the
     others, so that sequences end at different steps.
     """
-    variant, stock = VARIANTS[name], stock_class(name)
-    model = stock(stock.config_class(**TINY | variant.changes)).eval()
+    variant, stock = EVERY[name], stock_class(name)
+    model = stock(stock.config_class(**({**variant.tiny} | variant.changes))).eval()
+    if name in DECODERS:
+        return _eventful_decoder(model, variant.seed)
     if not variant.tied:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     generator = torch.Generator().manual_seed(variant.seed)
@@ -120,6 +155,29 @@ def build_stock(name: str) -> PreTrainedModel:
     return model
 
 
+def _eventful_decoder(model: Any, seed: int) -> PreTrainedModel:
+    """As `build_stock`, of a model without an encoder."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                noise = 0.2 * noise + ("ln_" in key and "weight" in key)
+            elif key.endswith(("wte.weight", "wpe.weight", "lm_head.weight")):
+                noise = 0.1 * noise
+            else:
+                noise = 2 * parameter.shape[0] ** -0.5 * noise
+            if "c_attn" in key and not model.config.scale_attn_weights:
+                noise[..., : model.config.n_embd] *= 0.35
+            parameter.copy_(noise)
+        model.lm_head.weight[model.config.eos_token_id] *= 1.5
+        ids = torch.randint(3, model.config.vocab_size, (4, 9), generator=generator)
+        spread = 2.5 / model(input_ids=ids).logits.std()
+        model.transformer.ln_f.weight *= spread
+        model.transformer.ln_f.bias *= spread
+    return model
+
+
 @dataclass(frozen=True)
 class Pair:
     """The same checkpoint as the stock class and as the Fast class, fp32 on the CPU."""
@@ -141,5 +199,6 @@ def build_pair(name: str) -> Pair:
 def prompts(name: str, rows: int = 4, length: int = 9, seed: int = 1) -> torch.Tensor:
     """Random prompts without pad or eos: int64 [rows, length]."""
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = (TINY | VARIANTS[name].changes)["vocab_size"]
+    variant = EVERY[name]
+    vocabulary = ({**variant.tiny} | variant.changes)["vocab_size"]
     return torch.randint(3, vocabulary, (rows, length), generator=generator)

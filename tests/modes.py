@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from fastgen.hf.contract import CACHE
-from tests.configs import VARIANTS, build_pair, fast_class, prompts
+from tests.configs import DECODERS, VARIANTS, build_pair, fast_class, prompts
 
 Arguments = dict[str, Any]
 
@@ -34,12 +34,21 @@ class Mode:
     """A way to call `generate`.
 
     `arguments` makes the keyword arguments for a model of the variant with that name. `variants`
-    are the ones the mode is tried on. `path` is what `explain` must answer, None: any path.
+    are the ones the mode is tried on, and `decoders` those without an encoder: all of them where
+    all variants are, else the first. `path` is what `explain` must answer, None: any path.
     """
 
     arguments: Callable[[PreTrainedModel, str], Arguments]
     variants: tuple[str, ...] = tuple(VARIANTS)
     path: str | None = None
+    decoders: tuple[str, ...] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The variants of every kind."""
+        everywhere = self.variants == tuple(VARIANTS)
+        of_few = tuple(DECODERS) if everywhere else tuple(DECODERS)[:1]
+        return self.variants + (of_few if self.decoders is None else self.decoders)
 
 
 class Recorder(BaseStreamer):
@@ -78,7 +87,7 @@ def generate(model: PreTrainedModel, name: str, arguments: Arguments) -> Any:
     index out of range"), a shallower one does when candidates are rejected (in 5.17). There the
     stock model is handed a KV cache that grows.
     """
-    uneven = model.config.num_decoder_layers != model.config.num_layers
+    uneven = name in VARIANTS and model.config.num_decoder_layers != model.config.num_layers
     if uneven and not isinstance(model, fast_class(name)) and arguments.get("use_cache", True):
         grows = EncoderDecoderCache(DynamicCache(), DynamicCache())
         arguments = {CACHE: grows} | arguments
@@ -86,11 +95,13 @@ def generate(model: PreTrainedModel, name: str, arguments: Arguments) -> Any:
     return model.generate(**arguments, return_dict_in_generate=True)
 
 
-def plain(rows: int = 3, **arguments: Any) -> Callable[[PreTrainedModel, str], Arguments]:
+def plain(
+    rows: int = 3, length: int = 9, **arguments: Any
+) -> Callable[[PreTrainedModel, str], Arguments]:
     """Prompts of one length with these arguments; 10 new tokens unless said."""
     if not {"max_length", "max_new_tokens", "generation_config"} & arguments.keys():
         arguments["max_new_tokens"] = 10
-    return lambda model, name: {"input_ids": prompts(name, rows)} | arguments
+    return lambda model, name: {"input_ids": prompts(name, rows, length)} | arguments
 
 
 def ragged(side: str, **arguments: Any) -> Callable[[PreTrainedModel, str], Arguments]:
@@ -109,6 +120,12 @@ def ragged(side: str, **arguments: Any) -> Callable[[PreTrainedModel, str], Argu
 def streamed(model: PreTrainedModel, name: str) -> Arguments:
     """Streamers take batches of one."""
     return plain(rows=1, streamer=Recorder())(model, name)
+
+
+def bounded(model: PreTrainedModel, name: str) -> Arguments:
+    """Lengths, which without an encoder count the prompt."""
+    prompt = 9 if name in DECODERS else 0
+    return plain(min_length=prompt + 7, max_length=prompt + 9)(model, name)
 
 
 def own_objects(model: PreTrainedModel, name: str) -> Arguments:
@@ -158,8 +175,10 @@ def continued(mask: bool, **arguments: Any) -> Callable[[PreTrainedModel, str], 
         call = plain(min_new_tokens=4, max_new_tokens=4, **arguments)(model, name)
         first = generate(model, name, call)
         call = plain(max_new_tokens=7, **arguments)(model, name)
-        call |= {"decoder_input_ids": first.sequences, CACHE: first[CACHE]}
-        return call | ({"decoder_attention_mask": torch.ones_like(first.sequences)} if mask else {})
+        side = "" if name in DECODERS else "decoder_"
+        call |= {f"{side}input_ids": first.sequences, CACHE: first[CACHE]}
+        seen = torch.ones_like(first.sequences)
+        return call | ({f"{side}attention_mask": seen} if mask else {})
 
     return make
 
@@ -170,7 +189,7 @@ def assisted(
     """Assisted decoding; the assistant is of the model's kind (stock or Fast), or always stock."""
 
     def make(model: PreTrainedModel, name: str) -> Arguments:
-        pair = build_pair("t5-buckets")
+        pair = build_pair("gpt2-scales" if name in DECODERS else "t5-buckets")
         fast = same_kind and isinstance(model, fast_class(name))
         assistant = pair.fast if fast else pair.stock
         return plain(rows=1, assistant_model=assistant, **arguments)(model, name)
@@ -190,7 +209,7 @@ MODES: dict[str, Mode] = {
     # On every variant.
     "greedy": Mode(plain()),
     "greedy one row": Mode(plain(rows=1)),
-    "min and max length": Mode(plain(min_length=7, max_length=9)),
+    "min and max length": Mode(bounded),
     "min new tokens": Mode(plain(min_new_tokens=8, max_new_tokens=12)),
     "sample": Mode(plain(do_sample=True)),
     "sample top-k top-p": Mode(plain(do_sample=True, top_k=20, top_p=0.8, temperature=1.3)),
@@ -200,6 +219,7 @@ MODES: dict[str, Mode] = {
     "ragged right": Mode(ragged("right")),
     "ragged left": Mode(ragged("left")),
     "ragged beams": Mode(ragged("right", num_beams=3)),
+    "ragged left beams": Mode(ragged("left", num_beams=3)),
     "no repeat n-gram": Mode(plain(no_repeat_ngram_size=2)),
     "repetition penalty": Mode(plain(repetition_penalty=1.8)),
     "forced bos and eos": Mode(plain(forced_bos_token_id=7, forced_eos_token_id=1)),
@@ -208,8 +228,8 @@ MODES: dict[str, Mode] = {
     "streamer": Mode(streamed),
     "continued": Mode(continued(mask=True)),
     "several eos": Mode(plain(eos_token_id=[1, *range(40, 50)])),
-    "encoder outputs": Mode(encoded),
-    "decoder prompt": Mode(prompted()),
+    "encoder outputs": Mode(encoded, decoders=()),
+    "decoder prompt": Mode(prompted(), decoders=()),
     "no KV cache": Mode(plain(use_cache=False)),
     # On a few.
     "sample other cut-offs": Mode(
@@ -228,7 +248,9 @@ MODES: dict[str, Mode] = {
     "beams bounded": Mode(
         plain(num_beams=3, min_length=6, no_repeat_ngram_size=2, repetition_penalty=1.3), FEW
     ),
-    "beams prompted": Mode(prompted(num_beams=3), FEW),
+    "beams prompted": Mode(prompted(num_beams=3), FEW, decoders=()),
+    "beams behind one token": Mode(plain(length=1, num_beams=3), FEW),
+    "beams behind as many tokens": Mode(plain(length=4, num_beams=3), FEW),
     "beams several eos": Mode(plain(num_beams=3, eos_token_id=[1, *range(40, 60)]), FEW),
     "beams constrained": Mode(
         plain(num_beams=3, prefix_allowed_tokens_fn=only_small_tokens, renormalize_logits=True), FEW
@@ -268,7 +290,7 @@ MODES: dict[str, Mode] = {
     "beams longer than a bucket": Mode(
         plain(rows=2, num_beams=2, min_new_tokens=66, max_new_tokens=68), FEW[1:]
     ),
-    "decoder prompt masked": Mode(prompted(mask=True), FEW),
+    "decoder prompt masked": Mode(prompted(mask=True), FEW, decoders=()),
     "decoder prompt in chunks": Mode(continued(mask=True, prefill_chunk_size=1), FEW),
     "continued without mask": Mode(continued(mask=False), FEW),
     "continued by sampling": Mode(continued(mask=True, do_sample=True), FEW),

@@ -1,6 +1,7 @@
 """FastAutoModelForSeq2SeqLM: model_type -> Fast class."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,8 +103,21 @@ def test_a_fallback_is_not_taken_where_there_is_a_fast_class(
 
 
 def test_the_auto_class_itself_has_no_instances() -> None:
-    with pytest.raises(OSError, match="from_pretrained"):
-        FastAutoModelForSeq2SeqLM()
+    for auto in (FastAutoModelForSeq2SeqLM, fastgen.FastAutoModelForCausalLM):
+        with pytest.raises(OSError, match=rf"{auto.__name__}\.from_pretrained"):
+            auto()
+
+
+def test_a_model_without_an_encoder_has_an_auto_class_of_its_own(tmp_path: Path) -> None:
+    build_stock("gpt2").save_pretrained(tmp_path)
+    auto: Any = fastgen.FastAutoModelForCausalLM
+    model = auto.from_pretrained(tmp_path, engine_options={"min_bucket": 8})
+    assert type(model) is fast_class("gpt2") and model.engine_options.min_bucket == 8
+    assert type(auto.from_config(model.config)) is fast_class("gpt2")
+    with pytest.raises(UnsupportedConfigError, match="model_type='gpt2'"):
+        FastAutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    with pytest.raises(UnsupportedConfigError, match="AutoModelForCausalLM of transformers"):
+        auto.from_config(TINY_BART)
 
 
 def test_every_fast_class_for_generation_is_found_by_its_model_type() -> None:

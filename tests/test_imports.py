@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"errors", "target"},
     "contrib_ops": {"ops", "target"},
     "graph": {"contrib_ops", "errors", "target"},
+    "step": {"ops", "seq2seq"},
     "seq2seq": {"graph", "target"},
     "engines": {
         *("cuda", "engine_cache", "errors", "graph", "options", "processes", "runtime"),
@@ -64,8 +65,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("bucket", "decoder", "engines", "fallback", "generation", "hf", "kv_cache", "modeling"),
         *("pretrained", "refusals", "stacks", "target"),
     },
+    "modeling_causal": {
+        *("bucket", "decoder", "engines", "fallback", "generation", "hf", "kv_cache", "modeling"),
+        *("pretrained", "refusals", "stacks", "target"),
+    },
     "models": {
-        *("errors", "hf", "modeling", "modeling_seq2seq", "ops", "pretrained", "seq2seq", "stacks"),
+        *("errors", "hf", "modeling", "modeling_causal", "modeling_seq2seq", "ops", "pretrained"),
+        *("seq2seq", "stacks", "step"),
     },
     "auto": {"errors", "models", "options"},
     "doctor": {"engine_cache", "engines", "errors", "hf", "options", "runtime"},
@@ -77,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 #: Libraries that only these parts may import.
 ONLY_IN: dict[str, set[str]] = {
     "onnxruntime": {"engines", "runtime"},
-    "onnxscript": {"contrib_ops", "engine_key", "graph", "modeling", "models", "ops"},
+    "onnxscript": {"contrib_ops", "engine_key", "graph", "modeling", "models", "ops", "step"},
     "tensorrt": {"engines"},
     "tensorrt_rtx": {"engines"},
     "ctranslate2": {"bench"},

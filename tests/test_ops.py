@@ -116,11 +116,14 @@ def test_embedding() -> None:
     check(lambda op, w, ids: op.embedding(ids, w.table), {"ids": ids}, weight[ids], table=weight)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.125])
+@pytest.mark.parametrize("scale", [1.0, 0.125, 0.3])
 def test_linear(scale: float) -> None:
-    x, weight = random(2, 3, 6), random(4, 6, seed=1)
+    x, weight, bias = random(2, 3, 6), random(4, 6, seed=1), random(4, seed=2)
     expected = scale * x @ weight.T
-    check(lambda op, w, x: op.linear(x, w.weight, scale), {"x": x}, expected, weight=weight)
+    call: Call = lambda op, w, x: op.linear(x, w.weight, scale=scale)  # noqa: E731
+    check(call, {"x": x}, expected, weight=weight)
+    call = lambda op, w, x: op.linear(x, w.weight, w.bias, scale)  # noqa: E731
+    check(call, {"x": x}, expected + bias, weight=weight, bias=bias)
 
 
 def test_wide_linear() -> None:
@@ -348,7 +351,7 @@ def made_by(graph: Graph) -> dict[str, onnx.NodeProto]:
 def test_standard_float16_products_accumulate_in_float32(scale: float) -> None:
     """TensorRT sees it only in casts that are next to the Gemm: of the rows, weight and result."""
     x, weight, y = {"x": random(2, 3, 6)}, {"weight": random(4, 6)}, {"y": random(2, 3, 4)}
-    call: Call = lambda op, w, x: op.linear(x, w.weight, scale)  # noqa: E731
+    call: Call = lambda op, w, x: op.linear(x, w.weight, scale=scale)  # noqa: E731
     nodes = made_by(build(call, x, y, weight, tensorrt("float16")))
     (gemm,) = [node for node in nodes.values() if node.op_type == "Gemm"]
     assert [nodes[name].op_type for name in gemm.input] == ["Cast", "Cast"]
@@ -366,7 +369,7 @@ def test_standard_scales_are_not_rounded(dtype: str) -> None:
     """Or all logits would be off by the same part; a power of two is exact in every dtype."""
     x, weight, y = {"x": random(2, 3, 6)}, {"weight": random(4, 6)}, {"y": random(2, 3, 4)}
     for scale, kind in ((192**-0.5, onnx.TensorProto.FLOAT), (2.0**-4, None)):
-        call: Call = lambda op, w, x: op.linear(x, w.weight, scale)  # noqa: B023, E731
+        call: Call = lambda op, w, x: op.linear(x, w.weight, scale=scale)  # noqa: B023, E731
         model = onnx.load_from_string(build(call, x, y, weight, tensorrt(dtype)).onnx)
         constants = {t.name: t for t in model.graph.initializer}
         (factor,) = [constants[n.input[1]] for n in model.graph.node if n.op_type == "Mul"]

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from fastgen.hf.contract import CACHE
-from tests.configs import VARIANTS, build_pair
+from tests.configs import DECODERS, EVERY, build_pair
 from tests.modes import MODES, generate, plain
 
 PATHS = ("fast loop", "HF loop", "torch")
-CASES = [(name, mode) for mode, row in MODES.items() for name in row.variants]
+CASES = [(name, mode) for mode, row in MODES.items() for name in row.names]
 #: Outputs of `generate` that are compared, where a mode asks for them.
 OUTPUTS = ("sequences", "sequences_scores", "beam_indices", "scores", "logits")
-OUTPUTS += ("encoder_hidden_states", "decoder_hidden_states")
+OUTPUTS += ("encoder_hidden_states", "decoder_hidden_states", "hidden_states")
 
 
 def outcome(model: Any, name: str, mode: str) -> dict[str, Any]:
@@ -55,12 +55,14 @@ def test_the_table_is_large_enough() -> None:
     assert len(set(CASES)) >= 200
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_decoding_is_eventful(name: str) -> None:
     """The table proves little on models that repeat one token or never end."""
     call = plain(rows=4, max_new_tokens=14)
     stock = build_pair(name).stock
-    rows = generate(stock, name, call(stock, name)).sequences.tolist()
+    arguments = call(stock, name)
+    prompt = arguments["input_ids"].shape[1] if name in DECODERS else 0
+    rows = generate(stock, name, arguments).sequences[:, prompt:].tolist()
     ends = {row.index(1) for row in rows if 1 in row}
     assert len(ends) >= 2, f"rows that end at different steps are wanted, got {rows}"
     assert sum(len(set(row)) for row in rows) >= 24, f"varied tokens are wanted, got {rows}"

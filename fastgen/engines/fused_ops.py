@@ -282,8 +282,15 @@ class FusedOps:
         return total, self.rms_norm(total, weight, eps)
 
     def linear(
-        self, x: Normed | Activated | torch.Tensor, weight: Any, scale: float = 1.0
+        self,
+        x: Normed | Activated | torch.Tensor,
+        weight: Any,
+        bias: Any = None,
+        scale: float = 1.0,
+        transposed: bool = False,
     ) -> Product:
+        if bias is not None or transposed:
+            raise NotFused("a product with a bias, or with [in, out] weights")
         if isinstance(x, Activated):
             products = [x.product] if x.gate is None else [x.product, x.gate]
             hidden = self._buffer("hidden", products[0].weight.shape[0])
@@ -332,8 +339,17 @@ class FusedOps:
         return self._attention(query, k, v, heads, mask=bias.data_ptr())
 
     def cached_attention(
-        self, q: Product, k: Product, v: Product, slots: Any, bias: PositionBias, heads: int
+        self,
+        q: Product,
+        k: Product,
+        v: Product,
+        slots: Any,
+        bias: PositionBias,
+        heads: int,
+        scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if scale != 1.0:
+            raise NotFused("attention with a scale")
         if not q.x is k.x is v.x:
             raise NotFused("query, key and value are products of different inputs")
         fused = self._buffer("query, key, value", 3 * q.weight.shape[0])

@@ -15,7 +15,7 @@ from fastgen.generation.call import Call
 from fastgen.generation.explain import OPTIONAL_OUTPUTS, ExplainsGenerate
 from fastgen.hf import contract
 from fastgen.hf.forward import as_torch
-from fastgen.kv_cache import StaticKVCache
+from fastgen.kv_cache import LeasedCache
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -76,17 +76,20 @@ class FastGenerationMixin(ExplainsGenerate, GenerationMixin):
         """What the fast loop needs to serve a decoding call; None if it does not serve it."""
         config, criteria = generation_config, stopping_criteria
         past = contract.given_cache(model_kwargs)
-        if synced_gpus or not isinstance(past, StaticKVCache):
+        if synced_gpus or not isinstance(past, LeasedCache):
             return None
         if not self._serves_fast_loop(config, model_kwargs):
             return None
         arguments = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
-        if self.refusal(decoder_input_ids=input_ids, **{**model_kwargs, **arguments}) is not None:
+        arguments[self._reads] = input_ids
+        if self.refusal(**{**model_kwargs, **arguments}) is not None:
             return None
-        if criteria.max_length is None or model_kwargs.get("encoder_outputs") is None:
+        decoder, hidden = self._current_engine(), None
+        if decoder.shape.source:
+            hidden = (model_kwargs.get("encoder_outputs") or (None,))[0]
+        if criteria.max_length is None or (decoder.shape.source and hidden is None):
             return None
-        hidden, mask = model_kwargs["encoder_outputs"][0], model_kwargs.get("attention_mask")
-        decoder = self._current_engine()
+        mask = model_kwargs.get("attention_mask")
         return Call(
             decoder, input_ids, logits_processor, criteria, config, streamer, hidden, mask, past
         )
@@ -122,8 +125,9 @@ class FastGenerationMixin(ExplainsGenerate, GenerationMixin):
             generation_config, model_kwargs, *args, **kwargs
         )
 
-    def _new_cache(self) -> StaticKVCache:
-        return StaticKVCache(self.config.num_decoder_layers, self.config.num_hidden_layers)
+    def _new_cache(self) -> LeasedCache:
+        """The engine's own KV cache, empty, as large as stock's ``generate`` makes one."""
+        raise NotImplementedError
 
 
 def _same_tokens(expected: Any, result: Any) -> Any:

@@ -13,7 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
+from transformers.generation.utils import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateBeamEncoderDecoderOutput,
+)
 
 from fastgen.bucket import Bucket
 from fastgen.generation import cpu
@@ -23,7 +26,7 @@ from fastgen.generation.kernels import BeamTail, beam_obstacle
 from fastgen.generation.loop import Loop
 from fastgen.generation.state import NEVER, BeamState
 from fastgen.hf import contract
-from fastgen.kv_cache import StaticKVCache, unshared
+from fastgen.kv_cache import LeasedCache, unshared
 
 
 class Advance:
@@ -187,11 +190,17 @@ class Advance:
 
 
 def show_ancestors(state: BeamState, bucket: Bucket) -> None:
-    """Fill the bucket's slot mask: slot p * N + n holds the token of beam n at position p."""
-    positions = bucket.size.slots // state.beams
-    owners = state.ancestors[:, :, :positions, None]  # [B, N, P, 1]
-    visible = (owners == state.beam_range).view(state.batch, 1, state.beams, -1)
+    """Fill the bucket's slot mask: slot p * N + n holds the token of beam n at position p. The
+    slots of a shared prefix are every beam's, and the others follow it."""
     mask = bucket.tensors["slot_mask"]
+    if bucket.prefix:
+        places = bucket.tensors["slot_positions"][0].clamp(max=state.capacity - 1)
+        ancestors = state.ancestors.index_select(2, places)  # [B, N, L]
+        visible = ((bucket.owners < 0) | (ancestors == bucket.owners))[:, None]
+    else:
+        positions = bucket.size.slots // state.beams
+        of_positions = state.ancestors[:, :, :positions, None]  # [B, N, P, 1]
+        visible = (of_positions == state.beam_range).view(state.batch, 1, state.beams, -1)
     mask.copy_(torch.where(visible, 0.0, float("-inf")))
 
 
@@ -218,9 +227,15 @@ class BeamLoop(Loop):
         return BeamState(batch, self.beams, capacity, self.call.decoder.device)
 
     def _prefill(self) -> None:
-        """All prompt tokens but the last, one step each: every beam gets its copy of them."""
+        """All prompt tokens but the last: at once where beams share them, else one step each, in
+        which every beam gets its copy."""
         bucket, prompt = self.bucket, self.call.prompt
         show_ancestors(self.state, bucket)
+        if bucket.prefix:
+            self.call.decoder.prefill(bucket, self.state.running[:, 0, : bucket.prefix])
+            bucket.tensors["input_ids"].copy_(self.state.running[:, :, bucket.prefix])
+            bucket.seek(bucket.prefix)
+            return
         for position in range(prompt):
             bucket.tensors["input_ids"].copy_(self.state.running[:, :, position])
             bucket.seek(position)
@@ -267,7 +282,7 @@ class BeamLoop(Loop):
         settings = (config.do_sample, config.early_stopping, candidates(call), records(call))
         step = call.decoder.step_with(
             bucket,
-            key=("beams", state, settings, self.plan.signature, phase),
+            key=("beams", state, bucket.prefix > 0, settings, self.plan.signature, phase),
             make_after=make_after,
             mutable=[*state.mutable(), bucket.tensors["slot_mask"]],
         )
@@ -283,6 +298,9 @@ class BeamLoop(Loop):
             return bool(self.state.done)  # the KV cache to return is that of the last token
         return self._wait() and bool(self.state.seen)
 
+    def _stopped(self) -> bool:
+        return bool(self.state.done)
+
     def _output(self) -> Any:
         call, state = self.call, self.state
         kept = call.config.num_return_sequences
@@ -294,7 +312,10 @@ class BeamLoop(Loop):
         if not call.config.return_dict_in_generate:
             return sequences
         scores = state.scores[:, :kept].flatten(0, 1).clone()
-        return GenerateBeamEncoderDecoderOutput(
+        kind: Any = GenerateBeamEncoderDecoderOutput
+        if call.hidden is None:
+            kind = GenerateBeamDecoderOnlyOutput
+        return kind(
             sequences=sequences,
             sequences_scores=scores if call.config.output_scores else None,
             scores=tuple(self.scores[:steps]) if keeps(call, "output_scores") else None,
@@ -303,13 +324,17 @@ class BeamLoop(Loop):
             **{contract.CACHE: self._cache(call.prompt + steps - 1)},
         )
 
-    def _cache(self, length: int) -> StaticKVCache:
+    def _cache(self, length: int) -> LeasedCache:
         """The running beams' keys and values as a Hugging Face cache: a row per beam."""
         state, bucket = self.state, self.bucket
-        slots = torch.arange(length, device=bucket.device) * self.beams
-        slots = slots + state.ancestors[:, :, :length]  # [B, N, length]
-        listed = len(self.call.cache.self_attention_cache.layers)
-        return unshared(bucket, slots, self.hidden.shape[1], listed)
+        places = torch.arange(length, device=bucket.device)
+        behind = bucket.prefix + (places - bucket.prefix) * self.beams
+        behind = behind + state.ancestors[:, :, :length]  # [B, N, length]
+        slots = torch.where(places < bucket.prefix, places, behind)
+        if self.hidden is None:
+            return unshared(bucket, slots, 0)
+        cache: Any = self.call.cache
+        return unshared(bucket, slots, self.hidden.shape[1], len(cache.self_attention_cache.layers))
 
 
 def beam_search(call: Call) -> Any:

@@ -10,7 +10,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from fastgen.decoder import Decoder
 from fastgen.generation.plan import ProcessorPlan, runs_code_of_the_user
-from fastgen.kv_cache import StaticKVCache
+from fastgen.kv_cache import LeasedCache
 
 
 @dataclass
@@ -23,9 +23,11 @@ class Call:
     criteria: Any
     config: Any
     streamer: Any
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None
+    """What the encoder gave [B, S, E]; None without one."""
     mask: torch.Tensor | None
-    cache: StaticKVCache
+    """Of the encoder's tokens [B, S], or without one of the prompt's."""
+    cache: LeasedCache
 
     def __post_init__(self) -> None:
         self.prompt = self.input_ids.shape[1]

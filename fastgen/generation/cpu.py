@@ -71,6 +71,10 @@ class BeamTail:
             name: bucket.tensors[name].numpy()
             for name in ("input_ids", "query_positions", "first_slot", "slot_mask")
         }
+        self._owners = None
+        if bucket.prefix:
+            self._owners = bucket.owners.numpy()
+            self._places = bucket.tensors["slot_positions"][0].numpy()
         self._vocabulary = bucket.tensors["logits"].shape[-1]
         self._rows = np.arange(state.batch)[:, None]
         self._early = early
@@ -124,7 +128,11 @@ class BeamTail:
         tensors["query_positions"] += 1  # as Bucket.advance
         tensors["first_slot"] += queries
         mask = tensors["slot_mask"]
-        visible = ancestors[:, :, : mask.shape[-1] // queries, None] == state["beam_range"]
+        if self._owners is None:
+            visible = ancestors[:, :, : mask.shape[-1] // queries, None] == state["beam_range"]
+        else:  # as beam.show_ancestors
+            places = np.minimum(self._places, ancestors.shape[-1] - 1)
+            visible = (self._owners < 0) | (ancestors[:, :, places] == self._owners)
         mask[:] = np.where(visible.reshape(mask.shape), np.float32(0), np.float32(-np.inf))
 
     def _check_done(self, stopped: np.ndarray) -> None:

@@ -46,6 +46,10 @@ class ExplainsGenerate:
     engine_options: EngineOptions
     refusal: Any
     _prepare_generation_config: Any
+    _reads = "decoder_input_ids"
+    """The argument of ``forward`` that a loop's tokens go to."""
+    _by_any_loop: tuple[str, ...] = ("encoder_outputs", "decoder_input_ids")
+    """Further arguments of ``generate`` that both loops serve."""
 
     @torch.no_grad()
     def explain(self, **generate_kwargs: Any) -> Explanation:
@@ -76,14 +80,19 @@ class ExplainsGenerate:
         arguments = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
         # these are the encoder's affair, or become part of what the decoder reads
         arguments |= dict.fromkeys(("inputs_embeds", "decoder_attention_mask", "labels"))
-        given = dict(model_kwargs)
-        given["input_ids"] = given.pop("inputs", given.get("input_ids"))
-        ids, refusal = given["input_ids"], None
+        given, refusal = self._first_call(dict(model_kwargs)), None
+        ids = given.get("input_ids")
         if isinstance(ids, torch.Tensor) and ids.ndim == 2:  # of which generate() makes more rows
             rows = len(ids) * max(config.num_beams, config.num_return_sequences)
             refusal = too_large(self.engine_options, rows, ids.shape[1])
-        refusal = refusal or self.refusal(**{"decoder_input_ids": ..., **given, **arguments})
+        refusal = refusal or self.refusal(**{**given, **arguments})
         return reasons + ([refusal] if refusal else [])
+
+    def _first_call(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What ``generate`` with these arguments gives ``forward`` first; ``...`` for what is not
+        given."""
+        given["input_ids"] = given.pop("inputs", given.get("input_ids"))
+        return {"decoder_input_ids": ...} | given
 
     def _slow_reasons(self, config: Any, model_kwargs: dict[str, Any]) -> list[str]:
         """Why the engine is driven by the HF loop, not by the fast loop."""
@@ -112,8 +121,8 @@ class ExplainsGenerate:
         past = contract.given_cache(model_kwargs)
         if past is not None and past.get_seq_length():
             reasons.append(Asked(f"{contract.CACHE} already holds tokens"))
-        served: tuple[str, ...] = ("encoder_outputs", "attention_mask", "use_cache")
-        served += ("output_hidden_states", "input_ids", "inputs", "decoder_input_ids")
+        served: tuple[str, ...] = ("attention_mask", "use_cache", *self._by_any_loop)
+        served += ("output_hidden_states", "input_ids", "inputs")
         served += ("labels",)  # which Seq2SeqTrainer gives, and no loop reads
         served += (*contract.CACHE_NAMES, *ANY_LOOP)
         for name, value in model_kwargs.items():

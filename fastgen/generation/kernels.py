@@ -99,6 +99,8 @@ def beam_obstacle(
     state: BeamState, bucket: Bucket, options: EngineOptions, candidates: int
 ) -> str | None:
     """Why ``BeamTail`` cannot serve these beams; None if it can."""
+    if bucket.prefix:
+        return "beams share the prompt's slots"
     if state.beams > MAX_BEAMS or candidates > MAX_CANDIDATES:
         return f"{state.beams} beams, {candidates} candidates: more than the kernel serves"
     obstacle = _obstacle(bucket, options, state.eos.numel())

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers.generation.utils import GenerateEncoderDecoderOutput
+from transformers.generation.utils import (
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+)
 
 from fastgen.bucket import Bucket
 from fastgen.capturable import NotCapturable
@@ -20,6 +23,7 @@ from fastgen.generation import draws as drawing
 from fastgen.generation.call import Call, keeps, records
 from fastgen.generation.draws import Draws
 from fastgen.generation.kernels import GreedyTail, greedy_obstacle
+from fastgen.generation.rows import Rows
 from fastgen.generation.state import SampleState
 from fastgen.hf import contract
 
@@ -90,8 +94,10 @@ class Loop:
         if self.captures and call.config.do_sample:
             self.captures = drawing.are_torchs(call.decoder.device)
         self.beams = beams
-        self.hidden = call.hidden[::beams]  # generate() repeats each row for its beams
+        # generate() repeats each row for its beams
+        self.hidden = None if call.hidden is None else call.hidden[::beams]
         self.mask = None if call.mask is None else call.mask[::beams]
+        self.rows = Rows(call, self.mask)
         self.bucket = self._enter(call.prompt)
         call.cache.source_mask = self.mask  # what later calls must agree with
         self.state = self._lease_state(batch)  # last: run() gives it back, whatever happens
@@ -106,7 +112,7 @@ class Loop:
         try:
             self.state.begin(self.call)
             self._prefill()
-            while not self._finished():
+            while not self._finished() and self.rows.fit(self.length, self._stopped):
                 self._record(self._choose())
             output = self._output()
             self.call.decoder.hand_over(*_tensors(output))
@@ -123,6 +129,10 @@ class Loop:
 
     def _finished(self) -> bool:
         """Whether to stop before the next token; waits only for tokens of a while ago."""
+        raise NotImplementedError
+
+    def _stopped(self) -> bool:
+        """Whether every row has stopped; waits for all tokens."""
         raise NotImplementedError
 
     def _output(self) -> Any:
@@ -149,20 +159,24 @@ class Loop:
         return state
 
     def _enter(self, length: int) -> Bucket:
-        call = self.call
-        return call.decoder.enter(call.cache, self.hidden, self.mask, length, self.beams)
+        call, beams = self.call, self.beams
+        if self.hidden is not None:
+            return call.decoder.enter(call.cache, self.hidden, self.mask, length, beams)
+        rows, prefix = len(call.input_ids) // beams, call.prompt - 1 if beams > 1 else 0
+        starts = self.rows.starts
+        return call.decoder.enter_rows(call.cache, rows, starts, length, beams, prefix)
 
     def _grow(self) -> None:
         """Move on to the next bucket; the last tokens wait in the old one."""
         old = self.bucket
-        self.call.cache.fill((self.length - 1) * self.beams)
+        self.call.cache.fill(old.slots_of(self.length - 1))
         self.bucket = self._enter(self.length)
         self.bucket.tensors["input_ids"].copy_(old.tensors["input_ids"])
         self.bucket.seek(self.length - 1)
 
     def _choose(self) -> Any:
         """Queue a step and the choice that follows it; gives the choice."""
-        if self.length * self.beams > self.bucket.size.slots:
+        if self.bucket.slots_of(self.length) > self.bucket.size.slots:
             self._grow()
         phase = self.plan.phase(self.length) if self.captures else None
         chosen = self._eager() if phase is None else self._captured_or_eager(phase)
@@ -244,7 +258,7 @@ class SampleLoop(Loop):
         """All prompt tokens but the last, whose step also chooses the first new token."""
         call = self.call
         if call.prompt > 1:
-            call.decoder.run(self.bucket, call.input_ids[:, :-1], 0)
+            call.decoder.prefill(self.bucket, call.input_ids[:, :-1])
         self.bucket.seek(call.prompt - 1)
         self.bucket.tensors["input_ids"].copy_(call.input_ids[:, -1:])
 
@@ -291,6 +305,10 @@ class SampleLoop(Loop):
             return True
         return call.eos is not None and self._wait() and not self.state.seen_by_host.any()
 
+    def _stopped(self) -> bool:
+        # who waits for each token has just asked; without these tokens, length alone stops a row
+        return self.call.eos is not None and not bool(self.state.unfinished.any())
+
     def _finished_now(self) -> bool:
         """Hand the token to the streamer and ask the user's stopping criteria."""
         call, state = self.call, self.state
@@ -313,7 +331,10 @@ class SampleLoop(Loop):
         if not call.config.return_dict_in_generate:
             return sequences
         new = length - call.prompt
-        return GenerateEncoderDecoderOutput(
+        kind: Any = GenerateEncoderDecoderOutput
+        if call.hidden is None:
+            kind = GenerateDecoderOnlyOutput
+        return kind(
             sequences=sequences,
             scores=tuple(self.scores[:new]) if keeps(call, "output_scores") else None,
             logits=tuple(self.logits[:new]) if keeps(call, "output_logits") else None,

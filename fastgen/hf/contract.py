@@ -131,6 +131,8 @@ RELIANCES: tuple[Reliance, ...] = (
         _check_early_stop_heuristic="when a row can no longer improve",
         _beam_search_has_unfinished_sequences="when beam search ends",
         _update_model_kwargs_for_generation="what a further token begins with",
+        _prepare_position_ids_for_generation="positions are counted from a row's first token: the "
+        "graphs count them so, and other position_ids go to torch",
         prepare_inputs_for_generation="what a forward is given: the fast loop asks neither, so a "
         "program's own version of them takes the HF loop",
     ),
@@ -166,6 +168,8 @@ RELIANCES: tuple[Reliance, ...] = (
     *_rows(
         "called",
         "transformers.generation.utils",
+        GenerateDecoderOnlyOutput="what the fast loop returns",
+        GenerateBeamDecoderOnlyOutput="what the fast loop returns",
         GenerateEncoderDecoderOutput="what the fast loop returns",
         GenerateBeamEncoderDecoderOutput="what the fast loop returns",
     ),
@@ -173,7 +177,7 @@ RELIANCES: tuple[Reliance, ...] = (
         "subclassed",
         _CACHES,
         DynamicLayer="SlotLayer: get_seq_length, crop, reset and lazy attributes are ours",
-        DynamicCache="the two halves of the engine's KV cache",
+        DynamicCache="the two halves of the engine's KV cache; without an encoder, all of it",
         EncoderDecoderCache="StaticKVCache: is_updated and reorder_cache are used",
     ),
     *_rows(
@@ -181,6 +185,8 @@ RELIANCES: tuple[Reliance, ...] = (
         "transformers.modeling_outputs",
         BaseModelOutput="what an encoder returns",
         BaseModelOutputWithPastAndCrossAttentions="what a decoder's stack returns",
+        CausalLMOutputWithCrossAttentions="what forward of GPT-2 returns",
+        CausalLMOutputWithPast="what forward without an encoder returns",
         Seq2SeqLMOutput="what forward returns",
     ),
     *_rows(

@@ -144,10 +144,13 @@ def _quiet_and_alone() -> Iterator[None]:
 def _models(fast: type) -> tuple[Any, Any]:
     """A stock model of a tiny size, and the Fast one with its weights."""
     names: dict[str, Any] = dict(fast.trial_config)  # type: ignore[attr-defined]
-    names |= {"vocab_size": _VOCABULARY, "pad_token_id": 0, "decoder_start_token_id": 0}
+    names |= {"vocab_size": _VOCABULARY, "pad_token_id": 0, "bos_token_id": 0}
     ends = list(range(1, 7))  # likely enough that rows end at different steps
     stock_class = _stock(fast)
-    stock = stock_class(stock_class.config_class(**names, eos_token_id=ends)).eval()
+    config = stock_class.config_class(**names, eos_token_id=ends)
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = 0
+    stock = stock_class(config).eval()
     torch.manual_seed(0)
     for parameter in stock.parameters():
         noise = torch.randn(parameter.shape)
@@ -184,15 +187,22 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-3)
 
 
-def _inputs(rows: int = 2) -> dict[str, torch.Tensor]:
-    """Source tokens [rows, 5], the second row shorter."""
+def _inputs(rows: int = 2, left: bool = False) -> dict[str, torch.Tensor]:
+    """Source tokens (or a prompt's) [rows, 5]; the second row is shorter, padded on a side."""
     ids = torch.randint(8, _VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    mask = mask.flip(1) if left else mask
     return {"input_ids": (ids * mask)[:rows], "attention_mask": mask[:rows]}
+
+
+def _is_decoder_only(model: Any) -> bool:
+    return hasattr(model, "_sample") and not model.config.is_encoder_decoder
 
 
 def _forward(model: Any) -> tuple[torch.Tensor, ...]:
     arguments: dict[str, Any] = {"use_cache": False}
+    if _is_decoder_only(model):
+        return (model(**_inputs(1), **arguments)[0],)
     if hasattr(model, "_sample"):
         arguments["decoder_input_ids"] = _inputs()["input_ids"][:, :1]
     return (model(**_inputs(), **arguments)[0],)
@@ -213,20 +223,24 @@ def _stack(model: Any) -> tuple[torch.Tensor, ...]:
 def _generate(model: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
     rows = 1 if "prompt_lookup_num_tokens" in arguments else 2
-    return (model.generate(**_inputs(rows), **arguments, max_new_tokens=5),)
+    inputs = _inputs(rows, left=_is_decoder_only(model))
+    return (model.generate(**inputs, **arguments, max_new_tokens=5),)
 
 
 def _continued(model: Any) -> tuple[torch.Tensor, ...]:
     """Two tokens, the logits of a further one by ``forward``, and two more by ``generate``."""
+    side, source = "decoder_", _inputs()
+    prompt = source
+    if _is_decoder_only(model):
+        side, source, prompt = "", {}, _inputs(1)
     first = model.generate(
-        **_inputs(), min_new_tokens=2, max_new_tokens=2, return_dict_in_generate=True
+        **prompt, min_new_tokens=2, max_new_tokens=2, return_dict_in_generate=True
     )
     tokens, kept = first.sequences, {contract.CACHE: first[contract.CACHE]}
-    step = model(**_inputs(), decoder_input_ids=tokens[:, -1:], **kept, use_cache=True)
+    new = {f"{side}input_ids": tokens[:, -1:]}
+    step = model(**source, **new, **kept, use_cache=True)
     tokens = torch.cat((tokens, step.logits[:, -1:].argmax(-1)), dim=1)
     kept = {contract.CACHE: step[contract.CACHE]}
-    mask = {"decoder_attention_mask": torch.ones_like(tokens)}
-    further = model.generate(
-        **_inputs(), **mask, **kept, decoder_input_ids=tokens, max_new_tokens=2
-    )
+    whole = {f"{side}input_ids": tokens, f"{side}attention_mask": torch.ones_like(tokens)}
+    further = model.generate(**source, **whole, **kept, max_new_tokens=2)
     return step.logits, further

@@ -6,21 +6,37 @@ from fastgen.ops import Ops, Value
 
 
 class Linear(nn.Module):
-    """torch.nn.Linear without bias."""
+    """torch.nn.Linear, without bias unless said."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter([out_features, in_features])
+        self.bias = nn.Parameter([out_features]) if bias else None
 
     def forward(self, op: Ops, x: Value, scale: float = 1.0) -> Value:
-        return op.linear(x, self.weight, scale)
+        return op.linear(x, self.weight, self.bias, scale)
 
 
 class WideLinear(Linear):
-    """A Linear whose result may exceed float16's range."""
+    """A Linear without bias whose result may exceed float16's range."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
 
     def forward(self, op: Ops, x: Value, scale: float = 1.0) -> Value:
         return op.wide_linear(x, self.weight)
+
+
+class Conv1D(nn.Module):
+    """transformers' Conv1D: a Linear whose weight is [in, out]."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([in_features, out_features])
+        self.bias = nn.Parameter([out_features])
+
+    def forward(self, op: Ops, x: Value) -> Value:
+        return op.linear(x, self.weight, self.bias, transposed=True)
 
 
 class Embedding(nn.Module):
@@ -47,3 +63,19 @@ class RMSNorm(nn.Module):
         if delta is None:
             return residual, op.rms_norm(residual, self.weight, self.eps)
         return op.add_rms_norm(residual, delta, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """As RMSNorm, with mean and bias: torch.nn.LayerNorm of the residual stream."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([width])
+        self.bias = nn.Parameter([width])
+        self.eps = eps
+
+    def forward(self, op: Ops, residual: Value, delta: Value | None) -> tuple[Value, Value]:
+        """Give the new residual and its norm; ``delta`` None means nothing to add yet."""
+        if delta is None:
+            return residual, op.layer_norm(residual, self.weight, self.bias, self.eps)
+        return op.add_layer_norm(residual, delta, self.weight, self.bias, self.eps)

@@ -31,9 +31,10 @@ class TorchOps:
     def embedding(self, ids: Tensor, weight: Any) -> Tensor:
         return embedding(ids, self._weight(weight)).to(self.residual)
 
-    def linear(self, x: Tensor, weight: Any, scale: float = 1.0) -> Tensor:
+    def linear(self, x: Tensor, weight: Any, bias: Any = None, scale: float = 1.0) -> Tensor:
         w = self._weight(weight)
-        return x.to(w.dtype) @ w.T * scale
+        y = x.to(w.dtype) @ w.T * scale
+        return y if bias is None else y + self._weight(bias)
 
     head = linear
 
