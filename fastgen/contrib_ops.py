@@ -82,8 +82,11 @@ class ContribOps(Ops):
         zero, axes = self.constant([0], torch.int64), self.constant([axis], torch.int64)
         return self._typed(self.onnx.Slice(x, zero, end, axes), x.dtype)
 
-    def attention(self, q: Value, k: Value, v: Value, bias: Value, heads: int) -> Value:
-        y = self.contrib.MultiHeadAttention(q, k, v, None, None, bias, num_heads=heads, scale=1.0)
+    def attention(
+        self, q: Value, k: Value, v: Value, bias: Value | None, heads: int, scale: float = 1.0
+    ) -> Value:
+        more = () if bias is None else (None, None, bias)
+        y = self.contrib.MultiHeadAttention(q, k, v, *more, num_heads=heads, scale=scale)
         return self._typed(y, self._compute)
 
     def cached_attention(
