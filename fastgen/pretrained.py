@@ -65,7 +65,7 @@ class FastPreTrained(EngineModule):
                 decodes = len(self._stacks) > 1 and part.is_decoder
                 part.__class__ = self._stacks[bool(decodes)]
                 if self._reads_padding:
-                    part.reads_padding = True
+                    vars(part)["reads_padding"] = True
         if _is_ours(type(self)):
             self.__module__ = stock_class(type(self)).__module__
         if options is not None:

@@ -181,6 +181,7 @@ RELIANCES: tuple[Reliance, ...] = (
         "transformers.modeling_outputs",
         BaseModelOutput="what an encoder returns",
         BaseModelOutputWithPastAndCrossAttentions="what a decoder's stack returns",
+        BaseModelOutputWithPoolingAndCrossAttentions="what BertModel returns",
         Seq2SeqLMOutput="what forward returns",
     ),
     *_rows(
@@ -204,6 +205,7 @@ RELIANCES: tuple[Reliance, ...] = (
             "t5.modeling_t5.T5Stack": "the stack that an engine takes the place of",
             "mt5.modeling_mt5.MT5Stack": "the stack that an engine takes the place of",
             "umt5.modeling_umt5.UMT5Stack": "the stack that an engine takes the place of",
+            "bert.modeling_bert.BertModel": "all but its pooler is the engine's",
         },
     ),
     *_rows(

@@ -161,6 +161,7 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
 
     trial_config = TRIAL_CONFIG
     forward = forward_like(BertModel.forward)
+    pooler: Any
     _more_ids = ("token_type_ids",)
     _packs = True
     _beside = "pooler."
@@ -170,12 +171,12 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""
-        ids, types = (kwargs.get(name) for name in ("input_ids", "token_type_ids"))
-        mask = kwargs.get("attention_mask")
-        if reason := super().refusal(**kwargs):
+        names = "input_ids", "attention_mask", "token_type_ids"
+        ids, mask, types = (kwargs.get(name) for name in names)
+        if (reason := super().refusal(**kwargs)) or ids is None:
             return reason
-        if len(ids[0]) > (most := self.config.max_position_embeddings):
-            return Asked(f"{len(ids[0])} tokens, where there are {most} positions")
+        if ids.shape[1] > (most := self.config.max_position_embeddings):
+            return Asked(f"{ids.shape[1]} tokens, where there are {most} positions")
         if mask is not None and mask.device.type == "cpu" and not mask.any(dim=1).all():
             return "attention_mask hides all of a row, which only torch serves"
         return None if types is None else self._types_refusal(types, ids)
