@@ -11,6 +11,13 @@ _HOMES = {
     "FastAutoModelForSeq2SeqLM": "fastgen.auto",
     "FastAutoModelForCausalLM": "fastgen.auto",
     "FastGPT2LMHeadModel": "fastgen.models.gpt2",
+    "FastBertForMaskedLM": "fastgen.models.bert",
+    "FastBertForMultipleChoice": "fastgen.models.bert",
+    "FastBertForNextSentencePrediction": "fastgen.models.bert",
+    "FastBertForQuestionAnswering": "fastgen.models.bert",
+    "FastBertForSequenceClassification": "fastgen.models.bert",
+    "FastBertForTokenClassification": "fastgen.models.bert",
+    "FastBertModel": "fastgen.models.bert",
     "FastMT5EncoderModel": "fastgen.models.mt5",
     "FastMT5ForConditionalGeneration": "fastgen.models.mt5",
     "FastMT5ForQuestionAnswering": "fastgen.models.mt5",
@@ -38,6 +45,17 @@ if TYPE_CHECKING:  # the same names again: type checkers do not read a dict
     from fastgen.auto import FastAutoModelForCausalLM as FastAutoModelForCausalLM
     from fastgen.auto import FastAutoModelForSeq2SeqLM as FastAutoModelForSeq2SeqLM
     from fastgen.errors import FallbackWarning as FallbackWarning
+    from fastgen.models.bert import FastBertForMaskedLM as FastBertForMaskedLM
+    from fastgen.models.bert import FastBertForMultipleChoice as FastBertForMultipleChoice
+    from fastgen.models.bert import (
+        FastBertForNextSentencePrediction as FastBertForNextSentencePrediction,
+    )
+    from fastgen.models.bert import FastBertForQuestionAnswering as FastBertForQuestionAnswering
+    from fastgen.models.bert import (
+        FastBertForSequenceClassification as FastBertForSequenceClassification,
+    )
+    from fastgen.models.bert import FastBertForTokenClassification as FastBertForTokenClassification
+    from fastgen.models.bert import FastBertModel as FastBertModel
     from fastgen.models.gpt2 import FastGPT2LMHeadModel as FastGPT2LMHeadModel
     from fastgen.models.mt5 import FastMT5EncoderModel as FastMT5EncoderModel
     from fastgen.models.mt5 import (

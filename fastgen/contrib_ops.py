@@ -87,13 +87,11 @@ class ContribOps(Ops):
         zero, axes = self.constant([0], torch.int64), self.constant([axis], torch.int64)
         return self._typed(self.onnx.Slice(x, zero, end, axes), x.dtype)
 
-    def attention(self, q: Value, k: Value, v: Value, bias: Value, heads: int) -> Value:
-        return self._attention(q, k, v, bias, heads, 1.0)
-
-    def _attention(
-        self, q: Value, k: Value, v: Value, bias: Value, heads: int, scale: float
+    def attention(
+        self, q: Value, k: Value, v: Value, bias: Value | None, heads: int, scale: float = 1.0
     ) -> Value:
-        y = self.contrib.MultiHeadAttention(q, k, v, None, None, bias, num_heads=heads, scale=scale)
+        more = () if bias is None else (None, None, bias)
+        y = self.contrib.MultiHeadAttention(q, k, v, *more, num_heads=heads, scale=scale)
         return self._typed(y, self._compute)
 
     def cached_attention(
@@ -117,7 +115,7 @@ class ContribOps(Ops):
             return self._typed(y, self._compute), key, value
         key = self.onnx.TensorScatter(slots.key, k, slots.first_slot, axis=1)
         value = self.onnx.TensorScatter(slots.value, v, slots.first_slot, axis=1)
-        return self._attention(q, key, value, bias, heads, scale), key, value
+        return self.attention(q, key, value, bias, heads, scale), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         return x if self.target.kv_layout == "BLHD" else super().as_kv(x, heads, head_size)

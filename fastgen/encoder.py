@@ -8,6 +8,7 @@ import torch
 from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Engine
 from fastgen.options import EngineOptions
+from fastgen.packing import Packing
 from fastgen.seq2seq import LAST_STATE, state_names
 from fastgen.target import Target
 
@@ -33,23 +34,33 @@ class Encoder(Capturing):
         options: EngineOptions,
         layers: int,
         states: Callable[[], Engine],
+        more_ids: tuple[str, ...] = (),
+        packed: Callable[[], Engine] | None = None,
     ) -> None:
         """
         Args:
             layers: how many blocks there are.
             states: gives the engine whose outputs are what they read, too.
+            more_ids: names of what the graph reads beside token ids, one for each.
+            packed: gives the engine of rows without their padding, on the CPU; None computes it.
         """
         super().__init__(target, device, options)
         self.engine, self._width = engine, width
         self._layers, self._states = layers, states
+        self._more_ids, self._packed = more_ids, packed
         self._replays: dict[tuple[int, int], _Replay] = {}
 
-    def run(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def run(
+        self, input_ids: torch.Tensor, mask: torch.Tensor | None, **more: torch.Tensor | int
+    ) -> torch.Tensor:
         """Hidden states [B, S, E] of token ids [B, S] int64.
 
         Args:
             mask: [B, S] of 1 (source token) and 0 (padding), or None.
+            more: ``more_ids`` [B, S], or one for all tokens.
         """
+        if self._packed is not None and mask is not None and not mask.all():
+            return self._run_packed(self._packed(), input_ids, mask, more)
         batch, sources = input_ids.shape
         hidden, seen = self._empty(batch, sources), source_mask(mask)
         size = batch, self.sources_for(sources)
@@ -62,17 +73,16 @@ class Encoder(Capturing):
                 replay: _Replay = self._once(
                     self._replays, size, lambda: self._replay(*size), limit
                 )
-                replay.source.fill(sources, input_ids=input_ids, attention_mask=seen)
+                replay.source.fill(sources, input_ids=input_ids, attention_mask=seen, **more)
                 replay.run()
                 hidden.copy_(replay.hidden[:, :sources])
             return hidden
-        given = torch.empty_like(input_ids, memory_format=torch.contiguous_format)
-        SourceBuffers(attention_mask=given).fill(sources, attention_mask=seen)
-        self._bind(input_ids.contiguous(), given, hidden)()
+        source = self._filled(input_ids, attention_mask=seen, **more)
+        self._bound_to(self.engine, source, {LAST_STATE: hidden})()
         return hidden
 
     def run_with_states(
-        self, input_ids: torch.Tensor, mask: torch.Tensor | None
+        self, input_ids: torch.Tensor, mask: torch.Tensor | None, **more: torch.Tensor | int
     ) -> list[torch.Tensor]:
         """What each block reads, in the residual stream's dtype, and last what ``run`` gives: never
         captured, so that who does not ask for it pays nothing."""
@@ -81,34 +91,55 @@ class Encoder(Capturing):
         states = {n: torch.empty(axes, dtype=wide, device=self.device) for n in names}
         states[LAST_STATE] = self._empty(*input_ids.shape)
         if input_ids.numel():
-            given = torch.empty_like(input_ids, memory_format=torch.contiguous_format)
-            source = SourceBuffers(attention_mask=given)
-            source.fill(input_ids.shape[1], attention_mask=source_mask(mask))
-            self._bound_to(self._states(), input_ids.contiguous(), given, states)()
+            source = self._filled(input_ids, attention_mask=source_mask(mask), **more)
+            self._bound_to(self._states(), source, states)()
         return list(states.values())
 
-    def _replay(self, batch: int, sources: int) -> _Replay:
-        ids = torch.zeros(batch, sources, dtype=torch.int64, device=self.device)
-        mask, hidden = torch.ones_like(ids), self._empty(batch, sources)
-        source = SourceBuffers(input_ids=ids, attention_mask=mask)
-        return _Replay(source, hidden, self._captured(self._bind(ids, mask, hidden)))
-
-    def _bind(
-        self, input_ids: torch.Tensor, mask: torch.Tensor, hidden: torch.Tensor
-    ) -> Callable[[], None]:
-        return self._bound_to(self.engine, input_ids, mask, {LAST_STATE: hidden})
-
-    def _bound_to(
+    def _run_packed(
         self,
         engine: Engine,
         input_ids: torch.Tensor,
         mask: torch.Tensor,
-        outputs: Mapping[str, torch.Tensor],
-    ) -> Callable[[], None]:
-        positions = torch.arange(input_ids.shape[1], device=self.device)
+        more: Mapping[str, torch.Tensor | int],
+    ) -> torch.Tensor:
+        packing = Packing.of(mask)
+        ids = packing.pack(input_ids)
+        values = {n: packing.pack(v) if isinstance(v, torch.Tensor) else v for n, v in more.items()}
+        hidden = self._empty(*ids.shape)
         tensors = {
-            "input_ids": input_ids,
-            "attention_mask": mask,
+            **self._filled(ids, **values).tensors,
+            "attention_mask": (mask != 0).to(torch.int64),
+            "query_positions": torch.arange(mask.shape[1])[:, None],
+            "key_positions": packing.tokens[None] % mask.shape[1],
+            "places": packing.places,
+            "tokens": packing.tokens,
+            LAST_STATE: hidden,
+        }
+        engine.bind(tensors).run()
+        return packing.spread(hidden)
+
+    def _filled(self, input_ids: torch.Tensor, **values: torch.Tensor | int) -> SourceBuffers:
+        """What the graph reads for each token, in tensors of its own where it must be."""
+        made = {
+            n: torch.empty(input_ids.shape, dtype=torch.int64, device=self.device) for n in values
+        }
+        SourceBuffers(**made).fill(input_ids.shape[1], **values)
+        return SourceBuffers(input_ids=input_ids.contiguous(), **made)
+
+    def _replay(self, batch: int, sources: int) -> _Replay:
+        ids = torch.zeros(batch, sources, dtype=torch.int64, device=self.device)
+        more = {name: torch.zeros_like(ids) for name in self._more_ids}
+        source = SourceBuffers(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+        hidden = self._empty(batch, sources)
+        run = self._bound_to(self.engine, source, {LAST_STATE: hidden})
+        return _Replay(source, hidden, self._captured(run))
+
+    def _bound_to(
+        self, engine: Engine, source: SourceBuffers, outputs: Mapping[str, torch.Tensor]
+    ) -> Callable[[], None]:
+        positions = torch.arange(source.tensors["input_ids"].shape[1], device=self.device)
+        tensors = {
+            **source.tensors,
             "query_positions": positions[:, None],
             "key_positions": positions[None, :],
             **outputs,

@@ -23,9 +23,9 @@ class Explanation:
 class Explained:
     """Mixin of a module that an engine may serve."""
 
+    attends = False
+    """Whether ``forward`` needs the hidden states of an encoder."""
     forward: Any
-    _needs_source = False
-    """Whether ``forward`` attends to hidden states that it is given: a decoder's stack."""
     refusal: Any
     """Why ``forward`` with these arguments goes to torch; None if the engine serves it."""
 
@@ -41,7 +41,7 @@ class Explained:
         What is left out is taken to be served. Gradients count: outside of ``torch.no_grad()`` a
         model with trainable weights is torch's. The path is ``torch`` where torch runs a stack.
         """
-        call = _with_ids(self.forward, forward_kwargs, self._needs_source)
+        call = _with_ids(self.forward, forward_kwargs, self.attends)
         reasons, by_torch = [self.refusal(**call)], None
         encoder = getattr(self, "encoder", None)
         if reasons[0] is not None:
@@ -58,7 +58,7 @@ class Explained:
         return self.explain_forward(**forward_kwargs)
 
 
-def _with_ids(forward: Any, given: dict[str, Any], needs_source: bool) -> dict[str, Any]:
+def _with_ids(forward: Any, given: dict[str, Any], attends: bool) -> dict[str, Any]:
     """The arguments of a call, with token ids that stand for those it leaves out."""
     call, names = dict(given), inspect.signature(forward).parameters
 
@@ -67,12 +67,12 @@ def _with_ids(forward: Any, given: dict[str, Any], needs_source: bool) -> dict[s
 
     if lacks("decoder_input_ids", "decoder_inputs_embeds", "labels"):
         call["decoder_input_ids"] = ...
-    if needs_source and lacks("encoder_hidden_states"):
+    if attends and lacks("encoder_hidden_states"):
         call["encoder_hidden_states"] = ...
     if lacks("input_ids", "inputs_embeds", "encoder_outputs"):
         mask, targets = call.get("attention_mask"), call.get("decoder_input_ids")
         rows = len(targets) if isinstance(targets, torch.Tensor) else 1
         shape = (rows, 1) if mask is None else tuple(mask.shape)
         stand_in = torch.zeros(shape, dtype=torch.int64)
-        call["input_ids"] = ... if needs_source else stand_in
+        call["input_ids"] = ... if attends else stand_in
     return call

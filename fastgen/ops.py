@@ -239,21 +239,50 @@ class Ops:
         positions = self.onnx.Max(behind, self.constant([0], torch.int64))
         return self._typed(positions, ir.DataType.INT64)
 
+    def for_queries(self, mask: Value, query_positions: Value) -> Value:
+        """[B, 1, 1, K] -> [B, 1, Q, K], with one row of ``query_positions`` [Q, 1] a query."""
+        ones, last = self.constant([1, 1], torch.int64), self.constant([1], torch.int64)
+        shape = self.onnx.Concat(ones, self.onnx.Shape(query_positions, end=1), last, axis=0)
+        return self._typed(self.onnx.Expand(mask, shape), mask.dtype)
+
+    def as_residual(self, x: Value) -> Value:
+        """``x`` in the residual stream's dtype."""
+        return self.cast(x, self._residual)
+
     def add(self, x: Value, y: Value) -> Value:
         return self._typed(self.onnx.Add(x, y), x.dtype)
+
+    # Rows without their padding
+
+    def spread(self, x: Value, places: Value) -> Value:
+        """Packed tokens [1, T, E] -> [B, S, E], by the token of each place [B, S]."""
+        rows = self.onnx.Gather(x, places, axis=1)
+        return self._typed(self.onnx.Squeeze(rows, self.constant([0], torch.int64)), x.dtype)
+
+    def pack(self, x: Value, tokens: Value) -> Value:
+        """[B, S, E] -> packed tokens [1, T, E], by each token's place [T]: row * S + column."""
+        flat = self._typed(self.onnx.Flatten(x, axis=2), x.dtype)
+        rows = self.onnx.Gather(flat, tokens, axis=0)
+        return self._typed(self.onnx.Unsqueeze(rows, self.constant([0], torch.int64)), x.dtype)
 
     def visible_slots(self, x: Value, ids: Value, first_slot: Value, axis: int) -> Value:
         """The part of [.., L] that attention reads: all slots, or where attention appends, those
         up to the last query token's."""
         return x
 
-    def attention(self, q: Value, k: Value, v: Value, bias: Value, heads: int) -> Value:
-        """Unscaled attention of [B, Q, H*D] queries over keys and values held as [B, K, H*D], or
-        as [B, H, K, D] KV buffers; bias [B or 1, 1 or H, Q, K]."""
+    def attention(
+        self, q: Value, k: Value, v: Value, bias: Value | None, heads: int, scale: float = 1.0
+    ) -> Value:
+        """Attention of [B, Q, H*D] queries over keys and values held as [B, K, H*D], or as
+        [B, H, K, D] KV buffers; bias [B or 1, 1 or H, Q, K], None to see all. Products of queries
+        and keys are multiplied by ``scale``."""
         k, v = (x if _rank(x) == 4 else self._split(x, heads) for x in (k, v))
-        return self._attend(self._split(q, heads), k, v, bias)
+        q = self._split(self._scaled(q, scale), heads)
+        return self._attend(self.cast(q, self._compute), k, v, bias)
 
-    def _attend(self, q: Value, k: Value, v: Value, bias: Value, scale: float = 1.0) -> Value:
+    def _attend(
+        self, q: Value, k: Value, v: Value, bias: Value | None, scale: float = 1.0
+    ) -> Value:
         """[B, H, Q, D] queries over [B, H, K, D]; they are multiplied by ``1 / scale``, and their
         products with keys by ``scale``."""
         if not self.target.attends:
@@ -266,10 +295,11 @@ class Ops:
         merged = self.onnx.Reshape(rows, self.constant([0, 0, -1], torch.int64))
         return self._typed(merged, self._compute)
 
-    def _products(self, q: Value, k: Value, v: Value, bias: Value) -> Value:
+    def _products(self, q: Value, k: Value, v: Value, bias: Value | None) -> Value:
         """Attention as stock T5 computes it, its Softmax in float32."""
         scores = self.onnx.MatMul(q, self.onnx.Transpose(k, perm=[0, 1, 3, 2]))
-        scores = self._typed(self.onnx.Add(scores, bias), self._compute)
+        scores = scores if bias is None else self.onnx.Add(scores, bias)
+        scores = self._typed(scores, self._compute)
         wide = self.onnx.Softmax(self.cast(scores, ir.DataType.FLOAT), axis=-1)
         weights = self.cast(self._typed(wide, ir.DataType.FLOAT), self._compute)
         return self.onnx.MatMul(weights, v)

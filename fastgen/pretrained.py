@@ -14,7 +14,7 @@ from fastgen.stacks import FastDecoder, FastEncoder
 _OF_THE_WHOLE: tuple[str, ...] = (
     *("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"),
     *("encoder_outputs", "inputs_embeds", "decoder_inputs_embeds", "use_cache", contract.CACHE),
-    *("labels", "start_positions", "end_positions"),
+    *("labels", "start_positions", "end_positions", "next_sentence_label"),
 )
 
 
@@ -31,7 +31,10 @@ class FastPreTrained(EngineModule):
     they wrote loads without fastgen too. Pickles go by ``__qualname__``, which is its own.
     """
 
-    _stacks: tuple[type[FastEncoder], type[FastDecoder]] | None = None
+    _stacks: tuple[type[FastEncoder] | type[FastDecoder], ...] = ()
+    """What takes the place of its stacks: of an encoder, and of a decoder."""
+    _reads_padding = False
+    """Whether its head reads the hidden states of padding."""
     get_output_embeddings: Any
     _shift_right: Any
 
@@ -57,10 +60,12 @@ class FastPreTrained(EngineModule):
         """
         options = None if engine_options is None else EngineOptions.resolve(engine_options)
         super().__init__(config, *args, **kwargs)
-        if self._stacks is not None:
-            for part in self.modules():
-                if type(part) is stock_class(self._stacks[0]):
-                    part.__class__ = self._stacks[bool(part.is_decoder)]
+        for part in self.modules():
+            if self._stacks and type(part) is stock_class(self._stacks[0]):
+                decodes = len(self._stacks) > 1 and part.is_decoder
+                part.__class__ = self._stacks[bool(decodes)]
+                if self._reads_padding:
+                    vars(part)["reads_padding"] = True
         if _is_ours(type(self)):
             self.__module__ = stock_class(type(self)).__module__
         if options is not None:

@@ -32,36 +32,61 @@ from fastgen.refusals import (
     same_mask,
     states_wanted,
 )
-from fastgen.seq2seq import DecoderShape, cross_specs, decoder_specs, encoder_specs
+from fastgen.seq2seq import (
+    DecoderShape,
+    cross_specs,
+    decoder_specs,
+    encoder_specs,
+    packed_specs,
+)
 from fastgen.target import Target
 
 
 class FastEncoder(EngineModule):
     """Mixin of an encoder stack: token ids in, hidden states out, on the engine."""
 
+    _more_ids: tuple[str, ...] = ()
+    """Arguments that the graph reads beside token ids, one for each; zeros where there are none."""
+    _packs = False
+    """Whether the family's ``encode`` takes rows without their padding (``places``, ``tokens``)."""
+    reads_padding = False
+    """Whether a head reads the hidden states of padding, which are computed then."""
+    _beside = ""
+    """Prefixes of the parameters that no graph knows: of stock code beside it."""
+
     def _encoder_root(self) -> Any:
         """The family's graph module with a method ``encode``, and its ``layers``."""
         raise NotImplementedError
 
     def _build_engine(self, target: Target) -> Encoder:
-        root, width = self._encoder_root(), self.config.d_model
-        self._refuse_foreign_parts([root], ignore="")
+        root, width, more = self._encoder_root(), self.config.hidden_size, self._more_ids
+        self._refuse_foreign_parts([root], ignore=self._beside)
         layers, stack = root.layers, weakref.proxy(self)
-        specs = encoder_specs(target, width)
-        engine = self._engine_for("encoder", root, target, "encode", specs)
+
+        def build(name: str, specs: Any, root: Any) -> Engine:
+            engine: Engine = stack._engine_for(name, root, target, "encode", specs)
+            return engine
 
         @cache
         def states() -> Engine:
-            specs, root = encoder_specs(target, width, layers), stack._encoder_root()
-            with_states: Engine = stack._engine_for("encoder-states", root, target, "encode", specs)
-            return with_states
+            specs = encoder_specs(target, width, layers, more)
+            return build("encoder-states", specs, stack._encoder_root())
+
+        @cache
+        def packed() -> Engine:
+            return build("encoder-packed", packed_specs(target, width, more), stack._encoder_root())
 
         options = self.engine_options
-        return Encoder(engine, target, self.device, width, options, layers, states)
+        packs = self._packs and options.skip_padding and target.device == "cpu"
+        engine = build("encoder", encoder_specs(target, width, 0, more), root)
+        return Encoder(
+            *(engine, target, self.device, width, options, layers, states, more),
+            packed if packs and not self.reads_padding else None,
+        )
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""
-        if reason := common_refusal(self, kwargs, ENCODER_ARGUMENTS):
+        if reason := common_refusal(self, kwargs, ENCODER_ARGUMENTS.union(self._more_ids)):
             return reason
         input_ids = kwargs.get("input_ids")
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
@@ -88,19 +113,27 @@ class FastEncoder(EngineModule):
     ) -> Any:
         """As the stock stack: token ids [B, S] to hidden states [B, S, E]."""
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        arguments = {name: as_torch(value) for name, value in arguments.items()}
+        return self._forward(**{name: as_torch(value) for name, value in arguments.items()})
+
+    def _forward(self, **arguments: Any) -> Any:
         if (reason := self.refusal(**arguments)) is not None:
             report(self, "torch", reason)
             introduce(type(self), self.config)
             return super().forward(**arguments)
         encoder: Encoder = self._current_engine()
-        ids, mask = arguments["input_ids"].to(torch.int64), arguments["attention_mask"]
-        if states_wanted(self, kwargs):
-            states = as_stock(self, encoder.run_with_states(ids, mask))
-            output = BaseModelOutput(last_hidden_state=states[-1], hidden_states=states)
-        else:
-            output = BaseModelOutput(last_hidden_state=encoder.run(ids, mask))
-        return output if wants_dict(self, kwargs.get("return_dict")) else output.to_tuple()
+        ids, mask = arguments["input_ids"].to(torch.int64), arguments.get("attention_mask")
+        given = {name: arguments.get(name) for name in self._more_ids}
+        more = {name: 0 if value is None else value for name, value in given.items()}
+        states = None
+        if states_wanted(self, arguments):
+            states = as_stock(self, encoder.run_with_states(ids, mask, **more))
+        output = self._output(encoder.run(ids, mask, **more) if states is None else states[-1])
+        output.hidden_states = states
+        return output if wants_dict(self, arguments.get("return_dict")) else output.to_tuple()
+
+    def _output(self, hidden: torch.Tensor) -> Any:
+        """The stock stack's output of these hidden states [B, S, E]."""
+        return BaseModelOutput(last_hidden_state=hidden)
 
 
 class FastDecoder(EngineModule):
@@ -111,7 +144,7 @@ class FastDecoder(EngineModule):
     """
 
     _waits = True
-    _needs_source = True
+    attends = True
     forward: Any
 
     def _decoder_root(self) -> Any:

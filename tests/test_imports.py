@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine_key": {"target"},
     "kv_cache": {"bucket", "hf"},
     "capturing": {"cuda", "engines", "options", "target"},
-    "encoder": {"capturing", "engines", "options", "seq2seq", "target"},
+    "packing": set(),
+    "encoder": {"capturing", "engines", "options", "packing", "seq2seq", "target"},
     "decoder": {
         *("bucket", "capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
         "target",
@@ -70,8 +71,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("pretrained", "refusals", "stacks", "target"),
     },
     "models": {
-        *("errors", "hf", "modeling", "modeling_causal", "modeling_seq2seq", "ops", "pretrained"),
-        *("seq2seq", "stacks", "step"),
+        *("errors", "fallback", "hf", "modeling", "modeling_causal", "modeling_seq2seq", "ops"),
+        *("pretrained", "refusals", "seq2seq", "stacks", "step"),
     },
     "auto": {"errors", "models", "options"},
     "doctor": {"engine_cache", "engines", "errors", "hf", "options", "runtime"},
@@ -91,7 +92,7 @@ ONLY_IN: dict[str, set[str]] = {
 #: Parts that must not know Hugging Face: the machinery below the models.
 NO_TRANSFORMERS = {
     *("capturable", "cuda", "engine_cache", "engines", "errors", "graph", "ops", "options"),
-    *("processes", "runtime", "seq2seq", "target"),
+    *("packing", "processes", "runtime", "seq2seq", "target"),
 }
 
 

@@ -330,9 +330,17 @@ class FusedOps:
         return x  # the attention kernel stops at the last slot written
 
     def attention(
-        self, q: Product, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, heads: int
+        self,
+        q: Product,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor | None,
+        heads: int,
+        scale: float = 1.0,
     ) -> torch.Tensor:
-        if tuple(bias.shape) != (self._batch, 1, self._queries, k.shape[1]):
+        if scale != 1.0:
+            raise NotFused("attention with a scale")
+        if bias is None or tuple(bias.shape) != (self._batch, 1, self._queries, k.shape[1]):
             raise NotFused("attention with another bias than a mask over sources")
         query = self._buffer("query", q.weight.shape[0])
         self._linear(query, [q], "STORE")

@@ -187,6 +187,7 @@ RELIANCES: tuple[Reliance, ...] = (
         BaseModelOutputWithPastAndCrossAttentions="what a decoder's stack returns",
         CausalLMOutputWithCrossAttentions="what forward of GPT-2 returns",
         CausalLMOutputWithPast="what forward without an encoder returns",
+        BaseModelOutputWithPoolingAndCrossAttentions="what BertModel returns",
         Seq2SeqLMOutput="what forward returns",
     ),
     *_rows(
@@ -210,6 +211,7 @@ RELIANCES: tuple[Reliance, ...] = (
             "t5.modeling_t5.T5Stack": "the stack that an engine takes the place of",
             "mt5.modeling_mt5.MT5Stack": "the stack that an engine takes the place of",
             "umt5.modeling_umt5.UMT5Stack": "the stack that an engine takes the place of",
+            "bert.modeling_bert.BertModel": "all but its pooler is the engine's",
         },
     ),
     *_rows(

@@ -205,7 +205,8 @@ def _forward(model: Any) -> tuple[torch.Tensor, ...]:
         return (model(**_inputs(1), **arguments)[0],)
     if hasattr(model, "_sample"):
         arguments["decoder_input_ids"] = _inputs()["input_ids"][:, :1]
-    return (model(**_inputs(), **arguments)[0],)
+    output, mask = model(**_inputs(), **arguments)[0], _inputs()["attention_mask"].bool()
+    return (output[mask] if output.shape[:2] == mask.shape else output,)  # padding nobody reads
 
 
 def _stack(model: Any) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,247 @@
+"""BERT: learned positions, biases, layer norms after each sublayer; its heads are stock code."""
+
+from typing import Any
+
+import torch
+from onnxscript import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from fastgen.errors import UnsupportedConfigError
+from fastgen.fallback import Asked
+from fastgen.hf.forward import forward_like
+from fastgen.models.layers import Embedding, LayerNorm, Linear
+from fastgen.ops import Ops, Value
+from fastgen.pretrained import FastPreTrained, FastTask
+from fastgen.refusals import form_refusal
+from fastgen.stacks import FastEncoder
+
+
+class Embeddings(nn.Module):
+    """The sum of word, position and token type embeddings, normed."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.word_embeddings = Embedding(config.vocab_size, width)
+        self.position_embeddings = Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = Embedding(config.type_vocab_size, width)
+        self.LayerNorm = LayerNorm(width, config.layer_norm_eps)
+
+    def forward(self, op: Ops, ids: Value, types: Value, positions: Value) -> Value:
+        x = op.add(self.word_embeddings(op, ids), self.token_type_embeddings(op, types))
+        x = op.add(x, self.position_embeddings(op, positions))
+        return self.LayerNorm(op, x, None)[1]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.scale = (width // self.heads) ** -0.5
+        self.query = Linear(width, width, bias=True)
+        self.key = Linear(width, width, bias=True)
+        self.value = Linear(width, width, bias=True)
+
+    def forward(self, op: Ops, x: Value, bias: Value | None, rows: "Rows") -> Value:
+        q, k, v = (rows.spread(op, part(op, x)) for part in (self.query, self.key, self.value))
+        return rows.pack(op, op.attention(q, k, v, bias, self.heads, self.scale))
+
+
+class Rows:
+    """How the tokens lie: as rows with their padding, or packed without it."""
+
+    def __init__(self, places: Value | None, tokens: Value | None) -> None:
+        self.places, self.tokens = places, tokens
+
+    def spread(self, op: Ops, x: Value) -> Value:
+        return x if self.places is None else op.spread(x, self.places)
+
+    def pack(self, op: Ops, x: Value) -> Value:
+        return x if self.tokens is None else op.pack(x, self.tokens)
+
+
+class Output(nn.Module):
+    """BertSelfOutput, BertOutput: a product, added to what it began from, and normed."""
+
+    def __init__(self, inputs: int, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = Linear(inputs, config.hidden_size, bias=True)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, op: Ops, x: Value, residual: Value) -> Value:
+        return self.LayerNorm(op, residual, self.dense(op, x))[1]
+
+
+class Intermediate(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.act = config.hidden_act
+
+    def forward(self, op: Ops, x: Value) -> Value:
+        return op.activation(self.dense(op, x), self.act)
+
+
+class Named(nn.Module):
+    """Submodules under their names."""
+
+    def __init__(self, /, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
+def layer(config: BertConfig) -> nn.Module:
+    """BertLayer."""
+    parts = {"self": SelfAttention(config), "output": Output(config.hidden_size, config)}
+    return Named(
+        attention=Named(**parts),
+        intermediate=Intermediate(config),
+        output=Output(config.intermediate_size, config),
+    )
+
+
+class Encoder(nn.Module):
+    """BertModel without its pooler: root module of the encoder graph."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        if config.is_decoder or config.add_cross_attention:
+            raise UnsupportedConfigError(
+                "is_decoder or add_cross_attention is true: torch serves BERT as a decoder."
+            )
+        self.layers = config.num_hidden_layers
+        self.embeddings = Embeddings(config)
+        self.encoder = Named(layer=nn.ModuleList([layer(config) for _ in range(self.layers)]))
+
+    def encode(
+        self,
+        op: Ops,
+        input_ids: Value,
+        token_type_ids: Value,
+        query_positions: Value,
+        key_positions: Value,
+        attention_mask: Value | None = None,
+        places: Value | None = None,
+        tokens: Value | None = None,
+    ) -> dict[str, Value]:
+        """Token ids [B, S], or packed ones [1, T] (see ``Rows``), to hidden states."""
+        mask = None if attention_mask is None else op.mask_bias(attention_mask)
+        bias = None if mask is None else op.for_queries(mask, query_positions)
+        rows, results = Rows(places, tokens), {}
+        x = self.embeddings(op, input_ids, token_type_ids, key_positions)
+        for i, part in enumerate(self.encoder.layer):
+            results[f"hidden_state.{i}"] = op.as_residual(x)
+            attended = part.attention.self(op, x, bias, rows)
+            x = part.attention.output(op, attended, x)
+            x = part.output(op, part.intermediate(op, x), x)
+        return results | {"last_hidden_state": x}
+
+
+TRIAL_CONFIG = {
+    **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"intermediate_size": 32, "max_position_embeddings": 32},
+}
+"""The fields of a config whose models take milliseconds (see ``hf/trial.py``)."""
+
+
+class FastBertModel(FastEncoder, FastPreTrained, BertModel):
+    """BertModel on a compiled engine; its pooler is stock code."""
+
+    trial_config = TRIAL_CONFIG
+    forward = forward_like(BertModel.forward)
+    pooler: Any
+    _more_ids = ("token_type_ids",)
+    _packs = True
+    _beside = "pooler."
+
+    def _encoder_root(self) -> Encoder:
+        return Encoder(self.config)
+
+    def refusal(self, **kwargs: Any) -> str | None:
+        """Why a call with these arguments goes to torch; None if the engine serves it."""
+        names = "input_ids", "attention_mask", "token_type_ids"
+        ids, mask, types = (kwargs.get(name) for name in names)
+        if (reason := super().refusal(**kwargs)) or ids is None:
+            return reason
+        if ids.shape[1] > (most := self.config.max_position_embeddings):
+            return Asked(f"{ids.shape[1]} tokens, where there are {most} positions")
+        if mask is not None and mask.device.type == "cpu" and not mask.any(dim=1).all():
+            return "attention_mask hides all of a row, which only torch serves"
+        return None if types is None else self._types_refusal(types, ids)
+
+    def _types_refusal(self, types: Any, ids: torch.Tensor) -> str | None:
+        if reason := form_refusal("token_type_ids", types, self):
+            return reason
+        if types.shape != ids.shape:
+            shapes = f"{list(types.shape)}, not {list(ids.shape)}"
+            return Asked(f"token_type_ids are {shapes}: one per token")
+        count = self.config.type_vocab_size
+        if types.device.type == "cpu" and not 0 <= types.min() <= types.max() < count:
+            return Asked(f"token_type_ids are not all in 0 .. {count - 1}")
+        return None
+
+    def _output(self, hidden: torch.Tensor) -> Any:
+        pooled = None if self.pooler is None else self.pooler(hidden)
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden, pooler_output=pooled
+        )
+
+
+class FastBertForSequenceClassification(FastTask, BertForSequenceClassification):
+    """BertForSequenceClassification over a BertModel on a compiled engine."""
+
+    _stacks = (FastBertModel,)
+
+
+class FastBertForTokenClassification(FastTask, BertForTokenClassification):
+    """BertForTokenClassification over a BertModel on a compiled engine."""
+
+    _stacks = (FastBertModel,)
+
+
+class FastBertForQuestionAnswering(FastTask, BertForQuestionAnswering):
+    """BertForQuestionAnswering over a BertModel on a compiled engine: computes padding too, as
+    answers are chosen among all tokens."""
+
+    _stacks = (FastBertModel,)
+    _reads_padding = True
+
+
+class FastBertForMaskedLM(FastTask, BertForMaskedLM):
+    """BertForMaskedLM over a BertModel on a compiled engine."""
+
+    _stacks = (FastBertModel,)
+
+
+class FastBertForNextSentencePrediction(FastTask, BertForNextSentencePrediction):
+    """BertForNextSentencePrediction over a BertModel on a compiled engine."""
+
+    _stacks = (FastBertModel,)
+
+
+class FastBertForMultipleChoice(FastTask, BertForMultipleChoice):
+    """BertForMultipleChoice over a BertModel on a compiled engine."""
+
+    _stacks = (FastBertModel,)
+
+    def refusal(self, **kwargs: Any) -> str | None:
+        """See ``FastTask.refusal``; arguments are [B, choices, S]."""
+        return super().refusal(**{name: _flat(value) for name, value in kwargs.items()})
+
+
+def _flat(value: Any) -> Any:
+    """As the head hands it to its model: rows of all choices."""
+    three = isinstance(value, torch.Tensor) and value.ndim == 3
+    return value.flatten(0, 1) if three else value
