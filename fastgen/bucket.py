@@ -198,6 +198,8 @@ class BucketPool:
             bucket = next((b for b in reversed(self._idle) if b.size == size), None)
             if bucket is not None:
                 self._idle.remove(bucket)
+            # so that no more are kept once those in use have come back
+            del self._idle[: max(0, len(self._idle) + len(self._leased) + 1 - self._limit)]
         bucket = bucket or self._allocate(size)
         bucket.clear()
         lease = Lease(bucket)
@@ -215,12 +217,11 @@ class BucketPool:
                 return self._make(size)
 
     def _take_back(self) -> None:
-        """Under the lock: make what leases have left idle, up to the limit."""
+        """Under the lock: make what leases have left idle."""
         while self._ended:
             due = self._ended.popleft()
             self._leased.discard(due)
             self._idle.append(due.bucket)
-        del self._idle[: -self._limit]
 
     def idle(self) -> list[Bucket]:
         """The buckets that no cache holds, the last used last."""

@@ -22,6 +22,9 @@ ON_REQUEST = {
 }
 
 
+_TRIED = tuple(f"Fast{name}ForConditionalGeneration" for name in ("T5", "MT5", "UMT5"))
+
+
 @dataclass(frozen=True)
 class EngineChoice:
     """An engine on a device ("cuda" or "cpu"): whether it can run here, and why (not)."""
@@ -82,6 +85,8 @@ def report() -> bool:
         # Not in a table: its cells would break the commands that a user wants to copy.
         console.print(_line(choice, picked(choice.device, candidates)), soft_wrap=True)
     console.print(f"engine cache: {_engine_cache_state(options)}", soft_wrap=True)
+    if any(choice.available and choice.name != "torch" for choice in candidates):
+        console.print(_transformers_state(options), soft_wrap=True)
     device = "cuda" if any(c.device == "cuda" and c.in_line for c in candidates) else "cpu"
     best = picked(device, candidates)
     if best is not None and best.name != "torch":
@@ -92,6 +97,22 @@ def report() -> bool:
         outcome = f"models on {device} raise an error that says what is said above"
     console.print(f"No engine is picked: {outcome}.", style="red", soft_wrap=True)
     return False
+
+
+def _transformers_state(options: EngineOptions) -> str:
+    """Whether this version was met; else what trials of tiny models found (see hf/trial.py)."""
+    import fastgen
+    from fastgen.hf import contract, trial
+
+    version = f"transformers {contract.VERSION}"
+    if contract.is_met():
+        return f"{version}: met by fastgen's tests"
+    lines = [f"{version}: not met by fastgen's tests, so tried on tiny models"]
+    for name in _TRIED:
+        slower = trial.slower(getattr(fastgen, name), options)
+        served = ", ".join(f"{kind} calls by {path}" for kind, path in slower.items())
+        lines.append(f"  {name}: {served or 'all as the stock class'}")
+    return "\n".join(lines)
 
 
 def _torch_problem() -> str | None:

@@ -103,6 +103,14 @@ class SlotLayer(DynamicLayer):
         return self_copy
 
 
+class _EmptyLayer(DynamicLayer):
+    """A layer that nothing fills; before transformers 5.18 a stock one could not be cropped."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.is_initialized:
+            super().crop(tokens_to_remove)
+
+
 class LeasedCache:
     """Mixin of a Hugging Face cache whose layers are SlotLayers of one bucket."""
 
@@ -183,7 +191,7 @@ class StaticKVCache(LeasedCache, EncoderDecoderCache):
         caches = DynamicCache(), DynamicCache()
         for cross, cache in enumerate(caches):
             cache.layers = [SlotLayer(self._slots, i, bool(cross)) for i in range(layers)]
-            cache.layers += [DynamicLayer() for _ in range(layers, listed)]
+            cache.layers += [_EmptyLayer() for _ in range(layers, listed)]
         super().__init__(*caches)
 
     def _own_layers(self, cross: bool) -> list[SlotLayer]:

@@ -24,7 +24,7 @@ def copies(name: str = "t5-1.1") -> Pair:
     """Both models of a variant for one test to change; the Fast one has built its engines."""
     pair = copy.deepcopy(build_pair(name))
     logits(pair.fast)
-    assert refusal(pair.fast) is None
+    assert name not in CAUSAL or refusal(pair.fast) is None
     return pair
 
 

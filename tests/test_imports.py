@@ -74,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("seq2seq", "stacks", "step"),
     },
     "auto": {"errors", "models", "options"},
-    "doctor": {"engine_cache", "engines", "errors", "options", "runtime"},
+    "doctor": {"engine_cache", "engines", "errors", "hf", "options", "runtime"},
     "bench": {"errors", "options", "runtime"},
     "cli": {"auto", "bench", "doctor", "engine_cache", "errors", "options"},
     "__main__": {"cli"},

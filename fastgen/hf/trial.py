@@ -70,6 +70,17 @@ def reason(kind: str, path: str) -> str:
     )
 
 
+def slower(fast: type, options: EngineOptions) -> dict[str, str]:
+    """The kinds of call that do not take the path they take with a version that was met."""
+    kinds = {"forward": PATHS[0], **dict.fromkeys(_CALLS, PATHS[0])}
+    kinds |= dict.fromkeys(_ONLY_BY_HF_LOOP, PATHS[1])
+    found = {kind: path(fast, kind, options) for kind in kinds}
+    return {kind: taken for kind, taken in found.items() if _RANK[taken] > _RANK[kinds[kind]]}
+
+
+_RANK = {name: rank for rank, name in enumerate(PATHS)}
+
+
 @cache
 def _verdict(fast: type, cache_dir: Any, _: Any) -> Verdict:
     with _lock:

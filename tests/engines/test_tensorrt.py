@@ -99,9 +99,17 @@ def test_sizes_beyond_the_options_are_served_by_torch(simulated: None) -> None:
     pair = pair_on_tensorrt(max_batch=4, max_source_tokens=16)
     for ids, option in ((tokens(5, 9, seed=1), "max_batch=4"), (tokens(2, 17, seed=1), "=16")):
         assert option in pair.fast.encoder.refusal(input_ids=ids)
-        assert option in str(pair.fast.explain(inputs=ids, input_ids=ids, encoder_outputs=(ids,)))
+        assert option in str(pair.fast.explain(inputs=ids))
         expected = pair.stock.generate(ids, max_new_tokens=5)
         assert torch.equal(pair.fast.generate(ids, max_new_tokens=5), expected)
+
+
+def test_explain_counts_beams(simulated: None) -> None:
+    model = pair_on_tensorrt(max_batch=4).fast
+    assert model.explain(inputs=tokens(2, 9, seed=1), num_beams=2).path == "fast loop"
+    for beams in ({"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}):
+        explanation = model.explain(inputs=tokens(2, 9, seed=1), **beams)
+        assert explanation.path == "torch" and "max_batch=4" in str(explanation)
 
 
 def test_a_binding_beyond_every_profile_names_the_options(simulated: None) -> None:

@@ -302,7 +302,9 @@ def _contents(output: Any) -> dict[str, Any]:
     found["past length"] = past.get_seq_length()
     for kind in ("self_attention_cache", "cross_attention_cache"):
         layers = getattr(past, kind).layers
-        found[kind] = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
+        # those behind the decoder's own stay empty, where the encoder has more
+        pairs = [(layer.keys, layer.values) for layer in layers if layer.keys is not None]
+        found[kind] = [(keys.clone(), values.clone()) for keys, values in pairs]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import GenerationMixin, T5ForConditionalGeneration
 from transformers.generation import logits_process
 
 import fastgen
+from fastgen.doctor import report
 from fastgen.hf import contract, trial
 from tests.configs import build_pair, prompts
 
@@ -162,3 +164,26 @@ def test_a_class_of_the_programs_own_is_judged_by_ours(tomorrow: Path) -> None:
         pass
 
     assert trial.path(Mine, "greedy", fastgen.EngineOptions(cache_dir=tomorrow)) == "fast loop"
+
+
+def test_doctor_names_what_takes_a_slower_path(
+    tomorrow: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    altered_method("_beam_search")(monkeypatch)
+    assert report()
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"transformers {contract.VERSION}: not met" in said
+    assert "FastT5ForConditionalGeneration: beams calls by HF loop, beam sample calls by" in said
+
+
+def test_one_warning_says_so(tomorrow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast: Any = copy.deepcopy(build_pair("t5-1.1").fast)
+    altered_method("_sample")(monkeypatch)
+    for expected in (1, 0):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", fastgen.FallbackWarning)
+            for _ in range(2):
+                fast.generate(prompts("t5-1.1", 2), max_new_tokens=3)
+        found = [w for w in said if issubclass(w.category, fastgen.FallbackWarning)]
+        assert len(found) == expected
+        assert all("newer than this fastgen has met" in str(w.message) for w in found)
