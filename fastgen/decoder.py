@@ -213,6 +213,7 @@ class Decoder(Capturing):
         if self.shape.source:
             self.run(bucket, input_ids, 0)
             return
+        input_ids = input_ids.to(torch.int64)
         piece = max(1, _PREFILL_TOKENS // len(input_ids))
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
         for start in range(0, input_ids.shape[1], piece):

@@ -37,6 +37,8 @@ class FastCausalLM(FastPreTrained, FastGenerationMixin):
     _by_any_loop = ("position_ids", "logits_to_keep")
     _output: Any = CausalLMOutputWithPast
     """What the stock ``forward`` returns."""
+    _position_table: str | None = None
+    """Path of the embedding of positions, if there is one."""
     forward: Any
     loss_function: Any
 
@@ -50,8 +52,16 @@ class FastCausalLM(FastPreTrained, FastGenerationMixin):
         root = self._decoder_root()
         self._refuse_foreign_parts([root], ignore="")
         # a head that was replaced may have another size than the config says
-        shape = replace(root.shape, vocab_size=self.get_output_embeddings().weight.shape[0])
+        vocabulary = self.get_output_embeddings().weight.shape[0]
+        shape = replace(root.shape, vocab_size=vocabulary, positions=self._known_positions())
         return build_decoder(self, target, shape, "decoder")
+
+    def _known_positions(self) -> int | None:
+        """Rows of the embedding of positions, whatever the config says of them."""
+        if self._position_table is None:
+            return None
+        table: Any = self.get_submodule(self._position_table)
+        return int(table.weight.shape[0])
 
     def _new_cache(self) -> StaticDecoderCache:
         return StaticDecoderCache(self.config.num_hidden_layers)
@@ -72,8 +82,9 @@ class FastCausalLM(FastPreTrained, FastGenerationMixin):
         if past is not None and not isinstance(past, LeasedCache):
             kind = f"{contract.CACHE} is a {type(past).__name__}, not the engine's own KV cache"
             return f"{kind}: leave it (and cache_implementation) out"
-        if not isinstance(kwargs.get("logits_to_keep", 0), int):
-            return "logits_to_keep is a tensor: give a number of tokens"
+        last = kwargs.get("logits_to_keep", 0)
+        if not isinstance(last, int) or last < 0:
+            return "logits_to_keep is no number of last tokens"
         if reason := ids_refusal(self, ids) or self._place_refusal(ids, past, kwargs):
             return reason
         bucket = None if past is None else past.bucket
@@ -100,7 +111,7 @@ class FastCausalLM(FastPreTrained, FastGenerationMixin):
         starts = None if mask is None else row_starts(mask)
         if reason := positions_refusal(positions, starts, shape, length):
             return reason
-        known, last = getattr(self.config, "max_position_embeddings", None), shape[1]
+        known, last = self._known_positions(), shape[1]
         if known is not None and last > known and last - int(_least(starts)) > known:
             return Asked(f"{last} tokens: the model knows {known} positions")
         return None
@@ -188,7 +199,9 @@ def _decode(
     with decoder.turn():
         starts = None if mask is None else row_starts(mask)
         bucket = decoder.enter_rows(past, batch, starts, total)
-        kept = torch.arange(queries, device=decoder.device)[-last:]  # of 0: all
+        kept = None  # of them all
+        if 0 < last < queries:
+            kept = torch.arange(queries - last, queries, device=decoder.device)
         if states:
             output, found = decoder.run_with_states(bucket, ids, length, kept)
         else:

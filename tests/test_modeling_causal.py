@@ -111,7 +111,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "positions of another mask": ({"position_ids": left()["position_ids"]}, "position_ids are not"),
     "a mask of scores": ({"attention_mask": torch.zeros(3, 1, 9, 9)}, "one per token"),
     "token types": ({"token_type_ids": torch.ones(3, 9, dtype=torch.int64)}, "token_type_ids"),
-    "chosen logits": ({"logits_to_keep": torch.tensor([2, 5])}, "logits_to_keep is a tensor"),
+    "chosen logits": ({"logits_to_keep": torch.tensor([2, 5])}, "logits_to_keep is no"),
+    "all logits but the first": ({"logits_to_keep": -2}, "logits_to_keep is no"),
 }
 
 
@@ -161,6 +162,31 @@ def test_a_config_the_graph_does_not_know_is_torchs() -> None:
     fast.config.add_cross_attention = True
     with torch.no_grad():
         assert "add_cross_attention" in fast.refusal(input_ids=prompts("gpt2"))
+
+
+@torch.no_grad()
+def test_a_copy_of_a_kv_cache_goes_on_by_itself() -> None:
+    pair, ids = build_pair("gpt2"), prompts("gpt2", 2, 6)
+    logits = []
+    for model in (pair.stock, pair.fast):
+        past = model(input_ids=ids[:, :4], use_cache=True)[CACHE]
+        other = copy.deepcopy(past)
+        model(input_ids=ids[:, 4:5], use_cache=True, **{CACHE: past})
+        other.reorder_cache(torch.tensor([1, 1]))
+        output = model(input_ids=ids[:, 4:], use_cache=True, **{CACHE: other})
+        assert (past.get_seq_length(), other.get_seq_length()) == (5, 6)
+        past.reorder_cache(torch.tensor([1, 0]))
+        further = model(input_ids=ids[:, 5:], use_cache=True, **{CACHE: past})
+        logits.append([output.logits, further.logits])
+    torch.testing.assert_close(logits[1], logits[0], **CLOSE)
+
+
+@torch.no_grad()
+def test_positions_are_those_of_the_table_not_of_the_config() -> None:
+    fast: Any = copy.deepcopy(build_pair("gpt2").fast)
+    fast.config.n_positions = 2 * POSITIONS
+    with pytest.raises(IndexError, match="index out of range"):
+        fast(input_ids=prompts("gpt2", 1, POSITIONS + 1))
 
 
 @torch.no_grad()

@@ -80,12 +80,12 @@ class ExplainsGenerate:
         arguments = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
         # these are the encoder's affair, or become part of what the decoder reads
         arguments |= dict.fromkeys(("inputs_embeds", "decoder_attention_mask", "labels"))
-        given, refusal = self._first_call(dict(model_kwargs)), None
-        ids = given.get("input_ids")
+        first, refusal = self._first_call(dict(model_kwargs)), None
+        ids = first["input_ids"]
         if isinstance(ids, torch.Tensor) and ids.ndim == 2:  # of which generate() makes more rows
             rows = len(ids) * max(config.num_beams, config.num_return_sequences)
             refusal = too_large(self.engine_options, rows, ids.shape[1])
-        refusal = refusal or self.refusal(**{**given, **arguments})
+        refusal = refusal or self.refusal(**{**first, **arguments})
         return reasons + ([refusal] if refusal else [])
 
     def _first_call(self, given: dict[str, Any]) -> dict[str, Any]:

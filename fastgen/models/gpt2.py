@@ -84,7 +84,6 @@ class Decoder(DecoderRoot):
             vocab_size=config.vocab_size,
             tables={},
             source=False,
-            positions=config.n_positions,
         )
 
     def hidden(self, op: Ops, step: Step) -> Value:
@@ -113,6 +112,7 @@ class FastGPT2LMHeadModel(FastCausalLM, GPT2LMHeadModel):
 
     trial_config = TRIAL_CONFIG
     _output = CausalLMOutputWithCrossAttentions
+    _position_table = "transformer.wpe"
 
     def _decoder_root(self) -> Decoder:
         return Decoder(self.config)

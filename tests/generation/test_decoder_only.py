@@ -184,6 +184,15 @@ def test_explain_says_how_a_kv_cache_goes_on() -> None:
     assert explanation.path == "HF loop" and "already holds tokens" in str(explanation)
 
 
+@pytest.mark.parametrize("call", [{}, {"num_beams": 2}, {"do_sample": True}])
+@pytest.mark.parametrize("fast_loop", [True, False])
+def test_a_prompt_of_int32(fast_loop: bool, call: dict[str, Any]) -> None:
+    pair, ids = build_pair("gpt2"), prompts("gpt2").int()
+    with options(pair.fast, fast_loop=fast_loop):
+        found = [outcome(model, ids, max_new_tokens=5, **call) for model in (pair.stock, pair.fast)]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("call", [{}, {"num_beams": 2}])
 def test_both_loops_agree(call: dict[str, Any]) -> None:
     fast: Any = build_pair("gpt2").fast
