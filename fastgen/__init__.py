@@ -8,9 +8,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "EngineOptions": "fastgen.options",
     "FallbackWarning": "fastgen.errors",
+    "FastAutoModel": "fastgen.auto",
+    "FastAutoModelForMaskedLM": "fastgen.auto",
+    "FastAutoModelForQuestionAnswering": "fastgen.auto",
     "FastAutoModelForSeq2SeqLM": "fastgen.auto",
     "FastAutoModelForCausalLM": "fastgen.auto",
     "FastGPT2LMHeadModel": "fastgen.models.gpt2",
+    "FastAutoModelForSequenceClassification": "fastgen.auto",
+    "FastAutoModelForTokenClassification": "fastgen.auto",
     "FastBertForMaskedLM": "fastgen.models.bert",
     "FastBertForMultipleChoice": "fastgen.models.bert",
     "FastBertForNextSentencePrediction": "fastgen.models.bert",
@@ -42,8 +47,17 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:  # the same names again: type checkers do not read a dict
+    from fastgen.auto import FastAutoModel as FastAutoModel
     from fastgen.auto import FastAutoModelForCausalLM as FastAutoModelForCausalLM
+    from fastgen.auto import FastAutoModelForMaskedLM as FastAutoModelForMaskedLM
+    from fastgen.auto import FastAutoModelForQuestionAnswering as FastAutoModelForQuestionAnswering
     from fastgen.auto import FastAutoModelForSeq2SeqLM as FastAutoModelForSeq2SeqLM
+    from fastgen.auto import (
+        FastAutoModelForSequenceClassification as FastAutoModelForSequenceClassification,
+    )
+    from fastgen.auto import (
+        FastAutoModelForTokenClassification as FastAutoModelForTokenClassification,
+    )
     from fastgen.errors import FallbackWarning as FallbackWarning
     from fastgen.models.bert import FastBertForMaskedLM as FastBertForMaskedLM
     from fastgen.models.bert import FastBertForMultipleChoice as FastBertForMultipleChoice

@@ -1,37 +1,37 @@
-"""``model_type`` -> Fast class, like transformers' auto classes."""
+"""Auto classes: ``model_type`` and task -> Fast class, like transformers' auto classes."""
 
-import importlib
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+import transformers
+from transformers import AutoConfig
 
+import fastgen
 from fastgen.errors import FallbackWarning, UnsupportedConfigError
 from fastgen.options import EngineOptions
 
-_SEQ2SEQ_LM = {
-    "t5": ("fastgen.models.t5", "FastT5ForConditionalGeneration"),
-    "mt5": ("fastgen.models.mt5", "FastMT5ForConditionalGeneration"),
-    "umt5": ("fastgen.models.umt5", "FastUMT5ForConditionalGeneration"),
+_FAMILIES = {
+    **{"t5": "FastT5", "mt5": "FastMT5", "umt5": "FastUMT5"},
+    **{"gpt2": "FastGPT2", "bert": "FastBert"},
 }
-_CAUSAL_LM = {"gpt2": ("fastgen.models.gpt2", "FastGPT2LMHeadModel")}
+"""How the names of a model_type's classes begin; which there are, ``fastgen`` knows."""
 _REMOTE_CODE = ("code_revision", "trust_remote_code")
 
 
 class _FastAuto:
     """Picks the Fast class of a checkpoint or config; not instantiated itself."""
 
-    _classes: Mapping[str, tuple[str, str]]
-    """``model_type`` -> module and name of the Fast class."""
-    _stock: Any
+    _task: str
+    """How the names of its Fast classes end."""
 
     def __init__(self) -> None:
         name = type(self).__name__
-        raise OSError(
-            f"{name} is made by {name}.from_pretrained(name) or {name}.from_config(config)."
-        )
+        raise OSError(f"{name} is made by {name}.from_pretrained(name) or .from_config(config).")
+
+    @classmethod
+    def _stock(cls) -> Any:
+        return getattr(transformers, cls.__name__.removeprefix("Fast"))
 
     @classmethod
     def from_pretrained(
@@ -61,7 +61,7 @@ class _FastAuto:
             config = AutoConfig.from_pretrained(config, **hub_kwargs)
         known = {} if config is None else {"config": config}
         found = AutoConfig.from_pretrained(name, **hub_kwargs) if config is None else config
-        if fallback and found.model_type not in cls._classes:
+        if fallback and found.model_type not in cls._families():
             return cls._stock_model(
                 "from_pretrained", name, *args, **known, **kwargs, **remote_code
             )
@@ -78,17 +78,20 @@ class _FastAuto:
         Raises:
             UnsupportedConfigError: no Fast class for the config's model_type.
         """
-        if fallback and config.model_type not in cls._classes:
+        if fallback and config.model_type not in cls._families():
             return cls._stock_model("from_config", config, **kwargs)
         kwargs.pop("trust_remote_code", None)
         return cls._class_for(config)._from_config(config, **kwargs)
 
     @classmethod
-    def _stock_model(
-        cls, method: str, *args: Any, engine_options: Any = None, **kwargs: Any
-    ) -> Any:
+    def _families(cls) -> list[str]:
+        """The model_types that have a Fast class for the task."""
+        return [kind for kind, name in _FAMILIES.items() if name + cls._task in fastgen._HOMES]
+
+    @classmethod
+    def _stock_model(cls, make: str, *args: Any, engine_options: Any = None, **kwargs: Any) -> Any:
         EngineOptions.resolve(engine_options)  # wrong ones are refused as a Fast class refuses them
-        made = getattr(cls._stock, method)(*args, **kwargs)
+        made = getattr(cls._stock(), make)(*args, **kwargs)
         model = made[0] if isinstance(made, tuple) else made  # output_loading_info=True
         warnings.warn(
             f"{cls._without_fast_class(model.config)}: the stock {type(model).__name__} is used, "
@@ -100,27 +103,56 @@ class _FastAuto:
 
     @classmethod
     def _class_for(cls, config: Any) -> Any:
-        if config.model_type not in cls._classes:
+        if config.model_type not in cls._families():
             raise UnsupportedConfigError(
                 f"{cls._without_fast_class(config)}. Pass fallback=True to get the stock class for "
-                f"this checkpoint, or use {cls._stock.__name__} of transformers."
+                f"this checkpoint, or use {cls._stock().__name__} of transformers."
             )
-        module, name = cls._classes[config.model_type]
-        return getattr(importlib.import_module(module), name)
+        return getattr(fastgen, _FAMILIES[config.model_type] + cls._task)
 
     @classmethod
     def _without_fast_class(cls, config: Any) -> str:
-        others = ", ".join(cls._classes)
-        return f"model_type={config.model_type!r} has no Fast class (there is one for {others})"
+        kind, others = config.model_type, ", ".join(cls._families())
+        return f"model_type={kind!r} has no Fast class (there is one for {others})"
+
+
+class FastAutoModel(_FastAuto):
+    """As AutoModel."""
+
+    _task = "Model"
 
 
 class FastAutoModelForSeq2SeqLM(_FastAuto):
-    """Picks the Fast class of an encoder-decoder with a language model head."""
+    """As AutoModelForSeq2SeqLM."""
 
-    _classes, _stock = _SEQ2SEQ_LM, AutoModelForSeq2SeqLM
+    _task = "ForConditionalGeneration"
 
 
 class FastAutoModelForCausalLM(_FastAuto):
-    """Picks the Fast class of a decoder with a language model head."""
+    """As AutoModelForCausalLM."""
 
-    _classes, _stock = _CAUSAL_LM, AutoModelForCausalLM
+    _task = "LMHeadModel"
+
+
+class FastAutoModelForSequenceClassification(_FastAuto):
+    """As AutoModelForSequenceClassification."""
+
+    _task = "ForSequenceClassification"
+
+
+class FastAutoModelForTokenClassification(_FastAuto):
+    """As AutoModelForTokenClassification."""
+
+    _task = "ForTokenClassification"
+
+
+class FastAutoModelForQuestionAnswering(_FastAuto):
+    """As AutoModelForQuestionAnswering."""
+
+    _task = "ForQuestionAnswering"
+
+
+class FastAutoModelForMaskedLM(_FastAuto):
+    """As AutoModelForMaskedLM."""
+
+    _task = "ForMaskedLM"

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, BartConfig, BartForConditionalGeneration
 
 import fastgen
@@ -135,3 +136,29 @@ def test_names_of_arguments_are_those_of_the_stock_auto_class(tmp_path: Path) ->
     model = FastAutoModelForSeq2SeqLM.from_config(model.config, **options)
     assert type(model) is fast_class("t5-1.0")
     assert model.dtype == torch.bfloat16
+
+
+TASKS = {
+    "Model": ("t5", "mt5", "umt5", "bert"),
+    "ForSequenceClassification": ("t5", "mt5", "umt5", "bert"),
+    "ForTokenClassification": ("t5", "mt5", "umt5", "bert"),
+    "ForQuestionAnswering": ("t5", "mt5", "umt5", "bert"),
+    "ForMaskedLM": ("bert",),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_task_has_its_auto_class(task: str) -> None:
+    """It makes the Fast class of what transformers' auto class makes."""
+    name = f"AutoModel{task.removeprefix('Model')}"
+    stock, fast = getattr(transformers, name), getattr(fastgen, f"Fast{name}")
+    for kind in TASKS[task]:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = AutoConfig.for_model(kind, vocab_size=40, **sizes, num_labels=2)
+        with torch.device("meta"):
+            expected = stock.from_config(config)
+            found = fast.from_config(config)
+        assert isinstance(found, type(expected))
+        assert type(found).__qualname__ == f"Fast{type(expected).__name__}"
+    with pytest.raises(UnsupportedConfigError, match=rf"'bart'.*bert.*{name} of transformers"):
+        fast.from_config(TINY_BART)

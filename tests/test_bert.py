@@ -18,6 +18,7 @@ from transformers import BertConfig, BertModel
 import fastgen
 from fastgen.hf import trial
 from tests.configs import Pair
+from tests.standard import cpu_target
 
 HEADS = {
     "Model": {},
@@ -203,6 +204,20 @@ def test_padding_is_computed_where_it_is_asked_for(padding: str) -> None:
         with torch.no_grad():
             expected, found = (m(**arguments)[field] for m in (pair.stock, pair.fast))
         torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("skip_padding", [True, False])
+def test_standard_graphs_compute_the_same(
+    skip_padding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TensorRT gets them, here run by ONNX Runtime."""
+    monkeypatch.setattr("fastgen.modeling.choose_target", lambda *_: cpu_target("float32"))
+    pair = copy.deepcopy(build("Model", skip_padding=skip_padding))
+    for states in (False, True):
+        arguments = call("Model", types=True) | {"output_hidden_states": states}
+        served(pair, arguments)
+        assert_same(pair, "Model", arguments)
+    assert not pair.fast._engine.target.contrib
 
 
 # What torch serves

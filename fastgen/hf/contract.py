@@ -64,7 +64,7 @@ def umt5_refusal(ids: Any) -> str | None:
     if not isinstance(ids, torch.Tensor) or ids.shape[1:] in ((), (1,)) or _umt5_is_causal():
         return None
     return (
-        f"UMT5 of transformers {VERSION} lets a token see later ones where it is given several: "
+        f"UMT5 of transformers {VERSION} lets several tokens see later tokens: "
         "a newer transformers does not"
     )
 
