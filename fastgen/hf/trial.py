@@ -225,7 +225,7 @@ def _generate(model: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]
     torch.manual_seed(0)
     rows = 1 if "prompt_lookup_num_tokens" in arguments else 2
     inputs = _inputs(rows, left=_is_decoder_only(model))
-    return (model.generate(**inputs, **arguments, max_new_tokens=5),)
+    return (model.generate(**inputs, **arguments, max_new_tokens=4),)
 
 
 def _continued(model: Any) -> tuple[torch.Tensor, ...]:
