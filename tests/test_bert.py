@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel
 
 import fastgen
 from fastgen.hf import trial
+from fastgen.models.bert import faster_on_torch
 from tests.configs import Pair
 from tests.standard import cpu_target
 
@@ -343,3 +344,18 @@ def test_gradients_reach_the_weights() -> None:
 
 def test_a_version_not_met_is_tried() -> None:
     assert trial._try(fastgen.FastBertModel) == {"forward": "fast loop"}
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "torch_serves"),
+    [
+        ("cpu", (64, 512), False),
+        ("cuda", (1, 128), False),
+        ("cuda", (64, 128), True),
+    ],
+)
+def test_torch_serves_what_it_serves_sooner(
+    device: str, size: tuple[int, int], torch_serves: bool
+) -> None:
+    reason = faster_on_torch(torch.device(device), *size)
+    assert ("faster on a GPU" in reason) if torch_serves else reason is None
