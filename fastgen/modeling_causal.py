@@ -9,6 +9,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fastgen.bucket import Bucket
 from fastgen.decoder import Decoder, row_starts
 from fastgen.engines import NoEngine
+from fastgen.engines.fused.engine import FusedEngine
 from fastgen.fallback import Asked, report, said
 from fastgen.generation import FastGenerationMixin
 from fastgen.hf import contract
@@ -54,7 +55,12 @@ class FastCausalLM(FastPreTrained, FastGenerationMixin):
         # a head that was replaced may have another size than the config says
         vocabulary = self.get_output_embeddings().weight.shape[0]
         shape = replace(root.shape, vocab_size=vocabulary, positions=self._known_positions())
-        return build_decoder(self, target, shape, "decoder")
+        fused = None
+        if target.device == "cuda" and target.contrib and self.engine_options.fused_kernels:
+            step = self._decoder_root()
+            own = dict(self.named_parameters(remove_duplicate=False))
+            fused = FusedEngine(step, step.decode, target, own, self._engine_cache())
+        return build_decoder(self, target, shape, "decoder", fused)
 
     def _known_positions(self) -> int | None:
         """Rows of the embedding of positions, whatever the config says of them."""

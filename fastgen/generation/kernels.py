@@ -47,8 +47,8 @@ class BeamArgs(ctypes.Structure):
     _fields_ = _fields(
         "top indices limit eos final_divisor best_divisor running sequences ancestors "
         "running_parents parents running_scores scores finished improvable index count steps "
-        "done seen input_ids positions first_slot slot_mask arrived",
-        "vocabulary beams candidates capacity cached ends early",
+        "done seen input_ids positions first_slot slot_mask prefix arrived",
+        "vocabulary beams candidates capacity slots ends early",
     )
 
 
@@ -99,8 +99,6 @@ def beam_obstacle(
     state: BeamState, bucket: Bucket, options: EngineOptions, candidates: int
 ) -> str | None:
     """Why ``BeamTail`` cannot serve these beams; None if it can."""
-    if bucket.prefix:
-        return "beams share the prompt's slots"
     if state.beams > MAX_BEAMS or candidates > MAX_CANDIDATES:
         return f"{state.beams} beams, {candidates} candidates: more than the kernel serves"
     obstacle = _obstacle(bucket, options, state.eos.numel())
@@ -289,12 +287,13 @@ class BeamTail(_Tail):
             count=address(state.new),
             positions=address(tensors["query_positions"]),
             slot_mask=address(tensors["slot_mask"], bucket.dtype),
+            prefix=address(bucket.prefix_slots),
             arrived=self._scratch(1),
             vocabulary=tensors["logits"].shape[-1],
             beams=state.beams,
             candidates=self._candidates,
             capacity=state.capacity,
-            cached=bucket.size.slots // state.beams,
+            slots=bucket.size.slots,
             ends=state.eos.numel(),
             early=self._early,
         )

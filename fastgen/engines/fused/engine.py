@@ -7,7 +7,8 @@ import torch
 
 from fastgen.engine_cache import EngineCache
 from fastgen.engines import NotFused, nvrtc
-from fastgen.engines.fused.ops import HEAD_SIZES, MAX_SLOTS, TILE_ROWS, FusedOps
+from fastgen.engines.fused.ops import MAX_HEAD_SIZE, MAX_SLOTS, FusedOps, head_size_served
+from fastgen.engines.fused.products import TILE_ROWS
 from fastgen.engines.fused.wide import MAX_ROWS, WideOps
 from fastgen.engines.nvrtc import Launch, Program
 from fastgen.target import Target
@@ -22,8 +23,8 @@ def supports(
         return f"fused kernels need a GPU and BLHD buffers, not {target.device} {target.kv_layout}"
     if batch * queries > MAX_ROWS:
         return f"{batch} rows of {queries} queries: fused kernels serve {MAX_ROWS} in all"
-    if head_size not in HEAD_SIZES:
-        return f"head size {head_size}: fused kernels serve {HEAD_SIZES}"
+    if not head_size_served(head_size):
+        return f"head size {head_size}: fused kernels serve 16 to {MAX_HEAD_SIZE} by 8"
     if slots > MAX_SLOTS:
         return f"{slots} slots: fused kernels serve {MAX_SLOTS}"
     if torch.cuda.get_device_capability(device) < (8, 0):
