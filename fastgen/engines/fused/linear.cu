@@ -67,6 +67,13 @@ template <class W> INLINE void turn(Fragment<W>& w) {
     }
 }
 
+// Asks for COUNT bytes, contiguous and a multiple of 16, to come to L2.
+INLINE void prefetch_bytes(const void* from, int count) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(count) : "memory");
+#endif
+}
+
 // What a lane holds of eight columns of x: of row lane / 4, and of the row eight further on.
 struct Columns { uint4 low, high; };
 
@@ -183,6 +190,18 @@ INLINE void linear(const LinearArgs& args) {
     };
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) load(w[i], k0 + i * WARPS * 32);
+    // What registers cannot hold comes to L2 at least, while the launch before still computes
+    if constexpr (STEPS > AHEAD && !ACROSS) {
+        constexpr int LAST = N % (8 * TILES) ? N % (8 * TILES) : 8 * TILES;
+        const int rows_here = first + 8 * TILES > N ? LAST : 8 * TILES;
+        if (threadIdx.x < WEIGHTS) {
+            const W* weight = (const W*)which(args.weight, EPILOGUE == GATE ? threadIdx.x : segment);
+            prefetch_bytes(weight + (long long)first * K, rows_here * K * (int)sizeof(W));
+        }
+    } else if constexpr (STEPS > AHEAD && sizeof(W) == 2) {
+        for (int k = AHEAD * WARPS * 32 + threadIdx.x; k < K; k += 32 * WARPS)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(rows[0] + (long long)k * N + first));
+    }
 
     // Thread o gives output o % (8 * TILES) of row o / (8 * TILES).
     const int row = threadIdx.x / (8 * TILES), n = threadIdx.x % (8 * TILES);
