@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastgen.capturing import lasting
-from fastgen.seq2seq import DecoderShape
+from fastgen.graphs.shape import Shape
 from fastgen.target import Target
 
 
@@ -34,7 +34,7 @@ class Bucket:
     """
 
     def __init__(
-        self, shape: DecoderShape, target: Target, device: torch.device, size: BucketSize
+        self, shape: Shape, target: Target, device: torch.device, size: BucketSize
     ) -> None:
         self.shape, self.target, self.device, self.size = shape, target, device, size
         self.dtype = getattr(torch, target.dtype)

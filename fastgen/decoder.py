@@ -12,9 +12,9 @@ import torch
 from fastgen.bucket import Bucket, BucketPool, BucketSize
 from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Binding, Engine, NotFused
+from fastgen.graphs.shape import LAST_STATE, Shape, state_names
 from fastgen.kv_cache import LeasedCache
 from fastgen.options import EngineOptions
-from fastgen.seq2seq import LAST_STATE, DecoderShape, state_names
 from fastgen.target import Target
 
 _PREFILL_TOKENS = 4096  # of all rows, that one run over a prompt reads
@@ -51,7 +51,7 @@ class Decoder(Capturing):
 
     def __init__(
         self,
-        shape: DecoderShape,
+        shape: Shape,
         target: Target,
         device: torch.device,
         cross: Engine | None,

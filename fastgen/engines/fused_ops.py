@@ -1,4 +1,4 @@
-"""The vocabulary of ``ops.py`` as launches of fused CUDA kernels: about eight a layer.
+"""The vocabulary of ``ops/`` as launches of fused CUDA kernels: about eight a layer.
 
 Family code runs through ``FusedOps`` unchanged, over torch tensors. It is lazy: norms, products and
 activations stay descriptions until something needs their numbers, and then become one launch with
@@ -53,7 +53,7 @@ class _Builder:
 
 
 class FusedOps:
-    """Records the launches of one step; the methods are those of ``ops.Ops``."""
+    """Records the launches of one step; the methods are those of ``ops.standard.Ops``."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from fastgen.engines.weight_inputs import in_place, weights_as_inputs
 from fastgen.errors import EngineError, MissingRuntimeError
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 from fastgen.options import EngineOptions
 
 _log = logging.getLogger("fastgen.tensorrt")
@@ -96,7 +96,7 @@ class Range(NamedTuple):
 
 
 Profile = Mapping[str, Range]
-"""Range of each free axis of a Graph, by the axis's letter (see ``fastgen.seq2seq``)."""
+"""Range of each free axis of a Graph, by the axis's letter (see ``fastgen.graphs.shape``)."""
 
 
 def profiles(graph: Graph, options: EngineOptions) -> list[Profile]:

@@ -21,11 +21,12 @@ from transformers.models.t5.modeling_t5 import T5Attention as StockT5Attention
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from fastgen.errors import UnsupportedConfigError
+from fastgen.graphs.shape import Shape
 from fastgen.modeling_seq2seq import FastSeq2SeqLM
 from fastgen.models.layers import Embedding, Linear, RMSNorm, WideLinear
-from fastgen.ops import KVSlots, Ops, Value
+from fastgen.ops.standard import Ops
+from fastgen.ops.values import KVSlots, Value
 from fastgen.pretrained import FastTask
-from fastgen.seq2seq import DecoderShape
 from fastgen.stacks import FastDecoder, FastEncoder
 
 
@@ -232,7 +233,7 @@ class DecoderStack(nn.Module):
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         layers = config.num_decoder_layers
         tables = layers if bias_in_every_layer else min(1, layers)
-        self.shape = DecoderShape(
+        self.shape = Shape(
             layers=layers,
             heads=config.num_heads,
             head_size=config.d_kv,

@@ -4,8 +4,59 @@ from typing import Any
 
 from onnxscript import nn
 
-from fastgen.ops import KVSlots, Ops, Value
-from fastgen.seq2seq import LAST_STATE, DecoderShape
+from fastgen.graphs.graph import TensorSpec
+from fastgen.graphs.shape import LAST_STATE, Shape, state_names
+from fastgen.ops.standard import Ops
+from fastgen.ops.values import KVSlots, Value
+from fastgen.target import Target
+
+
+def decoder_specs(
+    target: Target,
+    shape: Shape,
+    slot_mask: bool,
+    slots: int | None = None,
+    states: bool = False,
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of the decoder graph.
+
+    Args:
+        slot_mask: adds a mask over KV cache slots, as some Targets always do.
+        slots: how many slots there are, which Targets of ``static_slots`` must know; None leaves
+            the axis free.
+        states: makes hidden states outputs too.
+    """
+    if target.static_slots and slots is None:
+        raise ValueError(f"{target.backend} compiles a decoder graph for one number of KV slots")
+    length = "L" if slots is None else slots
+    first_slot = ("int32", (1,)) if target.appends_in_attention else ("int64", ("B",))
+    inputs = [
+        TensorSpec("input_ids", "int64", ("B", "Q")),
+        TensorSpec("query_positions", "int64", ("Q", 1)),
+        TensorSpec("slot_positions", "int64", (1, length)),
+        TensorSpec("first_slot", *first_slot),
+    ]
+    if shape.source:
+        inputs.append(TensorSpec("cross_mask", target.dtype, ("B", 1, "Q", "S")))
+    else:
+        inputs += [TensorSpec("row_start", "int64", ("B", 1)), TensorSpec("kept", "int64", ("K",))]
+    if slot_mask or target.always_masked:
+        inputs.append(TensorSpec("slot_mask", target.dtype, ("B", 1, "Q", length)))
+    inputs += [TensorSpec(name, target.dtype, axes) for name, axes in shape.tables.items()]
+    self_axes, cross_axes = shape.kv_axes(target, length), shape.kv_axes(target, "S")
+    inputs += [TensorSpec(name, target.dtype, self_axes) for name in shape.kv_names("self")]
+    if shape.source:
+        inputs += [TensorSpec(name, target.dtype, cross_axes) for name in shape.kv_names("cross")]
+    name, width = shape.output
+    outputs = [TensorSpec(name, target.dtype, ("B", "Q" if shape.source else "K", width))]
+    if states:
+        axes = "B", "Q", shape.width
+        if name != LAST_STATE:
+            outputs.append(TensorSpec(LAST_STATE, target.dtype, axes))
+        names = state_names(shape.layers)
+        outputs += [TensorSpec(name, target.residual_dtype, axes) for name in names]
+    outputs += [TensorSpec(name, target.dtype, self_axes) for name in shape.kv_names("present")]
+    return inputs, outputs
 
 
 class Step:
@@ -62,7 +113,7 @@ class Step:
 class DecoderRoot(nn.Module):
     """Base of a decoder-only family's graph: a subclass gives ``shape``, ``hidden``, ``head``."""
 
-    shape: DecoderShape
+    shape: Shape
 
     def hidden(self, op: Ops, step: Step) -> Value:
         """Hidden states [B, Q, E] behind the final norm."""

@@ -11,11 +11,12 @@ import torch
 from onnxscript import nn
 from transformers.activations import ACT2FN
 
-from fastgen import graph as graphs
 from fastgen.engines.onnxruntime import OnnxRuntimeEngine
 from fastgen.errors import UnsupportedConfigError
-from fastgen.graph import Graph, TensorSpec
-from fastgen.ops import KVSlots, Ops
+from fastgen.graphs import graph as graphs
+from fastgen.graphs.graph import Graph, TensorSpec
+from fastgen.ops.standard import Ops
+from fastgen.ops.values import KVSlots
 from fastgen.options import EngineOptions
 from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
 from tests.standard import cpu_target

@@ -1,6 +1,6 @@
 """The vocabulary families are written in, lowered to standard ONNX.
 
-``contrib_ops.py`` lowers the same vocabulary to ONNX Runtime's own operators, where there are any.
+``contrib.py`` lowers the same vocabulary to ONNX Runtime's own operators, where there are any.
 
 Shapes: B batch rows, Q query tokens, L KV cache slots, K keys read, H heads, D head size, E model
 width. Every value carries its dtype, so that casts appear only where dtypes really differ.
@@ -8,17 +8,15 @@ width. Every value carries its dtype, so that casts appear only where dtypes rea
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder
 
 from fastgen.errors import UnsupportedConfigError
+from fastgen.ops.values import KVSlots, Value
 from fastgen.target import Target
-
-Value: TypeAlias = Any  # an onnx_ir.Value, whose package carries no types
 
 # A wide result is scaled before it becomes float16: up to 16 million fits, and what small ones lose
 # (8e-6) is far below the residual stream they are added to.
@@ -30,15 +28,6 @@ _TORCH_DTYPES = {
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
 }
-
-
-@dataclass(frozen=True)
-class KVSlots:
-    """One layer's KV buffers and where the query tokens' keys and values go."""
-
-    key: Value  # Target.kv_shape, or its BLHD axes H and D merged
-    value: Value
-    first_slot: Value  # int32 [1] on the CPU (also the filled length), int64 [B] on a GPU
 
 
 class Ops:

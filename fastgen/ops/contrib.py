@@ -1,10 +1,11 @@
-"""The vocabulary of ``ops.py`` in ONNX Runtime's own operators; the only file that knows them."""
+"""The vocabulary of ``ops/`` in ONNX Runtime's own operators; the only file that knows them."""
 
 import torch
 from onnx_ir import DataType
 from onnxscript import GraphBuilder
 
-from fastgen.ops import KVSlots, Ops, Value, is_power_of_two
+from fastgen.ops.standard import Ops, is_power_of_two
+from fastgen.ops.values import KVSlots, Value
 from fastgen.target import Target
 
 
