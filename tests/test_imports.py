@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"errors", "target"},
     "graphs": {"errors", "ops", "target"},
     "engines": {
-        *("cuda", "engine_cache", "errors", "graphs", "options", "processes", "runtime"),
+        *("cuda", "engine_cache", "errors", "graphs", "ops", "options", "processes", "runtime"),
         "target",
     },
     "bucket": {"capturing", "graphs", "target"},

@@ -113,7 +113,7 @@ def profiles(graph: Graph, options: EngineOptions) -> list[Profile]:
     # Exactly one query, or TensorRT for RTX 1.7 copies the KV buffers before each attention. Of the
     # rest, steps of a few beams run most often
     several = Range(1, min(4, slots), slots)
-    return [{**axes, "Q": Range(1, 1, 1)}, {**axes, "Q": several}]
+    return [{**axes, "Q": queries, "K": queries} for queries in (Range(1, 1, 1), several)]
 
 
 @dataclass(frozen=True)

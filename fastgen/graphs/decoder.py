@@ -1,5 +1,12 @@
-"""What a decoder-only family writes its layers with: a Step, made here of the graph's inputs."""
+"""The decoder graph: its tensors, and what a family writes its layers with, a Step.
 
+A family's ``DecoderRoot`` computes hidden states and logits; the graph's inputs and outputs, KV
+slots and source are made and handed to it here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from onnxscript import nn
@@ -7,7 +14,7 @@ from onnxscript import nn
 from fastgen.graphs.graph import TensorSpec
 from fastgen.graphs.shape import LAST_STATE, Shape, state_names
 from fastgen.ops.standard import Ops
-from fastgen.ops.values import KVSlots, Value
+from fastgen.ops.values import Bias, KVSlots, Value
 from fastgen.target import Target
 
 
@@ -39,7 +46,9 @@ def decoder_specs(
     if shape.source:
         inputs.append(TensorSpec("cross_mask", target.dtype, ("B", 1, "Q", "S")))
     else:
-        inputs += [TensorSpec("row_start", "int64", ("B", 1)), TensorSpec("kept", "int64", ("K",))]
+        inputs.append(TensorSpec("row_start", "int64", ("B", 1)))
+    if shape.vocab_size is not None:
+        inputs.append(TensorSpec("kept", "int64", ("K",)))
     if slot_mask or target.always_masked:
         inputs.append(TensorSpec("slot_mask", target.dtype, ("B", 1, "Q", length)))
     inputs += [TensorSpec(name, target.dtype, axes) for name, axes in shape.tables.items()]
@@ -48,7 +57,8 @@ def decoder_specs(
     if shape.source:
         inputs += [TensorSpec(name, target.dtype, cross_axes) for name in shape.kv_names("cross")]
     name, width = shape.output
-    outputs = [TensorSpec(name, target.dtype, ("B", "Q" if shape.source else "K", width))]
+    rows = "Q" if shape.vocab_size is None else "K"
+    outputs = [TensorSpec(name, target.dtype, ("B", rows, width))]
     if states:
         axes = "B", "Q", shape.width
         if name != LAST_STATE:
@@ -65,28 +75,30 @@ class Step:
     def __init__(
         self,
         op: Ops,
+        shape: Shape,
         input_ids: Value,
         query_positions: Value,
         slot_positions: Value,
         first_slot: Value,
-        row_start: Value,
+        row_start: Value | None = None,
         slot_mask: Value | None = None,
         **buffers: Value,
     ) -> None:
-        """The arguments are the inputs of ``decoder_specs`` without a source."""
+        """The arguments are the inputs of ``decoder_specs``."""
         self.ids = input_ids
         """Token ids [B, Q]."""
-        self.positions = op.row_positions(query_positions, row_start)
-        """Positions in their rows [B, Q], at least 0."""
         self.results: dict[str, Value] = {}
         """What the graph gives, by name."""
+        self._op, self._shape = op, shape
+        self._bias = Bias(query_positions, slot_positions, row_start, slot_mask)
         self._buffers, self._first_slot = buffers, first_slot
-        places = op.visible_slots(slot_positions, input_ids, first_slot, axis=1)
-        self._bias = op.causal_bias(query_positions, places, row_start)
-        if slot_mask is not None:
-            mask = op.visible_slots(slot_mask, input_ids, first_slot, axis=3)
-            self._bias = op.add(self._bias, mask)
-        self._layers = self._states = 0
+        self._with_tables: dict[int, Bias] = {}
+        self._layers = self._cross_layers = self._states = 0
+
+    @cached_property
+    def positions(self) -> Value:
+        """Positions in their rows [B, Q], at least 0; with a source [1, Q]."""
+        return self._op.row_positions(self._bias.query_positions, self._bias.row_start)
 
     def reads(self, residual: Value) -> None:
         """Say what the next block reads: its hidden state."""
@@ -94,10 +106,21 @@ class Step:
         self._states += 1
 
     def attend(
-        self, op: Ops, q: Value, k: Value, v: Value, heads: int, scale: float = 1.0
+        self,
+        op: Ops,
+        q: Value,
+        k: Value,
+        v: Value,
+        heads: int,
+        scale: float = 1.0,
+        table: int | None = None,
     ) -> Value:
         """The next layer's attention of [B, Q, H*D] queries over all tokens so far: writes the KV
-        slots of its keys and values."""
+        slots of its keys and values.
+
+        Args:
+            table: which of the family's position tables is added to the scores; None: none.
+        """
         layer = self._layers
         self._layers += 1
         slots = KVSlots(
@@ -105,13 +128,30 @@ class Step:
             self._buffers[f"self_value.{layer}"],
             self._first_slot,
         )
-        y, key, value = op.cached_attention(q, k, v, slots, self._bias, heads, scale)
+        bias = self._bias if table is None else self._with_table(table)
+        y, key, value = op.cached_attention(q, k, v, slots, bias, heads, scale)
         self.results |= {f"present_key.{layer}": key, f"present_value.{layer}": value}
         return y
 
+    def _with_table(self, index: int) -> Bias:
+        if index not in self._with_tables:
+            name, axes = [*self._shape.tables.items()][index]
+            reach = axes[-1] - 2  # distances 0, 1 and -reach .. -1
+            bias = replace(self._bias, table=self._buffers[name], reach=reach)
+            self._with_tables[index] = bias
+        return self._with_tables[index]
+
+    def attend_source(self, op: Ops, q: Value, heads: int, scale: float = 1.0) -> Value:
+        """The next layer's attention of [B, Q, H*D] queries over the source."""
+        layer = self._cross_layers
+        self._cross_layers += 1
+        key, value = (self._buffers[f"cross_{name}.{layer}"] for name in ("key", "value"))
+        return op.attention(q, key, value, self._buffers["cross_mask"], heads, scale)
+
 
 class DecoderRoot(nn.Module):
-    """Base of a decoder-only family's graph: a subclass gives ``shape``, ``hidden``, ``head``."""
+    """Base of a family's decoder: a subclass gives ``shape``, ``hidden``, and unless it is a stack
+    alone ``head``; with a source ``source``, and ``tables`` if it has any."""
 
     shape: Shape
 
@@ -123,10 +163,32 @@ class DecoderRoot(nn.Module):
         """Hidden states [B, K, E] -> logits [B, K, V]."""
         raise NotImplementedError
 
-    def decode(self, op: Ops, kept: Value, **inputs: Any) -> dict[str, Value]:
-        """Query tokens [B, Q] over KV cache slots -> logits [B, K, V] of those that are kept,
-        hidden states and the KV buffers."""
-        step = Step(op, **inputs)
+    def source(self, op: Ops, encoded: Value) -> Sequence[tuple[Value, Value]]:
+        """The encoder's hidden states [B, S, E] -> each layer's keys and values [B, S, H*D]."""
+        raise NotImplementedError
+
+    def tables(self, op: Ops) -> Sequence[Value]:
+        """Position tables [1, H, T], as many as ``shape.tables`` names."""
+        return ()
+
+    def cross(
+        self, op: Ops, encoder_hidden_states: Value, attention_mask: Value
+    ) -> dict[str, Value]:
+        """The cross graph: what stays the same for all tokens of one ``generate``."""
+        results = {"cross_mask": op.mask_bias(attention_mask)}
+        results |= zip(self.shape.tables, self.tables(op), strict=True)
+        heads, head_size = self.shape.heads, self.shape.head_size
+        for layer, kv in enumerate(self.source(op, encoder_hidden_states)):
+            key, value = (op.as_kv(x, heads, head_size) for x in kv)
+            results |= {f"cross_key.{layer}": key, f"cross_value.{layer}": value}
+        return results
+
+    def decode(self, op: Ops, kept: Value | None = None, **inputs: Any) -> dict[str, Value]:
+        """The decoder graph: query tokens [B, Q] over KV cache slots -> hidden states, the KV
+        buffers, and where there is a head logits [B, K, V] of the tokens that are kept."""
+        step = Step(op, self.shape, **inputs)
         hidden = self.hidden(op, step)
-        logits = self.head(op, op.rows_kept(hidden, kept))
-        return step.results | {LAST_STATE: hidden, "logits": logits}
+        results = step.results | {LAST_STATE: hidden}
+        if self.shape.vocab_size is not None:
+            results["logits"] = self.head(op, op.rows_kept(hidden, kept))
+        return results
