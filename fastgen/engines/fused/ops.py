@@ -25,6 +25,7 @@ from fastgen.engines.fused.values import (
     Residual,
     pointer,
 )
+from fastgen.ops.values import Bias, KVSlots
 
 MAX_SLOTS = 8192  # a block keeps the bias of its slots in shared memory
 MAX_HEAD_SIZE = 256
@@ -33,19 +34,6 @@ MAX_HEAD_SIZE = 256
 def head_size_served(head_size: int) -> bool:
     """Whether the attention kernels serve heads of this size."""
     return 16 <= head_size <= MAX_HEAD_SIZE and head_size % 8 == 0
-
-
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, eq=False)
-class OldBias:
-    query_positions: Any
-    slot_positions: Any
-    row_start: Any
-    mask: Any
-    table: Any
-    reach: int
 
 
 class FusedOps(Products):
@@ -167,8 +155,6 @@ class FusedOps(Products):
         return residual
 
     def add(self, x: Embedded, y: Placed) -> Embedded:
-        if isinstance(x, OldBias):
-            return replace(x, mask=y)
         if not isinstance(x, Embedded) or x.places is not None or not isinstance(y, Placed):
             raise NotFused("a sum that is not of tokens' and positions' rows")
         return replace(x, places=y)
@@ -245,15 +231,6 @@ class FusedOps(Products):
 
     # Attention
 
-    def position_bias(self, table, query_positions, key_positions, low, high):  # type: ignore
-        return OldBias(query_positions, key_positions, None, None, table, -low)
-
-    def causal_bias(self, query_positions, places, row_start):  # type: ignore
-        return OldBias(query_positions, places, row_start, None, None, 0)
-
-    def visible_slots(self, x, ids, first_slot, axis):  # type: ignore
-        return x
-
     def attention(
         self,
         q: Product,
@@ -274,12 +251,11 @@ class FusedOps(Products):
         q: Product | Part,
         k: Product | Part,
         v: Product | Part,
-        slots: Any,
-        bias: Any,
+        slots: KVSlots,
+        bias: Bias,
         heads: int,
         scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``bias`` is a ``Bias``: by a table of distances, or causal from where rows start."""
         products = _side_by_side(q, k, v)
         fused = self._buffer("query, key, value", sum(p.sizes[1] for p in products))
         self._linear(fused, products, "STORE")
