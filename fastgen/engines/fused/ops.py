@@ -78,7 +78,9 @@ class FusedOps(Products):
             shared_bytes += 2 * share
         warps, unroll = self._attention_block(head_size, heads, queries, share)
         if shared_bytes + 4 * (head_size + 2) * (warps + splits) > STATIC_SHARED - 256:
-            raise NotFused(f"heads of {head_size} over {slots} slots exceed a block's shared memory")
+            raise NotFused(
+                f"heads of {head_size}, {slots} slots: more than a block's shared memory"
+            )
         sizes = f"{head_size}, {warps}, {splits}, {unroll}, {queries}"
         body = f"attention<{sizes}, {str(own).lower()}, {str(masked).lower()}>"
         grid = heads * splits, self._rows // queries

@@ -36,12 +36,12 @@ class Products(Recorder):
         self._check_products(products, epilogue)
         product = products[0]
         x, weight, (inputs, outputs) = product.x, product.weight, product.sizes
-        warps = min(max(-(-inputs // 128), 8), 32)  # four loads each, if a block holds so many
         args = LinearArgs(y=y.data_ptr(), scale=product.scale)
         args.weight[: len(products)] = [product.weight.data_ptr() for product in products]
         args.bias[: len(products)] = [pointer(product.bias) for product in products]
         gated = epilogue == "GATE"
         segments, weights = (1, 2) if gated else (len(products), 1)
+        warps = self._warps(inputs)
         tiles = self._tiles(outputs * segments, warps, weights, product.across)
         norm = "NONE"
         if isinstance(x, Normed) and not self._norms_inside(inputs, warps, 8 * tiles * weights):
@@ -67,6 +67,10 @@ class Products(Recorder):
             raise NotFused("products of one input that differ in shape, dtype or scale")
         if epilogue == "GATE" and products[0].across:
             raise NotFused("gated products of [in, out] weights")
+
+    def _warps(self, inputs: int) -> int:
+        """Warps that share out a row of weights: four loads each, if a block holds so many."""
+        return min(max(-(-inputs // 128), 8), 32)
 
     def _tiles(self, outputs: int, warps: int, weights: int, across: bool) -> int:
         """Tiles of eight outputs that one block computes. Several read the input less often, which
@@ -94,7 +98,7 @@ class Products(Recorder):
             raise NotFused(f"a norm of width {width}: fused kernels serve {MAX_WIDTH}")
         y = self._buffer("normed", width)
         args = LinearArgs(y=y.data_ptr())
-        warps = min(max(-(-width // 128), 8), 32)
+        warps = self._warps(width)
         body = f"norm<{self._begin_norm(x, args)}, {width}, {warps}>"
         self._launch(body, (self._rows, 1), 32 * warps, args)
         return y
