@@ -12,6 +12,8 @@ import torch
 from fastgen.bucket import Bucket, BucketPool, BucketSize
 from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Binding, Engine, NotFused
+from fastgen.engines.fused.engine import FusedEngine
+from fastgen.engines.fused.prompt import KERNEL_ROWS
 from fastgen.graphs.shape import LAST_STATE, Shape, state_names
 from fastgen.kv_cache import LeasedCache
 from fastgen.options import EngineOptions
@@ -31,6 +33,30 @@ class Step:
 
     run: Callable[[], None]
     after: Any
+
+
+class Prompt:
+    """Tokens of a prompt, at most [B, Q], over a bucket's slots, and what runs them."""
+
+    def __init__(self, fused: FusedEngine, bucket: Bucket, queries: int, filled: int) -> None:
+        ids = torch.zeros(bucket.size.batch, queries, dtype=torch.int64, device=bucket.device)
+        self._ids, self._places = ids, torch.arange(queries, device=bucket.device)
+        self._positions = self._places.clone()
+        names = "slot_positions", "first_slot", "row_start"
+        shared = {name: bucket.tensors[name] for name in names}
+        shared |= {name: bucket.tensors[name] for name in bucket.shape.kv_names("self")}
+        own = {"input_ids": ids, "query_positions": self._positions[:, None]}
+        self.run = fused.bind_prompt(shared | own, filled).run
+
+    def with_run(self, run: Callable[[], None]) -> "Prompt":
+        """The same, run by another function: the replay of what it queues."""
+        self.run = run
+        return self
+
+    def fill(self, input_ids: torch.Tensor, length: int) -> None:
+        """Let these tokens follow ``length`` others; behind them are some that nobody reads."""
+        self._ids[:, : input_ids.shape[1]] = input_ids
+        torch.add(self._places, length, out=self._positions)
 
 
 class DecoderEngines(Protocol):
@@ -55,7 +81,7 @@ class Decoder(Capturing):
         device: torch.device,
         cross: Engine | None,
         decoder: DecoderEngines,
-        fused: Engine | None,
+        fused: FusedEngine | None,
         options: EngineOptions,
     ) -> None:
         """
@@ -275,6 +301,8 @@ class Decoder(Capturing):
             last = max(1, last)
         outputs = self._outputs(batch, queries, last, states)
         bucket.tensors["first_slot"].fill_(length)
+        if last == 0 and not states and self._runs_prompt(bucket, input_ids, length):
+            return outputs
         tensors = bucket.tensors | {
             "input_ids": input_ids.contiguous(),
             "query_positions": positions[:, None],
@@ -289,6 +317,31 @@ class Decoder(Capturing):
             tensors["slot_mask"] = torch.zeros(shape, dtype=bucket.dtype, device=self.device)
         self.decoder(False, bucket.size.slots, states).bind(tensors).run()
         return outputs
+
+    def _runs_prompt(self, bucket: Bucket, input_ids: torch.Tensor, length: int) -> bool:
+        """Run tokens [B, Q] of a prompt by fused kernels, if they serve it: as one captured graph
+        for each padded size, where launching takes longest."""
+        if self.fused is None or self.shape.source:
+            return False
+        batch, queries = input_ids.shape
+        padded = self.sources_for(queries)
+        captured = self.captures and batch * padded <= KERNEL_ROWS
+        if not captured:
+            padded = queries
+        key = "prompt", padded, None if captured else length
+        fused = self.fused
+
+        def make() -> Prompt:
+            prompt = Prompt(fused, bucket, padded, length)
+            return prompt.with_run(self._captured(prompt.run)) if captured else prompt
+
+        try:
+            prompt = self._step(bucket, key, make)
+        except NotFused:  # a size, say: the decoder engine serves all
+            return False
+        prompt.fill(input_ids, length)
+        prompt.run()
+        return True
 
     def step(self, bucket: Bucket) -> Callable[[], None]:
         """The function that runs one step over the bucket's tensors: a graph replay on a GPU."""

@@ -15,6 +15,7 @@ from fastgen.bucket import Bucket
 from fastgen.decoder import Decoder
 from fastgen.encoder import Encoder
 from fastgen.engines import Engine, NoEngine, too_large
+from fastgen.engines.fused.engine import FusedEngine
 from fastgen.fallback import Asked, report
 from fastgen.generation import with_signature
 from fastgen.graphs.decoder import decoder_specs
@@ -243,7 +244,7 @@ class FastDecoder(EngineModule):
 
 
 def build_decoder(
-    module: Any, target: Target, shape: Shape, name: str, fused: Engine | None = None
+    module: Any, target: Target, shape: Shape, name: str, fused: FusedEngine | None = None
 ) -> Decoder:
     """The decoder over the parameters of a module that has a ``_decoder_root``.
 

@@ -12,6 +12,7 @@ struct EmbeddingArgs {
     float* residual;             // [ROWS, E]
     float scale;                 // of the tokens' rows
     int width, offset;           // offset: of positions in the table
+    int known, queries;          // rows of that table; QUERIES
 };
 
 INLINE void embedding(const EmbeddingArgs& args) {
@@ -21,7 +22,7 @@ INLINE void embedding(const EmbeddingArgs& args) {
     if (place) {
         const long long start = args.row_start ? args.row_start[blockIdx.x / QUERIES] : 0;
         const long long position = max(args.positions[blockIdx.x % QUERIES] - start, 0ll);
-        place += (position + args.offset) * args.width;
+        place += min(position + args.offset, args.known - 1ll) * args.width;  // padding lies beyond
     }
     for (int e = threadIdx.x; e < args.width; e += blockDim.x) {
         const float x = args.scale * to_float(row[e]);
@@ -42,7 +43,7 @@ struct AttentionArgs {
     const long long* first_slot;       // SELF: [B], where the new keys and values go
     const long long* row_start;        // SELF: [B], the first position that is seen; or null
     T* y;                              // [ROWS, H * D]
-    int heads, slots, stride, span, reach;
+    int heads, slots, stride, span, reach, queries;
     float scale;  // of the products of queries and keys
 };
 

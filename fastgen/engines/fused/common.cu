@@ -3,7 +3,7 @@
 // The engine puts these definitions in front of this file:
 //   T        type of activations: bf16, fp16 or float
 //   ROWS     activation rows, batch * queries, 1 to 16
-//   QUERIES  query tokens that share one row's KV buffer
+//   QUERIES  query tokens that share one row's KV buffer: a number, or what the arguments say
 // behind it linear.cu and attention.cu, and last one extern "C" kernel for each instantiation.
 //
 // Programmatic dependent launch: a kernel starts while the ones before it still run. Until

@@ -9,6 +9,7 @@ from fastgen.engine_cache import EngineCache
 from fastgen.engines import NotFused, nvrtc
 from fastgen.engines.fused.ops import MAX_HEAD_SIZE, MAX_SLOTS, FusedOps, head_size_served
 from fastgen.engines.fused.products import TILE_ROWS
+from fastgen.engines.fused.prompt import PromptOps
 from fastgen.engines.fused.wide import MAX_ROWS, WideOps
 from fastgen.engines.nvrtc import Launch, Program
 from fastgen.target import Target
@@ -76,6 +77,25 @@ class FusedEngine:
         inputs = {name: tensor for name, tensor in tensors.items() if name != "logits"}
         results = self._call(ops, **inputs)
         ops.store(results["logits"], tensors["logits"])
+        return self._compiled(ops)
+
+    def bind_prompt(self, tensors: Mapping[str, torch.Tensor], filled: int) -> "FusedBinding":
+        """``bind`` for tokens [B, Q] of a prompt, behind ``filled`` slots, that give keys and
+        values and nothing else.
+
+        Raises:
+            NotFused: some size or operation is not served.
+        """
+        slots, device = tensors["slot_positions"].shape[1], tensors["input_ids"].device
+        head_size = self._call.__self__.shape.head_size  # type: ignore[attr-defined]
+        if reason := supports(self.target, device, 1, 1, slots, head_size):
+            raise NotFused(reason)
+        ops = PromptOps(self.target, self._parameters, tensors, filled)
+        self._call(ops, **tensors)
+        ops.trim()
+        return self._compiled(ops)
+
+    def _compiled(self, ops: FusedOps) -> "FusedBinding":
         return FusedBinding(ops, nvrtc.program(ops.source(), ops.device, self._engine_cache))
 
 

@@ -66,6 +66,7 @@ class FusedOps(Products):
             heads=heads,
             slots=slots,
             stride=q.shape[1],
+            queries=self._queries,
             **args,
         )
         splits = self._splits(slots, heads)
@@ -148,9 +149,11 @@ class FusedOps(Products):
             residual=residual.tensor.data_ptr(),
             scale=x.scale,
             width=x.weight.shape[1],
+            queries=self._queries,
         )
         if places is not None:
             args.places, args.offset = places.weight.data_ptr(), places.offset
+            args.known = len(places.weight)
             args.positions = places.positions.places.data_ptr()
             args.row_start = pointer(places.positions.row_start)
         self._launch("embedding", (self._rows, 1), 256, args)
@@ -258,11 +261,9 @@ class FusedOps(Products):
         heads: int,
         scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        products = _side_by_side(q, k, v)
-        fused = self._buffer("query, key, value", sum(p.sizes[1] for p in products))
-        self._linear(fused, products, "STORE")
+        rows = self._query_key_value(q, k, v)
         attended = self._attention(
-            *(fused, slots.key, slots.value, heads),
+            *(rows, slots.key, slots.value, heads),
             table=pointer(bias.table),
             mask=pointer(bias.mask),
             query_positions=bias.query_positions.data_ptr(),
@@ -274,6 +275,15 @@ class FusedOps(Products):
             scale=scale,
         )
         return attended, slots.key, slots.value
+
+    def _query_key_value(
+        self, q: Product | Part, k: Product | Part, v: Product | Part
+    ) -> torch.Tensor:
+        """Launch the products of attention: [rows, 3 * H * D]."""
+        products = _side_by_side(q, k, v)
+        rows = self._buffer("query, key, value", sum(p.sizes[1] for p in products))
+        self._linear(rows, products, "STORE")
+        return rows
 
     def store(self, x: Product, y: torch.Tensor) -> None:
         """Give the step's result ``x`` in the tensor ``y`` [B, Q, outputs]."""

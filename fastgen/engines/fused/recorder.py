@@ -52,9 +52,14 @@ class Recorder:
         """Rows of the products that kernels compute."""
         return self._rows
 
+    @property
+    def query_count(self) -> int | str:
+        """Query tokens that share a row's KV buffer, as kernels read it."""
+        return self._queries
+
     def source(self) -> str:
         """CUDA source of every kernel that the recorded launches name."""
-        head = {"T": ELEMENTS[self._dtype], "ROWS": self._tile_rows, "QUERIES": self._queries}
+        head = {"T": ELEMENTS[self._dtype], "ROWS": self._tile_rows, "QUERIES": self.query_count}
         lines = [f"#define {name} {value}" for name, value in head.items()]
         folder = files("fastgen.engines.fused")
         lines += [folder.joinpath(name).read_text() for name in _SOURCES]

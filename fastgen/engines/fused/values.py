@@ -106,7 +106,7 @@ class EmbeddingArgs(ctypes.Structure):
     _fields_ = [
         *(("ids", _POINTER), ("weight", _POINTER), ("places", _POINTER), ("positions", _POINTER)),
         *(("row_start", _POINTER), ("residual", _POINTER), ("scale", _FLOAT)),
-        *(("width", _INT), ("offset", _INT)),
+        *(("width", _INT), ("offset", _INT), ("known", _INT), ("queries", _INT)),
     ]
 
 
@@ -127,7 +127,7 @@ class AttentionArgs(ctypes.Structure):
         *(("table", _POINTER), ("mask", _POINTER), ("query_positions", _POINTER)),
         *(("slot_positions", _POINTER), ("first_slot", _POINTER), ("row_start", _POINTER)),
         *(("y", _POINTER), ("heads", _INT), ("slots", _INT), ("stride", _INT)),
-        *(("span", _INT), ("reach", _INT), ("scale", _FLOAT)),
+        *(("span", _INT), ("reach", _INT), ("queries", _INT), ("scale", _FLOAT)),
     ]
 
 
