@@ -67,13 +67,6 @@ template <class W> INLINE void turn(Fragment<W>& w) {
     }
 }
 
-// Asks for COUNT bytes, contiguous and a multiple of 16, to come to L2.
-INLINE void prefetch_bytes(const void* from, int count) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(count) : "memory");
-#endif
-}
-
 // What a lane holds of eight columns of x: of row lane / 4, and of the row eight further on.
 struct Columns { uint4 low, high; };
 
@@ -167,7 +160,7 @@ INLINE void linear(const LinearArgs& args) {
     constexpr int FIT = 16 / (ALL * (int)sizeof(W));  // 32 registers of weights ahead
     constexpr int AHEAD = FIT < 1 ? 1 : FIT < STEPS ? FIT : STEPS;
     constexpr int BLOCKS = (N + 8 * TILES - 1) / (8 * TILES), OUTPUTS = 8 * TILES * ROWS;
-    static_assert(OUTPUTS <= WARPS * 32, "one output a thread");
+    constexpr int EACH = (OUTPUTS + WARPS * 32 - 1) / (WARPS * 32);  // outputs of a thread
     __shared__ alignas(16) T normed[NORM ? ROWS * (K + PAD) : 1];
     __shared__ float sums[WARPS][ALL * 8 * ROWS];
 
@@ -190,27 +183,22 @@ INLINE void linear(const LinearArgs& args) {
     };
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) load(w[i], k0 + i * WARPS * 32);
-    // What registers cannot hold comes to L2 at least, while the launch before still computes
-    if constexpr (STEPS > AHEAD && !ACROSS) {
-        constexpr int LAST = N % (8 * TILES) ? N % (8 * TILES) : 8 * TILES;
-        const int rows_here = first + 8 * TILES > N ? LAST : 8 * TILES;
-        if (threadIdx.x < WEIGHTS) {
-            const W* weight = (const W*)which(args.weight, EPILOGUE == GATE ? threadIdx.x : segment);
-            prefetch_bytes(weight + (long long)first * K, rows_here * K * (int)sizeof(W));
-        }
-    } else if constexpr (STEPS > AHEAD && sizeof(W) == 2) {
-        for (int k = AHEAD * WARPS * 32 + threadIdx.x; k < K; k += 32 * WARPS)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(rows[0] + (long long)k * N + first));
-    }
 
-    // Thread o gives output o % (8 * TILES) of row o / (8 * TILES).
-    const int row = threadIdx.x / (8 * TILES), n = threadIdx.x % (8 * TILES);
-    const bool gives = threadIdx.x < OUTPUTS && first + n < N;
-    float bias[WEIGHTS] = {};
-    if (BIAS && gives)
+    // Output o is that of column o % (8 * TILES) and row o / (8 * TILES).
+    const auto gives = [&](int o) { return o < OUTPUTS && first + o % (8 * TILES) < N; };
+    const auto place = [&](int o) {
+        return (long long)(o / (8 * TILES)) * SEGMENTS * N + segment * N + first + o % (8 * TILES);
+    };
+    float bias[EACH][WEIGHTS] = {}, before[EACH] = {};
+    if (BIAS)
 #pragma unroll
-        for (int i = 0; i < WEIGHTS; i++)
-            bias[i] = to_float(((const W*)which(args.bias, segment + i))[first + n]);
+        for (int e = 0; e < EACH; e++)
+#pragma unroll
+            for (int i = 0; i < WEIGHTS; i++) {
+                const int o = threadIdx.x + e * WARPS * 32;
+                const W* from = (const W*)which(args.bias, segment + i);
+                if (gives(o) && from) bias[e][i] = to_float(from[first + o % (8 * TILES)]);
+            }
 
     if constexpr (NORM != NONE)
         normalize<NORM, K, WARPS, ROWS, K + PAD>((const float*)args.x, args.norm, blockIdx.x == 0, normed);
@@ -218,9 +206,12 @@ INLINE void linear(const LinearArgs& args) {
     const T* x = NORM ? normed : (const T*)args.x;
     const int stride = NORM ? K + PAD : K;
 
-    const long long place = (long long)row * SEGMENTS * N + segment * N + first + n;
-    float before = 0.f;
-    if (EPILOGUE == ADD && gives) before = ((const float*)args.y)[place];
+    if (EPILOGUE == ADD)
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int o = threadIdx.x + e * WARPS * 32;
+            if (gives(o)) before[e] = ((const float*)args.y)[place(o)];
+        }
 
     Product<W> product[ALL];
 #pragma unroll
@@ -243,23 +234,27 @@ INLINE void linear(const LinearArgs& args) {
 #pragma unroll
     for (int a = 0; a < ALL; a++) product[a].store(&sums[warp][a * 8 * ROWS], lane);
     __syncthreads();
-    if (!gives) return;
     // Where the tiles hold output n: side by side, or as load_across dealt them out
     constexpr bool DEALT = ACROSS && sizeof(W) == 2;
-    const int tile = DEALT ? n % (2 * TILES) / 2 : n / 8;
-    const int column = DEALT ? n / (2 * TILES) * 2 + n % 2 : n % 8;
-    float y[WEIGHTS] = {};
 #pragma unroll
-    for (int i = 0; i < WEIGHTS; i++)
+    for (int e = 0; e < EACH; e++) {
+        const int o = threadIdx.x + e * WARPS * 32, row = o / (8 * TILES), n = o % (8 * TILES);
+        if (!gives(o)) continue;
+        const int tile = DEALT ? n % (2 * TILES) / 2 : n / 8;
+        const int column = DEALT ? n / (2 * TILES) * 2 + n % 2 : n % 8;
+        float y[WEIGHTS] = {};
 #pragma unroll
-        for (int v = 0; v < WARPS; v++)
-            y[i] += sums[v][((tile * WEIGHTS + i) * 8 + column) * ROWS + row];
+        for (int i = 0; i < WEIGHTS; i++) {
 #pragma unroll
-    for (int i = 0; i < WEIGHTS; i++) y[i] = y[i] * args.scale + bias[i];
-    if constexpr (EPILOGUE == ADD) ((float*)args.y)[place] = before + y[0];
-    else if constexpr (EPILOGUE == STORE) from_float(y[0], ((T*)args.y)[place]);
-    else if constexpr (EPILOGUE == ACTIVATE) from_float(activate<ACT>(y[0]), ((T*)args.y)[place]);
-    else from_float(activate<ACT>(y[0]) * y[WEIGHTS - 1], ((T*)args.y)[place]);
+            for (int v = 0; v < WARPS; v++)
+                y[i] += sums[v][((tile * WEIGHTS + i) * 8 + column) * ROWS + row];
+            y[i] = y[i] * args.scale + bias[e][i];
+        }
+        if constexpr (EPILOGUE == ADD) ((float*)args.y)[place(o)] = before[e] + y[0];
+        else if constexpr (EPILOGUE == STORE) from_float(y[0], ((T*)args.y)[place(o)]);
+        else if constexpr (EPILOGUE == ACTIVATE) from_float(activate<ACT>(y[0]), ((T*)args.y)[place(o)]);
+        else from_float(activate<ACT>(y[0]) * y[WEIGHTS - 1], ((T*)args.y)[place(o)]);
+    }
 }
 
 // The norm alone, one block a row: for many rows, whose norms cost more to repeat in every block.

@@ -89,7 +89,7 @@ class FusedOps(Products):
         return y
 
     def _splits(self, slots: int, heads: int) -> int:
-        """Blocks that share out a row's slots: each at least 64, and not two a processor."""
+        """Blocks that share out a row's slots: each at least 64, and not five a processor."""
         if torch.cuda.get_device_capability(self.device) < (9, 0):
             return 1  # clusters begin there
         for splits in (8, 4, 2):

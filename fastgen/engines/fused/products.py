@@ -78,8 +78,8 @@ class Products(Recorder):
         without work. The bounds are measured ones."""
         least = self._processors // (1 if self._rows == 1 and not across else 2)
         for tiles in (4, 2):
-            outputs_held = 8 * tiles * self._rows  # one a thread, and float sums of every warp
-            fits = outputs_held <= 32 * warps and 4 * warps * weights * outputs_held <= 2**14
+            sums = 4 * warps * weights * 8 * tiles * self._rows  # bytes: floats of every warp
+            fits = sums <= 2**15 if across else sums <= 2**14 and tiles * self._rows <= 4 * warps
             if fits and tiles * weights <= 4 and outputs // (8 * tiles) >= least:
                 return tiles
         return 1

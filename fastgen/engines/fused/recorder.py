@@ -13,6 +13,8 @@ from fastgen.target import Target
 
 ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _SOURCES = ("common.cu", "linear.cu", "attention.cu")
+_REGISTERS = 2**16  # of a processor
+_LEAST_REGISTERS = 64  # that a thread needs, about
 
 
 class _Builder:
@@ -42,7 +44,7 @@ class Recorder:
         self._dtype = getattr(torch, target.dtype)
         self._batch, self._queries = tensors["input_ids"].shape
         self._rows = self._batch * self._queries
-        self._names: dict[str, str] = {}  # of kernels, by instantiation
+        self._names: dict[tuple[str, str], str] = {}  # of kernels, by instantiation and bounds
         self._kernels: list[str] = []
         self._scratch: dict[tuple[str, int], torch.Tensor] = {}
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -69,15 +71,25 @@ class Recorder:
         self, body: str, grid: tuple[int, int], threads: int, args: ctypes.Structure, **more: int
     ) -> None:
         """Launch an instantiation of a kernel template."""
-        if body not in self._names:
-            name = self._names[body] = f"{body.split('<')[0]}_{len(self._names)}"
+        together = self._together(grid[0] * grid[1], threads)
+        bounds = f"{threads}, {together}" if together > 1 else f"{threads}"
+        if (body, bounds) not in self._names:
+            name = f"{body.split('<')[0]}_{len(self._names)}"
+            self._names[body, bounds] = name
             self._kernels.append(
-                f'extern "C" __global__ void __launch_bounds__({threads}) {name}'
+                f'extern "C" __global__ void __launch_bounds__({bounds}) {name}'
                 f"(const __grid_constant__ {type(args).__name__} args) {{ {body}(args); }}"
             )
         overlaps = bool(self.launches)  # what ran before this step knows nothing of overlapping
-        launch = Launch(self._names[body], grid, threads, args, overlaps=overlaps, **more)
+        launch = Launch(self._names[body, bounds], grid, threads, args, overlaps=overlaps, **more)
         self.launches.append(launch)
+
+    def _together(self, blocks: int, threads: int) -> int:
+        """Blocks that a processor should hold: with one less some would wait until all others have
+        ended. More of them leave each thread fewer registers."""
+        wanted = -(-blocks // self._processors)
+        fits = _REGISTERS // (threads * _LEAST_REGISTERS)
+        return wanted if 1 < wanted <= min(fits, 4) else 1
 
     def _buffer(self, role: str, width: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Scratch [rows, width]: one for all layers, since a reader ends before the next writer."""
