@@ -39,7 +39,7 @@ def _fields(pointers: str, numbers: str) -> list[tuple[str, type]]:
 class GreedyArgs(ctypes.Structure):
     _fields_ = _fields(
         "logits pad eos sequences index input_ids position first_slot unfinished seen best arrived",
-        "rows vocabulary packs capacity ends pads stops",
+        "rows vocabulary capacity ends pads stops",
     )
 
 
@@ -150,7 +150,6 @@ class GreedyTail(_Tail):
         state, bucket, address = self._state, self._bucket, self._address
         tensors, logits = bucket.tensors, bucket.tensors["logits"]
         rows, vocabulary = bucket.size.batch, logits.shape[-1]
-        per_pack = 16 // logits.element_size()
         shares = min(-(-vocabulary // _SHARE), _MAX_SHARES)
         arguments = GreedyArgs(
             logits=address(logits, bucket.dtype),
@@ -167,7 +166,6 @@ class GreedyTail(_Tail):
             arrived=self._scratch(1),
             rows=rows,
             vocabulary=vocabulary,
-            packs=0 if vocabulary % per_pack else vocabulary // per_pack,
             capacity=state.sequences.shape[1],
             ends=state.eos.numel(),
             pads=self._pads,

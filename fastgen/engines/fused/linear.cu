@@ -21,9 +21,9 @@ template <class W> INLINE Fragment<W> load_weights(const W* row, int k, int colu
     return f;
 }
 
-// The same tiles of a W[K, N] that lies the other way round. Of TILES tiles a lane loads two outputs
-// each of every fourth pair of columns: 4 to 16 bytes in a row. Tensor cores want a lane's columns in
-// one register, which movmatrix gives them: tile t then has the outputs 2 * TILES * p + 2 * t, + 1.
+// The same tiles of a W[K, N] that lies the other way round. Of TILES tiles, an even number, a lane
+// loads its eight columns' rows, TILES outputs next to each other of each: tile t has the outputs
+// TILES * column + t. Tensor cores want two columns of an output in one register: turn() pairs them.
 INLINE unsigned& part_of(uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 template <int BYTES> INLINE void load_bytes(const void* from, unsigned* to) {
     if constexpr (BYTES == 4)
@@ -37,13 +37,13 @@ template <int BYTES> INLINE void load_bytes(const void* from, unsigned* to) {
 }
 template <int K, int N, int TILES, class W>
 INLINE void load_across(const W* weight, int first, int k0, int lane, Fragment<W> (&w)[TILES]) {
-    const int n = first + lane % 4 * 2 * TILES, k = k0 - lane % 4 * 8 + lane / 8 * 8 + lane / 4 % 2;
+    const int n = first + lane / 4 * TILES;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        unsigned two[TILES] = {};
-        if (k + 2 * i < K && n < N) load_bytes<4 * TILES>(weight + (long long)(k + 2 * i) * N + n, two);
+    for (int j = 0; j < 8; j++) {
+        unsigned two[TILES / 2] = {};
+        if (k0 + j < K && n < N) load_bytes<2 * TILES>(weight + (long long)(k0 + j) * N + n, two);
 #pragma unroll
-        for (int t = 0; t < TILES; t++) part_of(w[t].part[0], i) = two[t];
+        for (int t = 0; t < TILES / 2; t++) part_of(w[2 * t + j % 2].part[0], j / 2) = two[t];
     }
 }
 template <int K, int N, int TILES>  // float: a lane's columns of output lane / 4, one by one
@@ -58,13 +58,16 @@ INLINE void load_across(const float* weight, int first, int k0, int lane, Fragme
             part_of(w[t].part[e / 4], e % 4) = one;
         }
 }
-INLINE void turn(Fragment<float>&) {}
-template <class W> INLINE void turn(Fragment<W>& w) {
+template <int TILES> INLINE void turn(Fragment<float> (&)[TILES]) {}
+template <int TILES, class W> INLINE void turn(Fragment<W> (&w)[TILES]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        unsigned& x = part_of(w.part[0], i);
-        asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(x));
-    }
+    for (int t = 0; t < TILES; t += 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            unsigned &x = part_of(w[t].part[0], i), &y = part_of(w[t + 1].part[0], i);
+            const unsigned low = __byte_perm(x, y, 0x5410), high = __byte_perm(x, y, 0x7632);
+            x = low, y = high;
+        }
 }
 
 // What a lane holds of eight columns of x: of row lane / 4, and of the row eight further on.
@@ -223,11 +226,10 @@ INLINE void linear(const LinearArgs& args) {
                 input[i] = Product<W>::load(x, stride, k0 + (base + i) * WARPS * 32, K, lane);
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
+            if constexpr (ACROSS) turn(w[i]);
 #pragma unroll
-            for (int a = 0; a < ALL; a++) {
-                if (ACROSS) turn(w[i][a]);
+            for (int a = 0; a < ALL; a++)
                 if (base + i < STEPS) product[a].add(input[i], w[i][a]);
-            }
             if (base + i + AHEAD < STEPS) load(w[i], k0 + (base + i + AHEAD) * WARPS * 32);
         }
     }
@@ -240,8 +242,7 @@ INLINE void linear(const LinearArgs& args) {
     for (int e = 0; e < EACH; e++) {
         const int o = threadIdx.x + e * WARPS * 32, row = o / (8 * TILES), n = o % (8 * TILES);
         if (!gives(o)) continue;
-        const int tile = DEALT ? n % (2 * TILES) / 2 : n / 8;
-        const int column = DEALT ? n / (2 * TILES) * 2 + n % 2 : n % 8;
+        const int tile = DEALT ? n % TILES : n / 8, column = DEALT ? n / TILES : n % 8;
         float y[WEIGHTS] = {};
 #pragma unroll
         for (int i = 0; i < WEIGHTS; i++) {

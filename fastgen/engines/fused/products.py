@@ -11,6 +11,7 @@ from fastgen.engines.fused.values import LinearArgs, Normed, Product, Residual, 
 TILE_ROWS = 16  # one side of a tensor core product
 MAX_WIDTH = 8192  # of a norm
 _FUSED_NORM_ROWS = 4  # of more rows, the norm is a launch of its own
+_FUSED_LAYER_NORM_ROWS = 1  # the same, with a mean to subtract
 STATIC_SHARED = 48 * 1024  # bytes a block may have without asking
 ACTIVATIONS = {
     "relu": "RELU",
@@ -44,7 +45,8 @@ class Products(Recorder):
         warps = self._warps(inputs)
         tiles = self._tiles(outputs * segments, warps, weights, product.across)
         norm = "NONE"
-        if isinstance(x, Normed) and not self._norms_inside(inputs, warps, 8 * tiles * weights):
+        blocks = -(-outputs // (8 * tiles)) * segments
+        if isinstance(x, Normed) and not self._norms_inside(x, inputs, warps, tiles * weights):
             x = self._norm(x, inputs)
         if isinstance(x, Normed):
             norm = self._begin_norm(x, args)
@@ -54,7 +56,6 @@ class Products(Recorder):
         biased = any(product.bias is not None for product in products)
         flags = f"{str(biased).lower()}, {str(product.across).lower()}"
         kind = f"{norm}, {epilogue}, {ACTIVATIONS[activation]}, {flags}"
-        blocks = -(-outputs // (8 * tiles)) * segments
         body = f"linear<{ELEMENTS[weight.dtype]}, {sizes}, {kind}>"
         self._launch(body, (blocks, 1), 32 * warps, args)
 
@@ -76,21 +77,29 @@ class Products(Recorder):
         """Tiles of eight outputs that one block computes. Several read the input less often, which
         counts with many rows, and weights that lie across in longer pieces; few leave processors
         without work. The bounds are measured ones."""
-        least = self._processors // (1 if self._rows == 1 and not across else 2)
+        if across:
+            sums = 4 * warps * 8 * self._rows  # bytes of a tile: floats of every warp
+            for tiles in (8, 4):
+                if 4 * outputs // (8 * tiles) >= 3 * self._processors and tiles * sums <= 2**15:
+                    return tiles
+            return 2
+        least = self._processors // (1 if self._rows == 1 else 2)
         for tiles in (4, 2):
-            sums = 4 * warps * weights * 8 * tiles * self._rows  # bytes: floats of every warp
-            fits = sums <= 2**15 if across else sums <= 2**14 and tiles * self._rows <= 4 * warps
+            outputs_held = 8 * tiles * self._rows  # one a thread, and float sums of every warp
+            fits = outputs_held <= 32 * warps and 4 * warps * weights * outputs_held <= 2**14
             if fits and tiles * weights <= 4 and outputs // (8 * tiles) >= least:
                 return tiles
         return 1
 
     # Norms
 
-    def _norms_inside(self, width: int, warps: int, outputs: int) -> bool:
+    def _norms_inside(self, x: Normed, width: int, warps: int, tiles: int) -> bool:
         """Whether a product's blocks norm their input themselves: few rows, which fit them."""
-        row_bytes = (width + 32) * self._dtype.itemsize + 4 * warps * (outputs + 2)
+        row_bytes = (width + 32) * self._dtype.itemsize + 4 * warps * (8 * tiles + 2)
         fits = width <= 128 * warps and self._rows * row_bytes <= STATIC_SHARED
-        return fits and self._rows <= _FUSED_NORM_ROWS
+        return fits and self._rows <= (
+            _FUSED_NORM_ROWS if x.bias is None else _FUSED_LAYER_NORM_ROWS
+        )
 
     def _norm(self, x: Normed, width: int) -> torch.Tensor:
         """Launch a norm; gives its rows."""
