@@ -5,7 +5,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -243,6 +243,27 @@ class Lease:
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
+
+
+class Leases(Protocol):
+    """A KV cache as a decoder knows it: it leases buckets, and is told what they hold."""
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """The leased bucket, if it has all of the cache's content."""
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+
+    def lease(self, pool: BucketPool, size: BucketSize, fresh: bool = False) -> Bucket:
+        """Lease a bucket of ``size``, with this cache's content; ``fresh`` leaves what the cross
+        graph computes to be filled."""
+
+    def move_in(self, sources: int) -> None:
+        """Say that the leased bucket holds all content."""
+
+    def fill(self, length: int, sources: int | None = None) -> None:
+        """Say that the bucket holds ``length`` tokens (and ``sources`` source tokens)."""
 
 
 class _Due(weakref.ref):

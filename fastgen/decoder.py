@@ -9,10 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
-from fastgen.bucket import Bucket, BucketPool, BucketSize
+from fastgen.bucket import Bucket, BucketPool, BucketSize, Leases
 from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Binding, Engine, NotFused
-from fastgen.kv_cache import LeasedCache
 from fastgen.options import EngineOptions
 from fastgen.seq2seq import LAST_STATE, DecoderShape, state_names
 from fastgen.target import Target
@@ -96,7 +95,7 @@ class Decoder(Capturing):
 
     def enter(
         self,
-        cache: LeasedCache,
+        cache: Leases,
         hidden: torch.Tensor,
         mask: torch.Tensor | None,
         length: int,
@@ -123,7 +122,7 @@ class Decoder(Capturing):
 
     def enter_rows(
         self,
-        cache: LeasedCache,
+        cache: Leases,
         rows: int,
         starts: torch.Tensor | None,
         length: int,

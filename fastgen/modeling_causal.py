@@ -66,10 +66,6 @@ class FastCausalLM(FastPreTrained, FastGenerationMixin):
     def _new_cache(self) -> StaticDecoderCache:
         return StaticDecoderCache(self.config.num_hidden_layers)
 
-    def stacks_refusal(self, **kwargs: Any) -> str | None:
-        """As ``refusal``: no stack of it has an engine of its own."""
-        return self.refusal(**kwargs)
-
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a forward with these arguments goes to torch; None if the engine serves it."""
         if reason := common_refusal(self, kwargs, CAUSAL_ARGUMENTS):

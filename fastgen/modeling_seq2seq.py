@@ -12,11 +12,11 @@ from fastgen.engines import NoEngine, too_large
 from fastgen.engines.fused import FusedEngine
 from fastgen.fallback import Asked, report, said
 from fastgen.generation import FastGenerationMixin
+from fastgen.heads import FastWhole
 from fastgen.hf import contract
 from fastgen.hf.forward import forward_like
 from fastgen.kv_cache import StaticKVCache
 from fastgen.modeling import stock_class
-from fastgen.pretrained import FastPreTrained
 from fastgen.refusals import (
     MODEL_ARGUMENTS,
     common_refusal,
@@ -41,7 +41,7 @@ from fastgen.stacks import (
 from fastgen.target import Target
 
 
-class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
+class FastSeq2SeqLM(FastWhole, FastGenerationMixin):
     """Mixin of an encoder-decoder with a language model head."""
 
     explain = FastGenerationMixin.explain  # of generate; explain_forward is of forward
@@ -70,7 +70,7 @@ class FastSeq2SeqLM(FastPreTrained, FastGenerationMixin):
         return StaticKVCache(self.config.num_decoder_layers, self.config.num_hidden_layers)
 
     def _called(self) -> tuple[type, ...]:
-        return FastEncoder, FastPreTrained  # the decoder stack is part of the graph
+        return FastEncoder, FastWhole  # the decoder stack is part of the graph
 
     def compile_engine(self) -> None:
         super().compile_engine()

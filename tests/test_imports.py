@@ -41,8 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packing": set(),
     "encoder": {"capturing", "engines", "options", "packing", "seq2seq", "target"},
     "decoder": {
-        *("bucket", "capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
-        "target",
+        *("bucket", "capturing", "engines", "errors", "options", "seq2seq", "target"),
     },
     "fallback": {"errors"},
     "generation": {
@@ -61,17 +60,27 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("bucket", "decoder", "encoder", "engines", "fallback", "generation", "hf", "kv_cache"),
         *("modeling", "refusals", "seq2seq", "target"),
     },
-    "pretrained": {"hf", "modeling", "options", "stacks"},
+    "pretrained": {"modeling", "options"},
+    "heads": {"hf", "pretrained", "stacks"},
     "modeling_seq2seq": {
         *("bucket", "decoder", "engines", "fallback", "generation", "hf", "kv_cache", "modeling"),
-        *("pretrained", "refusals", "stacks", "target"),
+        *("heads", "refusals", "stacks", "target"),
     },
     "modeling_causal": {
         *("bucket", "decoder", "engines", "fallback", "generation", "hf", "kv_cache", "modeling"),
         *("pretrained", "refusals", "stacks", "target"),
     },
     "models": {
-        *("errors", "fallback", "hf", "modeling", "modeling_causal", "modeling_seq2seq", "ops"),
+        *(
+            "errors",
+            "fallback",
+            "heads",
+            "hf",
+            "modeling",
+            "modeling_causal",
+            "modeling_seq2seq",
+            "ops",
+        ),
         *("pretrained", "refusals", "seq2seq", "stacks", "step"),
     },
     "auto": {"errors", "models", "options"},

@@ -18,10 +18,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from fastgen.errors import UnsupportedConfigError
 from fastgen.fallback import Asked
+from fastgen.heads import FastTask
 from fastgen.hf.forward import forward_like
 from fastgen.models.layers import Embedding, LayerNorm, Linear
 from fastgen.ops import Ops, Value
-from fastgen.pretrained import FastPreTrained, FastTask
+from fastgen.pretrained import FastPreTrained
 from fastgen.refusals import form_refusal
 from fastgen.stacks import FastEncoder
 

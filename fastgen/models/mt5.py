@@ -10,9 +10,9 @@ from transformers import (
 )
 from transformers.models.mt5.modeling_mt5 import MT5Stack
 
+from fastgen.heads import FastTask
 from fastgen.modeling_seq2seq import FastSeq2SeqLM
 from fastgen.models.t5 import TRIAL_CONFIG, Decoder, DecoderStack, Encoder
-from fastgen.pretrained import FastTask
 from fastgen.stacks import FastDecoder, FastEncoder
 
 

@@ -21,10 +21,10 @@ from transformers.models.t5.modeling_t5 import T5Attention as StockT5Attention
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from fastgen.errors import UnsupportedConfigError
+from fastgen.heads import FastTask
 from fastgen.modeling_seq2seq import FastSeq2SeqLM
 from fastgen.models.layers import Embedding, Linear, RMSNorm, WideLinear
 from fastgen.ops import KVSlots, Ops, Value
-from fastgen.pretrained import FastTask
 from fastgen.seq2seq import DecoderShape
 from fastgen.stacks import FastDecoder, FastEncoder
 
