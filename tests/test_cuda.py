@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastgen import cuda
-from fastgen.capturing import Capturing
+from fastgen.execution.capturing import Capturing
 from fastgen.options import EngineOptions
 from fastgen.target import onnxruntime_cuda
 
@@ -334,7 +334,7 @@ def calls_of(names: tuple[str, ...]) -> set[str]:
 def test_one_place_captures() -> None:
     begin = ("capture_begin", "CUDAGraph", "cuStreamBeginCapture", "make_graphed_callables")
     assert calls_of(begin) == {"cuda.py"}
-    assert calls_of(("CapturedGraph",)) == {"capturing.py"}
+    assert calls_of(("CapturedGraph",)) == {"execution/capturing.py"}
 
 
 def test_no_other_stream_pinned_memory_or_wait_for_the_whole_gpu() -> None:
@@ -342,5 +342,5 @@ def test_no_other_stream_pinned_memory_or_wait_for_the_whole_gpu() -> None:
     source = {file: file.read_text() for file in PACKAGE.rglob("*.py")}
     places = {f.relative_to(PACKAGE).parts[0] for f, s in source.items() if "cuda.synchronize" in s}
     assert places <= {"bench"}
-    pinned = {f.name for f, s in source.items() if "pin_memory" in s}
-    assert pinned == {"capturing.py"}
+    pinned = {f.relative_to(PACKAGE).as_posix() for f, s in source.items() if "pin_memory" in s}
+    assert pinned == {"execution/capturing.py"}

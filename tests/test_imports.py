@@ -12,12 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fastgen"
 
 #: What each part of fastgen (a module or a subpackage) may import from fastgen, from the bottom up.
-#: Families (`models`) speak `ops`, never a backend; engines know no family; nothing but `models`
-#: and the modules of a model's life imports `modeling`.
+#: Families (`models`) speak `ops`, never a backend; engines know no family.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "hf": {"engine_cache", "engines", "errors", "options"},
     "explain": set(),
+    "fallback": {"errors"},
     "options": {"errors"},
     "target": {"errors"},
     "runtime": {"errors"},
@@ -34,55 +33,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("cuda", "engine_cache", "errors", "graph", "options", "processes", "runtime"),
         "target",
     },
-    "bucket": {"capturing", "seq2seq", "target"},
-    "engine_key": {"target"},
-    "kv_cache": {"bucket", "hf"},
-    "capturing": {"cuda", "engines", "options", "target"},
-    "packing": set(),
-    "encoder": {"capturing", "engines", "options", "packing", "seq2seq", "target"},
-    "decoder": {
-        *("bucket", "capturing", "engines", "errors", "options", "seq2seq", "target"),
+    "execution": {"cuda", "engines", "options", "seq2seq", "target"},
+    "hf": {
+        *("engine_cache", "engines", "errors", "execution", "explain", "graph", "options"),
+        *("processes", "target"),
     },
-    "fallback": {"errors"},
     "generation": {
-        *("bucket", "capturable", "capturing", "decoder", "engines", "errors", "explain"),
-        *("fallback", "hf", "kv_cache", "options"),
+        *("capturable", "engines", "errors", "execution", "explain", "fallback", "hf", "options"),
     },
-    "standing": {"engines"},
-    "weights": {"engines", "standing"},
-    "modeling": {
-        *("engine_cache", "engine_key", "engines", "errors", "explain", "graph", "hf", "options"),
-        "processes",
-        *("runtime", "standing", "target", "weights"),
+    "tasks": {
+        *("engines", "execution", "fallback", "generation", "hf", "seq2seq", "target"),
     },
-    "refusals": {"fallback", "generation", "hf", "modeling", "weights"},
-    "stacks": {
-        *("bucket", "decoder", "encoder", "engines", "fallback", "generation", "hf", "kv_cache"),
-        *("modeling", "refusals", "seq2seq", "target"),
-    },
-    "pretrained": {"modeling", "options"},
-    "heads": {"hf", "pretrained", "stacks"},
-    "modeling_seq2seq": {
-        *("bucket", "decoder", "engines", "fallback", "generation", "hf", "kv_cache", "modeling"),
-        *("heads", "refusals", "stacks", "target"),
-    },
-    "modeling_causal": {
-        *("bucket", "decoder", "engines", "fallback", "generation", "hf", "kv_cache", "modeling"),
-        *("pretrained", "refusals", "stacks", "target"),
-    },
-    "models": {
-        *(
-            "errors",
-            "fallback",
-            "heads",
-            "hf",
-            "modeling",
-            "modeling_causal",
-            "modeling_seq2seq",
-            "ops",
-        ),
-        *("pretrained", "refusals", "seq2seq", "stacks", "step"),
-    },
+    "models": {"errors", "fallback", "hf", "ops", "seq2seq", "step", "tasks"},
     "auto": {"errors", "models", "options"},
     "doctor": {"engine_cache", "engines", "errors", "hf", "options", "runtime"},
     "bench": {"errors", "options", "runtime"},
@@ -93,15 +55,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 #: Libraries that only these parts may import.
 ONLY_IN: dict[str, set[str]] = {
     "onnxruntime": {"engines", "runtime"},
-    "onnxscript": {"contrib_ops", "engine_key", "graph", "modeling", "models", "ops", "step"},
+    "onnxscript": {"contrib_ops", "graph", "hf", "models", "ops", "step"},
     "tensorrt": {"engines"},
     "tensorrt_rtx": {"engines"},
     "ctranslate2": {"bench"},
 }
 #: Parts that must not know Hugging Face: the machinery below the models.
 NO_TRANSFORMERS = {
-    *("capturable", "cuda", "engine_cache", "engines", "errors", "graph", "ops", "options"),
-    *("packing", "processes", "runtime", "seq2seq", "target"),
+    *("capturable", "cuda", "engine_cache", "engines", "errors", "execution", "graph", "ops"),
+    *("options", "processes", "runtime", "seq2seq", "target"),
 }
 
 

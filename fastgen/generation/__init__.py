@@ -14,8 +14,8 @@ from fastgen.generation import beam, loop
 from fastgen.generation.call import Call
 from fastgen.generation.explain import OPTIONAL_OUTPUTS, ExplainsGenerate
 from fastgen.hf import contract
+from fastgen.hf.cache import LeasedCache
 from fastgen.hf.forward import as_torch
-from fastgen.kv_cache import LeasedCache
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -18,7 +18,7 @@ from transformers.generation.utils import (
     GenerateBeamEncoderDecoderOutput,
 )
 
-from fastgen.bucket import Bucket
+from fastgen.execution.bucket import Bucket
 from fastgen.generation import cpu
 from fastgen.generation.call import Call, keeps, records
 from fastgen.generation.draws import Draws
@@ -26,7 +26,7 @@ from fastgen.generation.kernels import BeamTail, beam_obstacle
 from fastgen.generation.loop import Loop
 from fastgen.generation.state import NEVER, BeamState
 from fastgen.hf import contract
-from fastgen.kv_cache import LeasedCache, unshared
+from fastgen.hf.cache import LeasedCache, unshared
 
 
 class Advance:

@@ -7,7 +7,7 @@ milliseconds, on the cores where the engine's next step runs.
 import numpy as np
 import torch
 
-from fastgen.bucket import Bucket
+from fastgen.execution.bucket import Bucket
 from fastgen.generation.state import NEVER, BeamState, SampleState
 
 _NEVER = np.float32(NEVER)

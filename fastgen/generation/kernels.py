@@ -11,9 +11,9 @@ from importlib.resources import files
 
 import torch
 
-from fastgen.bucket import Bucket
 from fastgen.engines import nvrtc
 from fastgen.engines.nvrtc import Launch, PreparedLaunch, Program
+from fastgen.execution.bucket import Bucket
 from fastgen.generation.state import BeamState, SampleState
 from fastgen.options import EngineOptions
 

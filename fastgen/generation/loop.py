@@ -14,10 +14,10 @@ from transformers.generation.utils import (
     GenerateEncoderDecoderOutput,
 )
 
-from fastgen.bucket import Bucket
 from fastgen.capturable import NotCapturable
-from fastgen.capturing import lasting
-from fastgen.decoder import Step
+from fastgen.execution.bucket import Bucket
+from fastgen.execution.capturing import lasting
+from fastgen.execution.decoder import Step
 from fastgen.generation import cpu
 from fastgen.generation import draws as drawing
 from fastgen.generation.call import Call, keeps, records

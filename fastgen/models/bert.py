@@ -18,13 +18,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from fastgen.errors import UnsupportedConfigError
 from fastgen.fallback import Asked
-from fastgen.heads import FastTask
 from fastgen.hf.forward import forward_like
+from fastgen.hf.loading import FastPreTrained
 from fastgen.models.layers import Embedding, LayerNorm, Linear
 from fastgen.ops import Ops, Value
-from fastgen.pretrained import FastPreTrained
-from fastgen.refusals import form_refusal
-from fastgen.stacks import FastEncoder
+from fastgen.tasks.heads import FastTask
+from fastgen.tasks.refusals import form_refusal
+from fastgen.tasks.stacks import FastEncoder
 
 MOST_TOKENS_ON_A_GPU = 2048
 """Up to here launches cost most, which a captured graph saves; beyond it ONNX Runtime's attention

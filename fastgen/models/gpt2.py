@@ -5,11 +5,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from fastgen.errors import UnsupportedConfigError
-from fastgen.modeling_causal import FastCausalLM
 from fastgen.models.layers import Conv1D, Embedding, LayerNorm, Linear
 from fastgen.ops import Ops, Value
 from fastgen.seq2seq import DecoderShape
 from fastgen.step import DecoderRoot, Step
+from fastgen.tasks.causal import FastCausalLM
 
 
 class Attention(nn.Module):

@@ -10,10 +10,10 @@ from transformers import (
 )
 from transformers.models.mt5.modeling_mt5 import MT5Stack
 
-from fastgen.heads import FastTask
-from fastgen.modeling_seq2seq import FastSeq2SeqLM
 from fastgen.models.t5 import TRIAL_CONFIG, Decoder, DecoderStack, Encoder
-from fastgen.stacks import FastDecoder, FastEncoder
+from fastgen.tasks.heads import FastTask
+from fastgen.tasks.seq2seq import FastSeq2SeqLM
+from fastgen.tasks.stacks import FastDecoder, FastEncoder
 
 
 class FastMT5Stack(FastEncoder, MT5Stack):

@@ -21,12 +21,12 @@ from transformers.models.t5.modeling_t5 import T5Attention as StockT5Attention
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from fastgen.errors import UnsupportedConfigError
-from fastgen.heads import FastTask
-from fastgen.modeling_seq2seq import FastSeq2SeqLM
 from fastgen.models.layers import Embedding, Linear, RMSNorm, WideLinear
 from fastgen.ops import KVSlots, Ops, Value
 from fastgen.seq2seq import DecoderShape
-from fastgen.stacks import FastDecoder, FastEncoder
+from fastgen.tasks.heads import FastTask
+from fastgen.tasks.seq2seq import FastSeq2SeqLM
+from fastgen.tasks.stacks import FastDecoder, FastEncoder
 
 
 class Attention(nn.Module):

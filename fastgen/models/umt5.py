@@ -12,11 +12,11 @@ from transformers import (
 )
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
-from fastgen.heads import FastTask
 from fastgen.hf import contract
-from fastgen.modeling_seq2seq import FastSeq2SeqLM
 from fastgen.models.t5 import TRIAL_CONFIG, Decoder, DecoderStack, Encoder
-from fastgen.stacks import FastDecoder, FastEncoder
+from fastgen.tasks.heads import FastTask
+from fastgen.tasks.seq2seq import FastSeq2SeqLM
+from fastgen.tasks.stacks import FastDecoder, FastEncoder
 
 
 class FastUMT5Stack(FastEncoder, UMT5Stack):

@@ -20,8 +20,9 @@ import onnxruntime
 import pytest
 import torch
 
-from fastgen import cuda, modeling
+from fastgen import cuda
 from fastgen.engines import tensorrt, tensorrt_build
+from fastgen.hf import module as modeling
 from fastgen.target import tensorrt as tensorrt_target
 from tests.engines.strict_tensorrt import Module
 

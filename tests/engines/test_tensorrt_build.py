@@ -10,14 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 from fastgen import EngineOptions, engines
-from fastgen.decoder import Decoder
 from fastgen.engines import tensorrt_build
 from fastgen.engines.recording import Recorder
 from fastgen.engines.tensorrt_build import FLAVOURS, Build, Range
 from fastgen.engines.weight_inputs import in_place, weights_as_inputs
 from fastgen.errors import EngineError, MissingRuntimeError
+from fastgen.execution.decoder import Decoder
 from fastgen.graph import Graph
-from fastgen.modeling import EngineModule
+from fastgen.hf.module import EngineModule
 from fastgen.target import Target, tensorrt
 from tests.configs import VARIANTS, build_pair
 

@@ -12,8 +12,8 @@ import torch
 
 from fastgen import cuda
 from fastgen.capturable import RefuseDraws
-from fastgen.capturing import Capturing
-from fastgen.decoder import Decoder
+from fastgen.execution.capturing import Capturing
+from fastgen.execution.decoder import Decoder
 from fastgen.generation.loop import RUN_AHEAD, Loop
 
 

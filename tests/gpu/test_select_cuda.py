@@ -16,13 +16,13 @@ from transformers import MaxLengthCriteria
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from fastgen import EngineOptions
-from fastgen.bucket import Bucket, BucketSize
+from fastgen.execution.bucket import Bucket, BucketSize
 from fastgen.generation.beam import Advance
 from fastgen.generation.call import Call
 from fastgen.generation.kernels import Selection, selects_as_torch, top_places
 from fastgen.generation.loop import Choose
 from fastgen.generation.state import BeamState, SampleState
-from fastgen.kv_cache import StaticKVCache
+from fastgen.hf.cache import StaticKVCache
 from fastgen.seq2seq import DecoderShape
 from fastgen.target import onnxruntime_cuda
 

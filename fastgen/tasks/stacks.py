@@ -11,17 +11,25 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
 )
 
-from fastgen.bucket import Bucket
-from fastgen.decoder import Decoder
-from fastgen.encoder import Encoder
 from fastgen.engines import Engine, NoEngine, too_large
+from fastgen.execution.bucket import Bucket
+from fastgen.execution.decoder import Decoder
+from fastgen.execution.encoder import Encoder
 from fastgen.fallback import Asked, report
 from fastgen.generation import with_signature
 from fastgen.hf import contract
+from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import as_torch, forward_like
-from fastgen.kv_cache import StaticKVCache
-from fastgen.modeling import EngineModule, stock_class
-from fastgen.refusals import (
+from fastgen.hf.module import EngineModule, stock_class
+from fastgen.seq2seq import (
+    DecoderShape,
+    cross_specs,
+    decoder_specs,
+    encoder_specs,
+    packed_specs,
+)
+from fastgen.target import Target
+from fastgen.tasks.refusals import (
     DECODER_ARGUMENTS,
     ENCODER_ARGUMENTS,
     common_refusal,
@@ -32,14 +40,6 @@ from fastgen.refusals import (
     same_mask,
     states_wanted,
 )
-from fastgen.seq2seq import (
-    DecoderShape,
-    cross_specs,
-    decoder_specs,
-    encoder_specs,
-    packed_specs,
-)
-from fastgen.target import Target
 
 
 class FastEncoder(EngineModule):

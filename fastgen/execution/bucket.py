@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fastgen.capturing import lasting
+from fastgen.execution.capturing import lasting
 from fastgen.seq2seq import DecoderShape
 from fastgen.target import Target
 

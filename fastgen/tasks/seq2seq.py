@@ -6,18 +6,19 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from fastgen.bucket import Bucket
-from fastgen.decoder import Decoder
 from fastgen.engines import NoEngine, too_large
 from fastgen.engines.fused import FusedEngine
+from fastgen.execution.bucket import Bucket
+from fastgen.execution.decoder import Decoder
 from fastgen.fallback import Asked, report, said
 from fastgen.generation import FastGenerationMixin
-from fastgen.heads import FastWhole
 from fastgen.hf import contract
+from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import forward_like
-from fastgen.kv_cache import StaticKVCache
-from fastgen.modeling import stock_class
-from fastgen.refusals import (
+from fastgen.hf.module import stock_class
+from fastgen.target import Target
+from fastgen.tasks.heads import FastWhole
+from fastgen.tasks.refusals import (
     MODEL_ARGUMENTS,
     common_refusal,
     decoder_mask_refusal,
@@ -28,7 +29,7 @@ from fastgen.refusals import (
     same_mask,
     states_wanted,
 )
-from fastgen.stacks import (
+from fastgen.tasks.stacks import (
     FastDecoder,
     FastEncoder,
     as_stock,
@@ -38,7 +39,6 @@ from fastgen.stacks import (
     rows_refusal,
     wants_dict,
 )
-from fastgen.target import Target
 
 
 class FastSeq2SeqLM(FastWhole, FastGenerationMixin):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
+from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.contract import CACHE
-from fastgen.kv_cache import StaticKVCache
 from tests.configs import Pair, build_pair
 from tests.helpers import CAUSAL, CLOSE, ragged, refusal, sources, targets, tokens
 

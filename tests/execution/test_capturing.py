@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastgen import capturing
-from fastgen.capturing import host_flags
+from fastgen.execution import capturing
+from fastgen.execution.capturing import host_flags
 
 GPU = torch.device("cuda", 0)
 

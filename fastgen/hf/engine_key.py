@@ -19,7 +19,7 @@ _NOT_COMPUTATION = ("_name_or_path", "architectures", "transformers_version", "d
 @cache
 def _sources_digest() -> str:
     """Digest of the code that writes graphs: when it changes, so do they."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
     files = [folder / f"{name}.py" for name in ("contrib_ops", "graph", "ops", "seq2seq", "target")]
     digest = hashlib.sha256()
     for file in [*files, *sorted((folder / "models").glob("*.py"))]:

@@ -10,10 +10,10 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Stack
 
+from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.contract import CACHE
-from fastgen.kv_cache import StaticKVCache
-from fastgen.modeling import EngineModule
-from fastgen.stacks import as_stock
+from fastgen.hf.module import EngineModule
+from fastgen.tasks.stacks import as_stock
 from tests.configs import Pair, build_pair
 from tests.helpers import CAUSAL, CLOSE, copies, logits, refusal, sources, targets
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from fastgen.bucket import Bucket, BucketPool, BucketSize, Lease
+from fastgen.execution.bucket import Bucket, BucketPool, BucketSize, Lease
 from fastgen.hf import contract
 
 

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel
 
-from fastgen.modeling import EngineModule, stock_class
+from fastgen.hf.module import EngineModule, stock_class
 from fastgen.options import EngineOptions
 
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from fastgen.hf import contract
-from fastgen.pretrained import FastPreTrained
-from fastgen.stacks import FastDecoder, FastEncoder
+from fastgen.hf.loading import FastPreTrained
+from fastgen.tasks.stacks import FastDecoder, FastEncoder
 
 # What a whole model's own code does not hand on to its stacks under this name
 _OF_THE_WHOLE: tuple[str, ...] = (

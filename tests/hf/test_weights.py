@@ -18,8 +18,8 @@ from transformers import T5Config
 
 import fastgen
 from fastgen.engines import NoEngine
-from fastgen.modeling import EngineModule
-from fastgen.weights import Fingerprint, Glance, weights_state
+from fastgen.hf.module import EngineModule
+from fastgen.hf.weights import Fingerprint, Glance, weights_state
 from tests.configs import TINY, Pair
 from tests.helpers import assert_left_to_torch, assert_served, copies, sources, targets
 

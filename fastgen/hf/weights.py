@@ -10,7 +10,7 @@ import torch
 from torch.nn.modules import module as modules
 from transformers import PreTrainedModel
 
-from fastgen.standing import Standing
+from fastgen.hf.standing import Standing
 
 # transformers leaves these on a model once output_attentions was asked for; they only listen
 _RECORDING_HOOKS = "transformers.utils.output_capturing"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Engine
+from fastgen.execution.capturing import Capturing, SourceBuffers, source_mask
+from fastgen.execution.packing import Packing
 from fastgen.options import EngineOptions
-from fastgen.packing import Packing
 from fastgen.seq2seq import LAST_STATE, state_names
 from fastgen.target import Target
 

@@ -7,8 +7,8 @@ import torch
 from fastgen.fallback import AUTOCAST, Asked
 from fastgen.generation.explain import ANY_LOOP
 from fastgen.hf import contract
-from fastgen.modeling import EngineModule
-from fastgen.weights import asks_for_gradients
+from fastgen.hf.module import EngineModule
+from fastgen.hf.weights import asks_for_gradients
 
 _IDS = (torch.int32, torch.int64)
 

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
-from fastgen.bucket import Bucket, BucketPool, BucketSize, Leases
-from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Binding, Engine, NotFused
+from fastgen.execution.bucket import Bucket, BucketPool, BucketSize, Leases
+from fastgen.execution.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.options import EngineOptions
 from fastgen.seq2seq import LAST_STATE, DecoderShape, state_names
 from fastgen.target import Target

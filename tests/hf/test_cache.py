@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import DynamicCache, EncoderDecoderCache
 
-from fastgen.bucket import Bucket, BucketPool, BucketSize
+from fastgen.execution.bucket import Bucket, BucketPool, BucketSize
+from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.contract import CACHE
-from fastgen.kv_cache import StaticKVCache
 from fastgen.seq2seq import DecoderShape
 from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
 from tests.configs import build_pair, prompts

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen import modeling
+from fastgen.hf import module as modeling
 from tests.configs import build_pair
 from tests.helpers import assert_equal_logits, copies, logits, refusal, sources
 from tests.surprises import SURPRISES, Adapted, generate

@@ -14,16 +14,16 @@ from transformers import PreTrainedModel
 from fastgen import engines, processes
 from fastgen import graph as graphs
 from fastgen.engine_cache import Artifact, EngineCache
-from fastgen.engine_key import engine_key
 from fastgen.engines import Engine, NoEngine, choose_target
 from fastgen.errors import UnsupportedConfigError
 from fastgen.explain import Explained
 from fastgen.graph import TensorSpec
 from fastgen.hf import trial
+from fastgen.hf.engine_key import engine_key
+from fastgen.hf.standing import Remembered, Standing
+from fastgen.hf.weights import Fingerprint, Glance, changed_part, refuse_adapters, weights_state
 from fastgen.options import EngineOptions
-from fastgen.standing import Remembered, Standing
 from fastgen.target import Target
-from fastgen.weights import Fingerprint, Glance, changed_part, refuse_adapters, weights_state
 
 _QUANTISED = "quantised or sharded, which only torch runs: load the model without that"
 

@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastgen.bucket import Bucket
-from fastgen.decoder import Decoder, row_starts
 from fastgen.engines import NoEngine
+from fastgen.execution.bucket import Bucket
+from fastgen.execution.decoder import Decoder, row_starts
 from fastgen.fallback import Asked, report, said
 from fastgen.generation import FastGenerationMixin
 from fastgen.hf import contract
+from fastgen.hf.cache import LeasedCache, StaticDecoderCache
 from fastgen.hf.forward import forward_like
-from fastgen.kv_cache import LeasedCache, StaticDecoderCache
-from fastgen.modeling import stock_class
-from fastgen.pretrained import FastPreTrained
-from fastgen.refusals import (
+from fastgen.hf.loading import FastPreTrained
+from fastgen.hf.module import stock_class
+from fastgen.target import Target
+from fastgen.tasks.refusals import (
     CAUSAL_ARGUMENTS,
     common_refusal,
     ids_refusal,
@@ -24,8 +25,7 @@ from fastgen.refusals import (
     positions_refusal,
     states_wanted,
 )
-from fastgen.stacks import as_stock, bucket_refusal, build_decoder, wants_dict
-from fastgen.target import Target
+from fastgen.tasks.stacks import as_stock, bucket_refusal, build_decoder, wants_dict
 
 
 class FastCausalLM(FastPreTrained, FastGenerationMixin):

@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from fastgen import capturing
-from fastgen.capturing import Capturing
-from fastgen.encoder import Encoder
+from fastgen.execution import capturing
+from fastgen.execution.capturing import Capturing
+from fastgen.execution.encoder import Encoder
 from fastgen.options import EngineOptions
 from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
 from tests.configs import Pair, build_pair
