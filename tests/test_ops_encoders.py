@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgen.engines import NotFused
-from fastgen.engines.fused_ops import FusedOps
+from fastgen.engines.fused.ops import FusedOps
 from fastgen.execution.packing import Packing
 from fastgen.ops import Ops
 from tests.test_ops import attend, check, random

@@ -7,7 +7,7 @@ import pytest
 from torch.nn.functional import layer_norm
 
 from fastgen.engines import NotFused
-from fastgen.engines.fused_ops import FusedOps
+from fastgen.engines.fused.ops import FusedOps
 from fastgen.models.layers import LayerNorm
 from fastgen.ops import Ops
 from fastgen.target import Target, onnxruntime_cuda, tensorrt

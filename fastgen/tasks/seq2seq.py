@@ -7,7 +7,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastgen.engines import NoEngine, too_large
-from fastgen.engines.fused import FusedEngine
+from fastgen.engines.fused.engine import FusedEngine
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
 from fastgen.fallback import Asked, report, said

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastgen.engines import NotFused
-from fastgen.engines.fused_values import (
+from fastgen.engines.fused.values import (
     Activated,
     AttentionArgs,
     EmbeddingArgs,
@@ -89,7 +89,7 @@ class FusedOps:
         """CUDA source of every kernel that the recorded launches name."""
         head = {"T": _ELEMENTS[self._dtype], "ROWS": self._tile_rows, "QUERIES": self._queries}
         lines = [f"#define {name} {value}" for name, value in head.items()]
-        lines += [files("fastgen.engines").joinpath(name).read_text() for name in _SOURCES]
+        lines += [files("fastgen.engines.fused").joinpath(name).read_text() for name in _SOURCES]
         return "\n".join([*lines, *self._kernels])
 
     # Launches
