@@ -10,7 +10,7 @@ from fastgen.engines import NoEngine
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder, row_starts
 from fastgen.fallback import Asked, report, said
-from fastgen.generation import FastGenerationMixin
+from fastgen.generation.mixin import FastGenerationMixin
 from fastgen.hf import contract
 from fastgen.hf.cache import LeasedCache, StaticDecoderCache
 from fastgen.hf.forward import forward_like

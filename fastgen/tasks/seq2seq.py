@@ -11,7 +11,7 @@ from fastgen.engines.fused.engine import FusedEngine
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
 from fastgen.fallback import Asked, report, said
-from fastgen.generation import FastGenerationMixin
+from fastgen.generation.mixin import FastGenerationMixin
 from fastgen.hf import contract
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import forward_like

@@ -16,10 +16,9 @@ from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
 from fastgen.execution.encoder import Encoder
 from fastgen.fallback import Asked, report
-from fastgen.generation import with_signature
 from fastgen.hf import contract
 from fastgen.hf.cache import StaticKVCache
-from fastgen.hf.forward import as_torch, forward_like
+from fastgen.hf.forward import as_torch, forward_like, with_signature
 from fastgen.hf.module import EngineModule, stock_class
 from fastgen.seq2seq import (
     DecoderShape,

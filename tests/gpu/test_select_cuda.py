@@ -17,10 +17,10 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from fastgen import EngineOptions
 from fastgen.execution.bucket import Bucket, BucketSize
-from fastgen.generation.beam import Advance
+from fastgen.generation.advance import Advance
 from fastgen.generation.call import Call
+from fastgen.generation.choose import Choose
 from fastgen.generation.kernels import Selection, selects_as_torch, top_places
-from fastgen.generation.loop import Choose
 from fastgen.generation.state import BeamState, SampleState
 from fastgen.hf.cache import StaticKVCache
 from fastgen.seq2seq import DecoderShape
