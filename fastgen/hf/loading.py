@@ -5,13 +5,9 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel
 
-from fastgen.hf.module import EngineModule, stock_class
+from fastgen.hf.module import EngineModule
+from fastgen.hf.stock import is_ours, stock_class
 from fastgen.options import EngineOptions
-
-
-def _is_ours(fast: type) -> bool:
-    """Whether fastgen defines a class; a program's own subclass is known by its own name."""
-    return fast.__module__.partition(".")[0] == "fastgen"
 
 
 class FastPreTrained(EngineModule):
@@ -31,7 +27,7 @@ class FastPreTrained(EngineModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if _is_ours(cls) and issubclass(cls, PreTrainedModel):
+        if is_ours(cls) and issubclass(cls, PreTrainedModel):
             cls.__name__ = stock_class(cls).__name__
 
     def __init__(
@@ -57,7 +53,7 @@ class FastPreTrained(EngineModule):
                 part.__class__ = self._stacks[bool(decodes)]
                 if self._reads_padding:
                     vars(part)["reads_padding"] = True
-        if _is_ours(type(self)):
+        if is_ours(type(self)):
             self.__module__ = stock_class(type(self)).__module__
         if options is not None:
             self.engine_options = options

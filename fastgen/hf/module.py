@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 from onnxscript import nn as graph_nn
-from transformers import PreTrainedModel
 
-from fastgen import engines, processes
 from fastgen import graph as graphs
+from fastgen import processes
 from fastgen.engine_cache import Artifact, EngineCache
-from fastgen.engines import Engine, NoEngine, choose_target
+from fastgen.engines import Engine, NoEngine, Unloadable, choice
+from fastgen.engines.choice import choose_target
 from fastgen.errors import UnsupportedConfigError
 from fastgen.explain import Explained
 from fastgen.graph import TensorSpec
 from fastgen.hf import trial
 from fastgen.hf.engine_key import engine_key
 from fastgen.hf.standing import Remembered, Standing
+from fastgen.hf.stock import stock_class
 from fastgen.hf.weights import Fingerprint, Glance, changed_part, refuse_adapters, weights_state
 from fastgen.options import EngineOptions
 from fastgen.target import Target
@@ -265,7 +266,7 @@ class EngineModule(Explained, torch.nn.Module):
         if missing := sorted(wanted - own.keys()):
             raise NoEngine(f"parameters were replaced: {missing[0]} is gone")
         types = {n: (str(own[n].dtype).removeprefix("torch."), tuple(own[n].shape)) for n in wanted}
-        options, backend = self.engine_options, engines.backend(target.backend)
+        options, backend = self.engine_options, choice.backend(target.backend)
         device = next(iter(own.values())).device
         backend.check(device)
 
@@ -371,7 +372,7 @@ def _kept(
 
     try:
         return load(cache.load_or_build(key, noted, title=title))
-    except engines.Unloadable as error:
+    except Unloadable as error:
         if built:  # again would be no other
             raise
         cache.discard(key, str(error))
@@ -380,12 +381,3 @@ def _kept(
 
 def _kind(parameter: torch.Tensor) -> str:
     return type(parameter.data).__name__
-
-
-def stock_class(fast: type) -> Any:
-    """The Hugging Face class that a Fast class stands for."""
-    return next(
-        base
-        for base in fast.__mro__
-        if issubclass(base, PreTrainedModel) and not issubclass(base, EngineModule)
-    )

@@ -26,6 +26,16 @@ from fastgen.tasks.heads import FastTask
 from fastgen.tasks.refusals import form_refusal
 from fastgen.tasks.stacks import FastEncoder
 
+__all__ = [
+    "FastBertForMaskedLM",
+    "FastBertForMultipleChoice",
+    "FastBertForNextSentencePrediction",
+    "FastBertForQuestionAnswering",
+    "FastBertForSequenceClassification",
+    "FastBertForTokenClassification",
+    "FastBertModel",
+]
+
 MOST_TOKENS_ON_A_GPU = 2048
 """Up to here launches cost most, which a captured graph saves; beyond it ONNX Runtime's attention
 takes longer than torch's (BERT-large in bfloat16 on an H100: 16 x 128 5.7 against 7.7 ms, 24 x 128

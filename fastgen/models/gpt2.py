@@ -11,6 +11,8 @@ from fastgen.seq2seq import DecoderShape
 from fastgen.step import DecoderRoot, Step
 from fastgen.tasks.causal import FastCausalLM
 
+__all__ = ["FastGPT2LMHeadModel"]
+
 
 class Attention(nn.Module):
     """Self-attention; one matrix gives q, k and v."""

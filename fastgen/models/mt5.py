@@ -15,6 +15,15 @@ from fastgen.tasks.heads import FastTask
 from fastgen.tasks.seq2seq import FastSeq2SeqLM
 from fastgen.tasks.stacks import FastDecoder, FastEncoder
 
+__all__ = [
+    "FastMT5EncoderModel",
+    "FastMT5ForConditionalGeneration",
+    "FastMT5ForQuestionAnswering",
+    "FastMT5ForSequenceClassification",
+    "FastMT5ForTokenClassification",
+    "FastMT5Model",
+]
+
 
 class FastMT5Stack(FastEncoder, MT5Stack):
     """The encoder stack, on the engine."""

@@ -28,6 +28,16 @@ from fastgen.tasks.heads import FastTask
 from fastgen.tasks.seq2seq import FastSeq2SeqLM
 from fastgen.tasks.stacks import FastDecoder, FastEncoder
 
+__all__ = [
+    "FastT5",
+    "FastT5EncoderModel",
+    "FastT5ForConditionalGeneration",
+    "FastT5ForQuestionAnswering",
+    "FastT5ForSequenceClassification",
+    "FastT5ForTokenClassification",
+    "FastT5Model",
+]
+
 
 class Attention(nn.Module):
     """q, k, v and o; the relative position bias of layers that own one."""

@@ -18,6 +18,15 @@ from fastgen.tasks.heads import FastTask
 from fastgen.tasks.seq2seq import FastSeq2SeqLM
 from fastgen.tasks.stacks import FastDecoder, FastEncoder
 
+__all__ = [
+    "FastUMT5EncoderModel",
+    "FastUMT5ForConditionalGeneration",
+    "FastUMT5ForQuestionAnswering",
+    "FastUMT5ForSequenceClassification",
+    "FastUMT5ForTokenClassification",
+    "FastUMT5Model",
+]
+
 
 class FastUMT5Stack(FastEncoder, UMT5Stack):
     """The encoder stack, on the engine."""

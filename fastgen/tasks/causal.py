@@ -15,7 +15,7 @@ from fastgen.hf import contract
 from fastgen.hf.cache import LeasedCache, StaticDecoderCache
 from fastgen.hf.forward import forward_like
 from fastgen.hf.loading import FastPreTrained
-from fastgen.hf.module import stock_class
+from fastgen.hf.stock import stock_class
 from fastgen.target import Target
 from fastgen.tasks.refusals import (
     CAUSAL_ARGUMENTS,

@@ -15,7 +15,7 @@ from fastgen.generation.mixin import FastGenerationMixin
 from fastgen.hf import contract
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import forward_like
-from fastgen.hf.module import stock_class
+from fastgen.hf.stock import stock_class
 from fastgen.target import Target
 from fastgen.tasks.heads import FastWhole
 from fastgen.tasks.refusals import (

@@ -19,7 +19,8 @@ from fastgen.fallback import Asked, report
 from fastgen.hf import contract
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import as_torch, forward_like, with_signature
-from fastgen.hf.module import EngineModule, stock_class
+from fastgen.hf.module import EngineModule
+from fastgen.hf.stock import stock_class
 from fastgen.seq2seq import (
     DecoderShape,
     cross_specs,

@@ -14,8 +14,8 @@ import onnx
 import pytest
 import torch
 
-from fastgen import engines
 from fastgen.engine_cache import Artifact
+from fastgen.engines import choice
 from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.graph import Graph
 from fastgen.hf.contract import CACHE
@@ -37,10 +37,10 @@ def on_standard_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(options: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return cpu_target(str(dtype).removeprefix("torch."))
 
-    real = engines.backend
+    real = choice.backend
     choices = {"onnx reference": Reference()}
     monkeypatch.setattr("fastgen.hf.module.choose_target", choose)
-    monkeypatch.setattr(engines, "backend", lambda name: choices.get(name) or real(name))
+    monkeypatch.setattr(choice, "backend", lambda name: choices.get(name) or real(name))
 
 
 @functools.cache
@@ -203,7 +203,7 @@ def graphs_of(model: Any, target: Target, monkeypatch: pytest.MonkeyPatch) -> di
             return super().compile(graph)
 
     monkeypatch.setattr("fastgen.hf.module.choose_target", lambda *_: target)
-    monkeypatch.setattr(engines, "backend", lambda name: Kept())
+    monkeypatch.setattr(choice, "backend", lambda name: Kept())
     model = copy.deepcopy(model)
     model.engine_options = {"disk_cache": False, "fused_kernels": False}
     model.compile_engine()
