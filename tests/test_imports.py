@@ -20,8 +20,8 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     # What every room may know
     ("errors", "options", "target", "runtime", "engine_cache", "capturable", "cuda"),
     ("processes", "fallback", "explain", "registry"),
-    ("ops", "contrib_ops"),
-    ("graph", "seq2seq", "step"),
+    ("ops",),
+    ("graphs",),
     ("engines",),
     ("execution",),
     ("hf",),
@@ -36,14 +36,14 @@ ORDER = {part: number for number, parts in enumerate(ROOMS) for part in parts}
 #: Rooms above that a room must not look into: families speak `ops`, and never a backend; what is
 #: measured is measured as a program would.
 CLOSED = {
-    "models": {"cuda", "engines", "execution", "generation", "graph", "runtime", "target"},
+    "models": {"cuda", "engines", "execution", "generation", "runtime", "target"},
     "bench": {"engines", "execution", "generation", "hf", "models", "ops", "tasks"},
 }
 
 #: Libraries that only these parts may import.
 ONLY_IN: dict[str, set[str]] = {
     "onnxruntime": {"engines", "runtime"},
-    "onnxscript": {"contrib_ops", "graph", "hf", "models", "ops", "step"},
+    "onnxscript": {"graphs", "hf", "models", "ops"},
     "tensorrt": {"engines"},
     "tensorrt_rtx": {"engines"},
     "ctranslate2": {"bench"},

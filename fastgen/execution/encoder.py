@@ -8,8 +8,8 @@ import torch
 from fastgen.engines import Engine
 from fastgen.execution.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.execution.packing import Packing
+from fastgen.graphs.shape import LAST_STATE, state_names
 from fastgen.options import EngineOptions
-from fastgen.seq2seq import LAST_STATE, state_names
 from fastgen.target import Target
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from onnxscript import nn as graph_nn
 
-from fastgen import graph as graphs
 from fastgen import processes
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
 from fastgen.errors import UnsupportedConfigError
 from fastgen.explain import Explained
-from fastgen.graph import TensorSpec
+from fastgen.graphs import graph as graphs
+from fastgen.graphs.graph import TensorSpec
 from fastgen.hf import trial
 from fastgen.hf.engine_key import engine_key
 from fastgen.hf.standing import Remembered, Standing

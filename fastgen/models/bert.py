@@ -21,7 +21,8 @@ from fastgen.fallback import Asked
 from fastgen.hf.forward import forward_like
 from fastgen.hf.loading import FastPreTrained
 from fastgen.models.layers import Embedding, LayerNorm, Linear
-from fastgen.ops import Ops, Value
+from fastgen.ops.standard import Ops
+from fastgen.ops.values import Value
 from fastgen.tasks.heads import FastTask
 from fastgen.tasks.refusals import form_refusal
 from fastgen.tasks.stacks import FastEncoder

@@ -5,10 +5,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from fastgen.errors import UnsupportedConfigError
+from fastgen.graphs.decoder import DecoderRoot, Step
+from fastgen.graphs.shape import Shape
 from fastgen.models.layers import Conv1D, Embedding, LayerNorm, Linear
-from fastgen.ops import Ops, Value
-from fastgen.seq2seq import DecoderShape
-from fastgen.step import DecoderRoot, Step
+from fastgen.ops.standard import Ops
+from fastgen.ops.values import Value
 from fastgen.tasks.causal import FastCausalLM
 
 __all__ = ["FastGPT2LMHeadModel"]
@@ -78,7 +79,7 @@ class Decoder(DecoderRoot):
             )
         self.transformer = Stack(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        self.shape = DecoderShape(
+        self.shape = Shape(
             layers=config.n_layer,
             heads=config.n_head,
             head_size=config.n_embd // config.n_head,

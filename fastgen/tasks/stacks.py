@@ -16,18 +16,15 @@ from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
 from fastgen.execution.encoder import Encoder
 from fastgen.fallback import Asked, report
+from fastgen.graphs.decoder import decoder_specs
+from fastgen.graphs.encoder import encoder_specs, packed_specs
+from fastgen.graphs.shape import Shape
+from fastgen.graphs.source import cross_specs
 from fastgen.hf import contract
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import as_torch, forward_like, with_signature
 from fastgen.hf.module import EngineModule
 from fastgen.hf.stock import stock_class
-from fastgen.seq2seq import (
-    DecoderShape,
-    cross_specs,
-    decoder_specs,
-    encoder_specs,
-    packed_specs,
-)
 from fastgen.target import Target
 from fastgen.tasks.refusals import (
     DECODER_ARGUMENTS,
@@ -246,7 +243,7 @@ class FastDecoder(EngineModule):
 
 
 def build_decoder(
-    module: Any, target: Target, shape: DecoderShape, name: str, fused: Engine | None = None
+    module: Any, target: Target, shape: Shape, name: str, fused: Engine | None = None
 ) -> Decoder:
     """The decoder over the parameters of a module that has a ``_decoder_root``.
 
