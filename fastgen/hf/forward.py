@@ -1,22 +1,42 @@
-"""``forward`` with the parameters of the stock class, whichever names its version gives them."""
+"""``forward`` with the parameters of the stock class: on the engine, or by torch."""
 
 import inspect
-from collections.abc import Callable
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
+from fastgen.fallback import report, said
 from fastgen.hf import contract
+from fastgen.hf.stock import stands_in, stock_class
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 
+class StockForward:
+    """Mixin of a class that stands in for a stock one, before it among the bases: its ``forward``
+    runs on the engine what nothing refuses, and leaves the rest to the stock one."""
 
-def with_signature(function: _F) -> _F:
-    """Keep the signature, which ``generate`` asks for several times a call at 50 us each."""
-    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-    return function
+    forward: Any
+    refusal: Any
+    _run: Any
+    """``forward`` on the engine."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if stands_in(cls):
+            cls.forward = forward_like(stock_class(cls).forward)
+
+    def _forward(self, **arguments: Any) -> Any:
+        if (reason := self.refusal(**arguments)) is None:
+            return self._run(**arguments)
+        report(self, "torch", reason)
+        return self._by_torch(**arguments)
+
+    def _by_torch(self, **arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(**arguments)  # type: ignore[misc]
+        with said():
+            return super().forward(**arguments)  # type: ignore[misc]
 
 
 def forward_like(stock: Any) -> Any:

@@ -11,9 +11,10 @@ from transformers import (
 from transformers.models.mt5.modeling_mt5 import MT5Stack
 
 from fastgen.models.t5 import TRIAL_CONFIG, Decoder, DecoderStack, Encoder
+from fastgen.tasks.decoder import FastDecoder
+from fastgen.tasks.encoder import FastEncoder
 from fastgen.tasks.heads import FastTask
 from fastgen.tasks.seq2seq import FastSeq2SeqLM
-from fastgen.tasks.stacks import FastDecoder, FastEncoder
 
 __all__ = [
     "FastMT5EncoderModel",

@@ -26,9 +26,10 @@ from fastgen.graphs.shape import Shape
 from fastgen.models.layers import Embedding, Linear, RMSNorm, WideLinear
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
+from fastgen.tasks.decoder import FastDecoder
+from fastgen.tasks.encoder import FastEncoder
 from fastgen.tasks.heads import FastTask
 from fastgen.tasks.seq2seq import FastSeq2SeqLM
-from fastgen.tasks.stacks import FastDecoder, FastEncoder
 
 __all__ = [
     "FastT5",

@@ -14,9 +14,10 @@ from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
 from fastgen.hf import contract
 from fastgen.models.t5 import TRIAL_CONFIG, Decoder, DecoderStack, Encoder
+from fastgen.tasks.decoder import FastDecoder
+from fastgen.tasks.encoder import FastEncoder
 from fastgen.tasks.heads import FastTask
 from fastgen.tasks.seq2seq import FastSeq2SeqLM
-from fastgen.tasks.stacks import FastDecoder, FastEncoder
 
 __all__ = [
     "FastUMT5EncoderModel",

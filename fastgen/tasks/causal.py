@@ -9,26 +9,27 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fastgen.engines import NoEngine
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder, row_starts
-from fastgen.fallback import Asked, report, said
+from fastgen.fallback import Asked
 from fastgen.generation.mixin import FastGenerationMixin
 from fastgen.hf import contract
 from fastgen.hf.cache import LeasedCache, StaticDecoderCache
-from fastgen.hf.forward import forward_like
+from fastgen.hf.forward import StockForward
 from fastgen.hf.loading import FastPreTrained
-from fastgen.hf.stock import stock_class
 from fastgen.target import Target
+from fastgen.tasks.decoder import build_decoder
+from fastgen.tasks.outputs import as_stock, wants_dict
 from fastgen.tasks.refusals import (
     CAUSAL_ARGUMENTS,
+    bucket_refusal,
     common_refusal,
     ids_refusal,
     left_mask_refusal,
     positions_refusal,
     states_wanted,
 )
-from fastgen.tasks.stacks import as_stock, bucket_refusal, build_decoder, wants_dict
 
 
-class FastCausalLM(FastPreTrained, FastGenerationMixin):
+class FastCausalLM(StockForward, FastPreTrained, FastGenerationMixin):
     """Mixin of a decoder without an encoder, with a language model head."""
 
     explain = FastGenerationMixin.explain  # of generate; explain_forward is of forward
@@ -39,7 +40,6 @@ class FastCausalLM(FastPreTrained, FastGenerationMixin):
     """What the stock ``forward`` returns."""
     _position_table: str | None = None
     """Path of the embedding of positions, if there is one."""
-    forward: Any
     loss_function: Any
 
     def _decoder_root(self) -> Any:
@@ -133,20 +133,6 @@ class FastCausalLM(FastPreTrained, FastGenerationMixin):
             positions = positions[..., -ids.shape[-1] :]
         given["position_ids"] = positions
         return given
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if FastCausalLM in cls.__bases__:  # a class of ours, not a program's own
-            cls.forward = forward_like(stock_class(cls).forward)
-
-    def _forward(self, **arguments: Any) -> Any:
-        if (reason := self.refusal(**arguments)) is None:
-            return self._run(**arguments)
-        if torch.compiler.is_compiling():
-            return super().forward(**arguments)
-        report(self, "torch", reason)
-        with said():
-            return super().forward(**arguments)
 
     def _run(
         self,

@@ -4,7 +4,8 @@ from typing import Any
 
 from fastgen.hf import contract
 from fastgen.hf.loading import FastPreTrained
-from fastgen.tasks.stacks import FastDecoder, FastEncoder
+from fastgen.tasks.decoder import FastDecoder
+from fastgen.tasks.encoder import FastEncoder
 
 # What a whole model's own code does not hand on to its stacks under this name
 _OF_THE_WHOLE: tuple[str, ...] = (

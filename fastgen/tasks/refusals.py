@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from fastgen.execution.bucket import Bucket
+from fastgen.execution.decoder import Decoder
 from fastgen.fallback import AUTOCAST, Asked
 from fastgen.generation.explain import ANY_LOOP
 from fastgen.hf import contract
@@ -212,3 +214,18 @@ def same_mask(first: Any, mask: torch.Tensor | None) -> bool:
         only: Any = mask if first is None else first
         return only is not ... and bool(only.all())
     return first is not ... and torch.equal(first, mask)
+
+
+def rows_refusal(ids: Any, bucket: Bucket) -> str | None:
+    if isinstance(ids, torch.Tensor) and len(ids) != bucket.size.batch:
+        rows = f"{len(ids)} rows, {contract.CACHE} {bucket.size.batch}"
+        return Asked(f"decoder_input_ids have {rows}")
+    return None
+
+
+def bucket_refusal(decoder: Decoder, bucket: Bucket) -> str | None:
+    """Why a decoder cannot go on with a KV cache that may be another's."""
+    same = (bucket.target, bucket.device) == (decoder.target, decoder.device)
+    if same and decoder.shape.same_buffers(bucket.shape):
+        return None
+    return f"{contract.CACHE} was made by another engine"

@@ -10,45 +10,38 @@ from fastgen.engines import NoEngine, too_large
 from fastgen.engines.fused.engine import FusedEngine
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
-from fastgen.fallback import Asked, report, said
+from fastgen.fallback import Asked
 from fastgen.generation.mixin import FastGenerationMixin
 from fastgen.hf import contract
 from fastgen.hf.cache import StaticKVCache
-from fastgen.hf.forward import forward_like
-from fastgen.hf.stock import stock_class
+from fastgen.hf.forward import StockForward
 from fastgen.target import Target
+from fastgen.tasks.decoder import FastDecoder, build_decoder, decode
+from fastgen.tasks.encoder import FastEncoder
 from fastgen.tasks.heads import FastWhole
+from fastgen.tasks.outputs import as_stock, wants_dict
 from fastgen.tasks.refusals import (
     MODEL_ARGUMENTS,
+    bucket_refusal,
     common_refusal,
     decoder_mask_refusal,
     form_refusal,
     hidden_refusal,
     ids_refusal,
     mask_refusal,
+    rows_refusal,
     same_mask,
     states_wanted,
 )
-from fastgen.tasks.stacks import (
-    FastDecoder,
-    FastEncoder,
-    as_stock,
-    bucket_refusal,
-    build_decoder,
-    decode,
-    rows_refusal,
-    wants_dict,
-)
 
 
-class FastSeq2SeqLM(FastWhole, FastGenerationMixin):
+class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
     """Mixin of an encoder-decoder with a language model head."""
 
     explain = FastGenerationMixin.explain  # of generate; explain_forward is of forward
 
     encoder: FastEncoder
     decoder: FastDecoder
-    forward: Any
 
     def _decoder_root(self) -> Any:
         """The family's graph module with methods ``cross`` and ``decode``, and its ``shape``."""
@@ -139,20 +132,6 @@ class FastSeq2SeqLM(FastWhole, FastGenerationMixin):
     def _bucket_refusal(self, bucket: Bucket) -> str | None:
         decoder: Decoder | None = self._engine
         return None if decoder is None else bucket_refusal(decoder, bucket)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if FastSeq2SeqLM in cls.__bases__:  # a class of ours, not a program's own
-            cls.forward = forward_like(stock_class(cls).forward)
-
-    def _forward(self, **arguments: Any) -> Any:
-        if (reason := self.refusal(**arguments)) is None:
-            return self._run(**arguments)
-        if torch.compiler.is_compiling():
-            return super().forward(**arguments)
-        report(self, "torch", reason)
-        with said():
-            return super().forward(**arguments)
 
     def _run(
         self,

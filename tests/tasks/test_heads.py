@@ -18,7 +18,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 import fastgen
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.contract import CACHE
-from fastgen.tasks.stacks import FastDecoder
+from fastgen.tasks.decoder import FastDecoder
 from tests.configs import TINY, Pair
 from tests.helpers import CAUSAL, CLOSE, sources, targets
 

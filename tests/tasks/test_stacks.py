@@ -13,7 +13,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.contract import CACHE
 from fastgen.hf.module import EngineModule
-from fastgen.tasks.stacks import as_stock
+from fastgen.tasks.outputs import as_stock
 from tests.configs import Pair, build_pair
 from tests.helpers import CAUSAL, CLOSE, copies, logits, refusal, sources, targets
 

@@ -1,139 +1,42 @@
-"""The stacks of an encoder-decoder model: which calls the engine serves."""
+"""A decoder that attends to an encoder: which calls of its stack the engine serves, and how."""
 
 import weakref
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import (
-    BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
 )
 
 from fastgen.engines import Engine, NoEngine, too_large
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
-from fastgen.execution.encoder import Encoder
-from fastgen.fallback import Asked, report
+from fastgen.fallback import Asked
 from fastgen.graphs.decoder import decoder_specs
-from fastgen.graphs.encoder import encoder_specs, packed_specs
 from fastgen.graphs.shape import Shape
 from fastgen.graphs.source import cross_specs
 from fastgen.hf import contract
 from fastgen.hf.cache import StaticKVCache
-from fastgen.hf.forward import as_torch, forward_like, with_signature
+from fastgen.hf.forward import StockForward
 from fastgen.hf.module import EngineModule
-from fastgen.hf.stock import stock_class
 from fastgen.target import Target
+from fastgen.tasks.outputs import as_stock, introduce, wants_dict
 from fastgen.tasks.refusals import (
     DECODER_ARGUMENTS,
-    ENCODER_ARGUMENTS,
+    bucket_refusal,
     common_refusal,
     decoder_mask_refusal,
     hidden_refusal,
     ids_refusal,
     mask_refusal,
+    rows_refusal,
     same_mask,
     states_wanted,
 )
 
 
-class FastEncoder(EngineModule):
-    """Mixin of an encoder stack: token ids in, hidden states out, on the engine."""
-
-    _more_ids: tuple[str, ...] = ()
-    """Arguments that the graph reads beside token ids, one for each; zeros where there are none."""
-    _packs = False
-    """Whether the family's ``encode`` takes rows without their padding (``places``, ``tokens``)."""
-    reads_padding = False
-    """Whether a head reads the hidden states of padding, which are computed then."""
-    _beside = ""
-    """Prefixes of the parameters that no graph knows: of stock code beside it."""
-
-    def _encoder_root(self) -> Any:
-        """The family's graph module with a method ``encode``, and its ``layers``."""
-        raise NotImplementedError
-
-    def _build_engine(self, target: Target) -> Encoder:
-        root, width, more = self._encoder_root(), self.config.hidden_size, self._more_ids
-        self._refuse_foreign_parts([root], ignore=self._beside)
-        layers, stack = root.layers, weakref.proxy(self)
-
-        def build(name: str, specs: Any, root: Any) -> Engine:
-            engine: Engine = stack._engine_for(name, root, target, "encode", specs)
-            return engine
-
-        @cache
-        def states() -> Engine:
-            specs = encoder_specs(target, width, layers, more)
-            return build("encoder-states", specs, stack._encoder_root())
-
-        @cache
-        def packed() -> Engine:
-            return build("encoder-packed", packed_specs(target, width, more), stack._encoder_root())
-
-        options = self.engine_options
-        packs = self._packs and options.skip_padding and target.device == "cpu"
-        engine = build("encoder", encoder_specs(target, width, 0, more), root)
-        return Encoder(
-            *(engine, target, self.device, width, options, layers, states, more),
-            packed if packs and not self.reads_padding else None,
-        )
-
-    def refusal(self, **kwargs: Any) -> str | None:
-        """Why a call with these arguments goes to torch; None if the engine serves it."""
-        if reason := common_refusal(self, kwargs, ENCODER_ARGUMENTS.union(self._more_ids)):
-            return reason
-        input_ids = kwargs.get("input_ids")
-        if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            return Asked("inputs_embeds are served by torch")
-        if kwargs.get("use_cache"):
-            return Asked("use_cache=True: torch reports that an encoder has no KV cache")
-        mask = kwargs.get("attention_mask")
-        if reason := ids_refusal(self, input_ids) or mask_refusal(mask, input_ids.shape):
-            return reason
-        if reason := too_large(self.engine_options, *input_ids.shape):
-            return reason
-        try:
-            self._current_engine()
-        except NoEngine as error:
-            return str(error)
-        return None
-
-    @with_signature
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As the stock stack: token ids [B, S] to hidden states [B, S, E]."""
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        return self._forward(**{name: as_torch(value) for name, value in arguments.items()})
-
-    def _forward(self, **arguments: Any) -> Any:
-        if (reason := self.refusal(**arguments)) is not None:
-            report(self, "torch", reason)
-            introduce(type(self), self.config)
-            return super().forward(**arguments)
-        encoder: Encoder = self._current_engine()
-        ids, mask = arguments["input_ids"].to(torch.int64), arguments.get("attention_mask")
-        given = {name: arguments.get(name) for name in self._more_ids}
-        more = {name: 0 if value is None else value for name, value in given.items()}
-        states = None
-        if states_wanted(self, arguments):
-            states = as_stock(self, encoder.run_with_states(ids, mask, **more))
-        output = self._output(encoder.run(ids, mask, **more) if states is None else states[-1])
-        output.hidden_states = states
-        return output if wants_dict(self, arguments.get("return_dict")) else output.to_tuple()
-
-    def _output(self, hidden: torch.Tensor) -> Any:
-        """The stock stack's output of these hidden states [B, S, E]."""
-        return BaseModelOutput(last_hidden_state=hidden)
-
-
-class FastDecoder(EngineModule):
+class FastDecoder(StockForward, EngineModule):
     """Mixin of a decoder stack that attends to an encoder: token ids in, hidden states out.
 
     For programs, and stock heads, that call a model's decoder themselves. Whole models with a
@@ -142,7 +45,6 @@ class FastDecoder(EngineModule):
 
     _waits = True
     attends = True
-    forward: Any
 
     def _decoder_root(self) -> Any:
         """The family's graph module with methods ``cross`` and ``decode``, and its ``shape``."""
@@ -205,17 +107,9 @@ class FastDecoder(EngineModule):
         found = None if decoder is None else bucket_refusal(decoder, bucket)
         return ids_refusal(self, ids) or found
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if FastDecoder in cls.__bases__:  # a class of ours, not a program's own
-            cls.forward = forward_like(stock_class(cls).forward)
-
-    def _forward(self, **arguments: Any) -> Any:
-        if (reason := self.refusal(**arguments)) is not None:
-            report(self, "torch", reason)
-            introduce(type(self), self.config)
-            return super().forward(**arguments)
-        return self._run(**arguments)
+    def _by_torch(self, **arguments: Any) -> Any:
+        introduce(type(self), self.config)
+        return super()._by_torch(**arguments)
 
     def _run(
         self,
@@ -306,53 +200,3 @@ def decode(
         decoder.hand_over(output, *found)
     past.fill(total)
     return output, found
-
-
-def rows_refusal(ids: Any, bucket: Bucket) -> str | None:
-    if isinstance(ids, torch.Tensor) and len(ids) != bucket.size.batch:
-        rows = f"{len(ids)} rows, {contract.CACHE} {bucket.size.batch}"
-        return Asked(f"decoder_input_ids have {rows}")
-    return None
-
-
-def bucket_refusal(decoder: Decoder, bucket: Bucket) -> str | None:
-    """Why a decoder cannot go on with a KV cache that may be another's."""
-    same = (bucket.target, bucket.device) == (decoder.target, decoder.device)
-    if same and decoder.shape.same_buffers(bucket.shape):
-        return None
-    return f"{contract.CACHE} was made by another engine"
-
-
-def as_stock(module: EngineModule, states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Hidden states in the dtypes that the stock stack gives: from the first layer on, float32
-    where it keeps some weights so."""
-    first, *others = states
-    if not others:
-        return (first,)
-    *inner, last = others
-    kept = any(p.dtype == torch.float32 for p in module.parameters())
-    wide = torch.float32 if kept else last.dtype
-    return _cast(first, last.dtype), *(_cast(state, wide) for state in inner), last
-
-
-def _cast(state: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if dtype == torch.float16 != state.dtype:  # stock clamps, too
-        largest = torch.finfo(dtype).max
-        state = state.clamp(-largest, largest)
-    return state.to(dtype)
-
-
-_introduced: set[type] = set()
-
-
-def introduce(stack_class: type, config: Any) -> None:
-    """Let transformers learn which outputs a stack can record: it does when one is constructed,
-    and ours took the place of a stock one (or came out of a pickle)."""
-    if stack_class not in _introduced:
-        with torch.device("meta"):
-            stack_class(config)
-        _introduced.add(stack_class)
-
-
-def wants_dict(module: EngineModule, asked: bool | None) -> bool:
-    return bool(module.config.return_dict if asked is None else asked)
