@@ -39,7 +39,7 @@ def on_standard_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = choice.backend
     choices = {"onnx reference": Reference()}
-    monkeypatch.setattr("fastgen.hf.module.choose_target", choose)
+    monkeypatch.setattr("fastgen.hf.building.choose_target", choose)
     monkeypatch.setattr(choice, "backend", lambda name: choices.get(name) or real(name))
 
 
@@ -180,7 +180,7 @@ def test_attention_as_products_gives_the_same_tokens(
 ) -> None:
     """As ONNX Runtime's TensorRT provider gets it."""
     target = replace(onnxruntime_tensorrt("float32"), device="cpu", backend="onnxruntime")
-    monkeypatch.setattr("fastgen.hf.module.choose_target", lambda *_: target)
+    monkeypatch.setattr("fastgen.hf.building.choose_target", lambda *_: target)
     models = Pair(build_pair(name).stock, copy.deepcopy(build_pair(name).fast))
     found, _ = decode(models.fast, (PROMPT,) + (1,) * STEPS)
     torch.testing.assert_close(found, decode(models.stock, (1,) * (PROMPT + STEPS))[0], **CLOSE)
@@ -202,7 +202,7 @@ def graphs_of(model: Any, target: Target, monkeypatch: pytest.MonkeyPatch) -> di
             found[title] = weights_as_inputs(graph)
             return super().compile(graph)
 
-    monkeypatch.setattr("fastgen.hf.module.choose_target", lambda *_: target)
+    monkeypatch.setattr("fastgen.hf.building.choose_target", lambda *_: target)
     monkeypatch.setattr(choice, "backend", lambda name: Kept())
     model = copy.deepcopy(model)
     model.engine_options = {"disk_cache": False, "fused_kernels": False}

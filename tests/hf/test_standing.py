@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen.hf import module as modeling
+from fastgen.hf import module
 from tests.configs import build_pair
 from tests.helpers import assert_equal_logits, copies, logits, refusal, sources
 from tests.surprises import SURPRISES, Adapted, generate
@@ -23,7 +23,7 @@ def test_a_refusal_that_stands_is_not_looked_for_again(
     logits(model)
     generate(model)
     looks: list[Any] = []
-    look, same = modeling.weights_state, modeling.Glance.same
+    look, same = module.weights_state, module.Glance.same
 
     def look_at(root: Any, *arguments: Any, **named: Any) -> Any:
         looks.append(root)
@@ -33,8 +33,8 @@ def test_a_refusal_that_stands_is_not_looked_for_again(
         looks.append(root)
         return same(glance, root)
 
-    monkeypatch.setattr(modeling, "weights_state", look_at)
-    monkeypatch.setattr(modeling.Glance, "same", glance_at)
+    monkeypatch.setattr(module, "weights_state", look_at)
+    monkeypatch.setattr(module.Glance, "same", glance_at)
     logits(model)
     generate(model)
     assert all(root is not model for root in looks), "but a stack, which may be served"

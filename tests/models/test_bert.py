@@ -212,7 +212,7 @@ def test_standard_graphs_compute_the_same(
     skip_padding: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As TensorRT gets them, here run by ONNX Runtime."""
-    monkeypatch.setattr("fastgen.hf.module.choose_target", lambda *_: cpu_target("float32"))
+    monkeypatch.setattr("fastgen.hf.building.choose_target", lambda *_: cpu_target("float32"))
     pair = copy.deepcopy(build("Model", skip_padding=skip_padding))
     for states in (False, True):
         arguments = call("Model", types=True) | {"output_hidden_states": states}
