@@ -17,9 +17,10 @@ import torch
 import transformers
 
 from fastgen import __version__
-from fastgen.engine_cache import EngineCache, fingerprint
+from fastgen.engine_cache import EngineCache
 from fastgen.engines.side_file import SideFile
 from fastgen.errors import MissingRuntimeError
+from fastgen.fingerprint import fingerprint
 from fastgen.hf import contract
 from fastgen.hf.stock import is_ours, stock_class
 from fastgen.options import EngineOptions
