@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "fastgen"
 ROOMS: tuple[tuple[str, ...], ...] = (
     # What every room may know
     ("errors", "options", "target", "runtime", "fingerprint", "progress", "engine_cache"),
-    ("capturable", "cuda", "processes", "fallback", "explain", "registry"),
+    ("capturable", "cuda", "cuda_graph", "processes", "fallback", "explain", "registry"),
     ("ops",),
     ("graphs",),
     ("engines",),
@@ -36,7 +36,7 @@ ORDER = {part: number for number, parts in enumerate(ROOMS) for part in parts}
 #: Rooms above that a room must not look into: families speak `ops`, and never a backend; what is
 #: measured is measured as a program would.
 CLOSED = {
-    "models": {"cuda", "engines", "execution", "generation", "runtime", "target"},
+    "models": {"cuda", "cuda_graph", "engines", "execution", "generation", "runtime", "target"},
     "bench": {"engines", "execution", "generation", "hf", "models", "ops", "tasks"},
 }
 

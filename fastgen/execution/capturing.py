@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastgen import cuda
+from fastgen import cuda, cuda_graph
 from fastgen.engines import TENSORRT
 from fastgen.options import EngineOptions
 from fastgen.target import Target
@@ -28,7 +28,7 @@ class Capturing:
 
     def __init__(self, target: Target, device: torch.device, options: EngineOptions) -> None:
         self.target, self.device, self.options = target, device, options
-        self._graph_pool: cuda.GraphPool | None = None
+        self._graph_pool: cuda_graph.GraphPool | None = None
 
     @property
     def captures(self) -> bool:
@@ -70,11 +70,11 @@ class Capturing:
         if not self.captures:
             return function
         if self._graph_pool is None:
-            self._graph_pool = cuda.GraphPool(self.device)
-        undo = cuda.restorer(list(mutable), self.device)
+            self._graph_pool = cuda_graph.GraphPool(self.device)
+        undo = cuda_graph.restorer(list(mutable), self.device)
         try:
-            return cuda.CapturedGraph(function, self.device, undo, self._graph_pool).replay
-        except cuda.CaptureBroken:
+            return cuda_graph.CapturedGraph(function, self.device, undo, self._graph_pool).replay
+        except cuda_graph.CaptureBroken:
             return function
 
     def _once(
