@@ -64,7 +64,7 @@ class _FastAuto:
             config = AutoConfig.from_pretrained(config, **hub_kwargs)
         known = {} if config is None else {"config": config}
         found = AutoConfig.from_pretrained(name, **hub_kwargs) if config is None else config
-        if fallback and found.model_type not in cls._classes():
+        if fallback and found.model_type not in cls._families():
             return cls._stock_model(
                 "from_pretrained", name, *args, **known, **kwargs, **remote_code
             )
@@ -81,13 +81,13 @@ class _FastAuto:
         Raises:
             UnsupportedConfigError: no Fast class for the config's model_type.
         """
-        if fallback and config.model_type not in cls._classes():
+        if fallback and config.model_type not in cls._families():
             return cls._stock_model("from_config", config, **kwargs)
         kwargs.pop("trust_remote_code", None)
         return cls._class_for(config)._from_config(config, **kwargs)
 
     @classmethod
-    def _classes(cls) -> dict[str, str]:
+    def _families(cls) -> dict[str, str]:
         """The names of the task's Fast classes, by model_type."""
         return registry.classes_for(cls.__name__)
 
@@ -106,16 +106,16 @@ class _FastAuto:
 
     @classmethod
     def _class_for(cls, config: Any) -> Any:
-        if config.model_type not in cls._classes():
+        if config.model_type not in cls._families():
             raise UnsupportedConfigError(
                 f"{cls._without_fast_class(config)}. Pass fallback=True to get the stock class for "
                 f"this checkpoint, or use {cls._stock().__name__} of transformers."
             )
-        return getattr(fastgen, cls._classes()[config.model_type])
+        return getattr(fastgen, cls._families()[config.model_type])
 
     @classmethod
     def _without_fast_class(cls, config: Any) -> str:
-        kind, others = config.model_type, ", ".join(cls._classes())
+        kind, others = config.model_type, ", ".join(cls._families())
         return f"model_type={kind!r} has no Fast class (there is one for {others})"
 
 
