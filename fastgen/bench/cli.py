@@ -1,7 +1,7 @@
 """The command ``fastgen bench``."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,25 +31,38 @@ _Models = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL...",
-        help="A hub id, a folder, or a shape with random weights such as t5-small@random.",
+        help="A hub id, a folder, or a shape with random weights such as t5-small@random, "
+        "gpt2@random, bart-base@random or bert-base@random.",
     ),
 ]
 _Device = Annotated[Device, typer.Option(help="Where to run.")]
 _DType = Annotated[DType, typer.Option(help="Type of weights and computation.")]
 _Batch = Annotated[int, typer.Option(min=1, help="Prompts in a call.")]
 _PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens in a prompt.")]
-_NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate.")]
+_NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate; not of an encoder.")]
 _Beams = Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")]
+_Ragged = Annotated[
+    bool,
+    typer.Option(
+        "--ragged", help="Of an encoder: rows of an eighth of --prompt-tokens to all, padded."
+    ),
+]
 _Sample = Annotated[bool, typer.Option("--sample", help="Sample with top-k 50, top-p 0.9.")]
 _Grid = Annotated[
     bool,
     typer.Option(
         "--grid",
-        help="The five workloads of the performance table, in place of --batch, --prompt-tokens, "
-        "--beams and --sample.",
+        help="The workloads of the performance tables, five of generate and six of encoders, in "
+        "place of --batch, --prompt-tokens, --ragged, --beams and --sample.",
     ),
 ]
-_Against = Annotated[str, typer.Option(metavar="PEERS", help="Peers, separated by commas.")]
+_Against = Annotated[
+    str,
+    typer.Option(
+        metavar="PEERS",
+        help="Peers, separated by commas: hf-static is of generate, hf-compile of encoders.",
+    ),
+]
 _Json = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the figures there after each workload."),
@@ -75,30 +88,39 @@ def bench(
     new_tokens: _NewTokens = 64,
     beams: _Beams = 1,
     sample: _Sample = False,
+    ragged: _Ragged = False,
     grid: _Grid = False,
-    against: _Against = "hf,hf-static,ctranslate2",
+    against: _Against = "hf,hf-static,hf-compile,ctranslate2",
     json_file: _Json = None,
     threads: _Threads = None,
     repeats: _Repeats = 5,
     min_seconds: _MinSeconds = 1.0,
     fresh: _Fresh = True,
 ) -> None:
-    """Measure generate against stock transformers and other libraries, side by side."""
+    """Measure generate, or an encoder, against stock transformers and other libraries, side by side."""
     # Here, so that the other commands do not wait for torch.
     import rich.console
     import transformers
 
-    from fastgen.bench import Workload, run, standard_grid
+    from fastgen.bench import Encoding, Workload, encoder_grid, run, standard_grid
+
+    def workloads(kind: str) -> Sequence[Encoding | Workload]:
+        if kind == "encoder":
+            return encoder_grid() if grid else [Encoding(batch, prompt_tokens, ragged)]
+        if ragged:
+            raise ValueError("--ragged: only of encoders; leave it out for a model that generates.")
+        if grid:
+            return standard_grid(new_tokens)
+        return [Workload(batch, prompt_tokens, new_tokens, beams, sample)]
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     console = rich.console.Console()
     try:
-        single = Workload(batch, prompt_tokens, new_tokens, beams, sample)
         with _progress(console) as progress:
             report = run(
                 models,
-                standard_grid(new_tokens) if grid else [single],
+                workloads,
                 device=device.value,
                 dtype=dtype.value,
                 peers=[peer for peer in against.split(",") if peer],

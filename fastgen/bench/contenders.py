@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoModelForSeq2SeqLM
-
-import fastgen
-from fastgen.bench.workload import SEED, TOP_K, TOP_P, Workload
 
 
 class Contender(ABC):
-    """One way to generate: prepared once on disk, loaded once, called many times.
+    """One way to run a model: prepared once on disk, loaded once, called many times.
 
     Args:
+        kind: ``seq2seq``, ``causal`` or ``encoder``.
         device: ``cpu`` or ``cuda``.
         dtype: what weights are stored and computed in.
         vocab_size: number of ids the model knows; also the end-of-sequence id (see Workload).
@@ -25,8 +22,11 @@ class Contender(ABC):
     package: ClassVar[str]
     draws_with_torch: ClassVar[bool] = True
     """Whether the same seed should sample the stock class's tokens."""
+    model: Any = None
+    """The torch module, once loaded, if there is one."""
 
-    def __init__(self, device: str, dtype: torch.dtype, vocab_size: int) -> None:
+    def __init__(self, kind: str, device: str, dtype: torch.dtype, vocab_size: int) -> None:
+        self.kind = kind
         self.device = device
         self.dtype = dtype
         self.vocab_size = vocab_size
@@ -45,136 +45,55 @@ class Contender(ABC):
 
     @abstractmethod
     def load(self, path: str) -> None:
-        """Put the weights on the device, ready for ``generate``."""
-
-    def inputs(self, workload: Workload) -> Any:
-        """The workload's prompts in the form ``generate`` takes."""
-        return workload.prompts(self.vocab_size).to(self.device)
+        """Put the weights on the device, ready for calls."""
 
     @abstractmethod
-    def generate(self, inputs: Any, workload: Workload) -> Any:
+    def inputs(self, workload: Any) -> Any:
+        """The workload's token ids in the form ``call`` takes."""
+
+    @abstractmethod
+    def call(self, inputs: Any, workload: Any) -> Any:
         """One whole call; the same seed before each. May return before the device is done."""
 
     @abstractmethod
-    def tokens(self, output: Any) -> list[list[int]]:
-        """New ids of each row, from what ``generate`` returned."""
+    def result(self, output: Any) -> Any:
+        """What is compared, from what ``call`` returned: new ids of each row, or of an encoder the
+        hidden states of all real tokens [T, E], in float32 on the CPU."""
+
+    def engine(self, workload: Any) -> str | None:
+        """What ran the calls, in words, where a library has more than one way."""
+        return None
 
 
-class HuggingFace(Contender):
-    """The stock class, as most programs call it."""
+def contenders(kind: str) -> dict[str, type[Contender]]:
+    """By name, in the order in which reports list them; ``fastgen`` is the one others are peers of.
 
-    name = "hf"
-    package = "transformers"
-    model_class: Any = AutoModelForSeq2SeqLM
-    extra_kwargs: ClassVar[dict[str, Any]] = {}
+    Args:
+        kind: ``seq2seq``, ``causal`` or ``encoder``.
+    """
+    from fastgen.bench import encoders, generators  # which import this module
 
-    def load(self, path: str) -> None:
-        self.model = self.model_class.from_pretrained(path, dtype=self.dtype).to(self.device)
-        self.model.eval()
+    return encoders.CONTENDERS if kind == "encoder" else generators.CONTENDERS
 
-    def generate(self, inputs: torch.Tensor, workload: Workload) -> torch.Tensor:
-        torch.manual_seed(SEED)
-        return self.model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            **workload.generate_kwargs(self.vocab_size),
-            **self.extra_kwargs,
+
+def ctranslate2(device: str, dtype: torch.dtype) -> Any:
+    """The module, if it computes in this dtype on this device.
+
+    Raises:
+        ValueError: it does not.
+    """
+    import ctranslate2
+
+    wanted = dtype_name(dtype)
+    supported = ctranslate2.get_supported_compute_types(device)
+    if wanted not in supported:
+        raise ValueError(
+            f"CTranslate2 does not compute in {wanted} on this {device}, only in "
+            f"{', '.join(sorted(supported))}."
         )
-
-    def tokens(self, output: torch.Tensor) -> list[list[int]]:
-        return output[:, 1:].tolist()  # the first column is the decoder start token
+    return ctranslate2
 
 
-class HuggingFaceStatic(HuggingFace):
-    """The stock class with a static KV cache, which it compiles by itself on a GPU."""
-
-    name = "hf-static"
-    extra_kwargs: ClassVar[dict[str, Any]] = {"cache_implementation": "static"}
-
-
-class Fastgen(HuggingFace):
-    """This library."""
-
-    name = "fastgen"
-    package = "fastgen"
-
-    @property
-    def version(self) -> str:
-        return fastgen.__version__
-
-    def load(self, path: str) -> None:
-        self.model_class = fastgen.FastAutoModelForSeq2SeqLM
-        super().load(path)
-
-
-class CTranslate2(Contender):
-    """CTranslate2, on a conversion of the same weights."""
-
-    name = "ctranslate2"
-    package = "ctranslate2"
-    draws_with_torch = False
-
-    def prepare(self, checkpoint: str, folder: Path) -> str:
-        from fastgen.bench.convert import convert
-
-        self._require()
-        converted = folder / "ctranslate2"
-        convert(checkpoint, converted, self.dtype)
-        return str(converted)
-
-    def load(self, path: str) -> None:
-        ctranslate2 = self._require()
-        self.translator = ctranslate2.Translator(
-            path,
-            device=self.device,
-            compute_type=_dtype_name(self.dtype),
-            intra_threads=torch.get_num_threads(),
-        )
-        self.library = ctranslate2
-
-    def inputs(self, workload: Workload) -> list[list[str]]:
-        rows = workload.prompts(self.vocab_size).tolist()
-        return [[str(token) for token in row] for row in rows]
-
-    def generate(self, inputs: list[list[str]], workload: Workload) -> Any:
-        sampling: dict[str, Any] = {}
-        if workload.sample:
-            sampling = {"sampling_topk": TOP_K, "sampling_topp": TOP_P}
-        self.library.set_random_seed(SEED)
-        return self.translator.translate_batch(
-            inputs,
-            beam_size=workload.beams,
-            max_input_length=0,
-            # A minimum would make it write the score of the end token, an id past the last one.
-            min_decoding_length=0,
-            max_decoding_length=workload.new_tokens,
-            end_token=[self.vocab_size],
-            **sampling,
-        )
-
-    def tokens(self, output: Any) -> list[list[int]]:
-        return [[int(token) for token in result.hypotheses[0]] for result in output]
-
-    def _require(self) -> Any:
-        """The module, if it computes in this dtype on this device."""
-        import ctranslate2
-
-        wanted = _dtype_name(self.dtype)
-        supported = ctranslate2.get_supported_compute_types(self.device)
-        if wanted not in supported:
-            raise ValueError(
-                f"CTranslate2 does not compute in {wanted} on this {self.device}, only in "
-                f"{', '.join(sorted(supported))}."
-            )
-        return ctranslate2
-
-
-CONTENDERS: dict[str, type[Contender]] = {
-    contender.name: contender
-    for contender in (Fastgen, HuggingFace, HuggingFaceStatic, CTranslate2)
-}
-"""By name, in the order in which reports list them; ``fastgen`` is the one others are peers of."""
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as ``float32``."""
     return str(dtype).removeprefix("torch.")
