@@ -7,9 +7,9 @@ import torch
 
 from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Engine
+from fastgen.graphs.shape import LAST_STATE, state_names
 from fastgen.options import EngineOptions
 from fastgen.packing import Packing
-from fastgen.seq2seq import LAST_STATE, state_names
 from fastgen.target import Target
 
 

@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from fastgen.bucket import Bucket
 from fastgen.decoder import Decoder
 from fastgen.engines import NoEngine, too_large
-from fastgen.engines.fused import FusedEngine
+from fastgen.engines.fused.engine import FusedEngine
 from fastgen.fallback import Asked, report, said
 from fastgen.generation import FastGenerationMixin
 from fastgen.hf import contract

@@ -7,8 +7,8 @@ import torch
 
 from fastgen.engine_cache import EngineCache
 from fastgen.engines import NotFused, nvrtc
-from fastgen.engines.fused_ops import HEAD_SIZES, MAX_SLOTS, TILE_ROWS, FusedOps
-from fastgen.engines.fused_wide import MAX_ROWS, WideOps
+from fastgen.engines.fused.ops import HEAD_SIZES, MAX_SLOTS, TILE_ROWS, FusedOps
+from fastgen.engines.fused.wide import MAX_ROWS, WideOps
 from fastgen.engines.nvrtc import Launch, Program
 from fastgen.target import Target
 

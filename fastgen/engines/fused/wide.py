@@ -3,8 +3,8 @@
 import torch
 
 from fastgen.engines import NotFused
-from fastgen.engines.fused_ops import ACTIVATIONS, FusedOps
-from fastgen.engines.fused_values import ActivateArgs, Normed, Product
+from fastgen.engines.fused.ops import ACTIVATIONS, FusedOps
+from fastgen.engines.fused.values import ActivateArgs, Normed, Product
 
 MAX_ROWS = 512
 _THREADS = 256

@@ -1,0 +1,1 @@
+"""A decoder step as a handful of CUDA launches a layer: the vocabulary, recorded."""
