@@ -11,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     import rich.console
 
+    from fastgen.bench.workload import AnyWorkload
+
 
 class Device(StrEnum):
     """Where to run."""
@@ -97,24 +99,17 @@ def bench(
     min_seconds: _MinSeconds = 1.0,
     fresh: _Fresh = True,
 ) -> None:
-    """Measure generate, or an encoder, against stock transformers and other libraries, side by side."""
-    # Here, so that the other commands do not wait for torch.
-    import rich.console
-    import transformers
+    """Measure whole calls against stock transformers and other libraries, side by side."""
+    import rich.console  # here, so that the other commands do not wait for torch
 
-    from fastgen.bench import Encoding, Workload, encoder_grid, run, standard_grid
+    from fastgen.bench import run
 
-    def workloads(kind: str) -> Sequence[Encoding | Workload]:
-        if kind == "encoder":
-            return encoder_grid() if grid else [Encoding(batch, prompt_tokens, ragged)]
-        if ragged:
-            raise ValueError("--ragged: only of encoders; leave it out for a model that generates.")
+    def workloads(kind: str) -> "Sequence[AnyWorkload]":
         if grid:
-            return standard_grid(new_tokens)
-        return [Workload(batch, prompt_tokens, new_tokens, beams, sample)]
+            return _grid(kind, new_tokens)
+        return [_single(kind, batch, prompt_tokens, ragged, (new_tokens, beams, sample))]
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _quieten()
     console = rich.console.Console()
     try:
         with _progress(console) as progress:
@@ -136,6 +131,32 @@ def bench(
     report.print(console)
     if report.failures():
         raise typer.Exit(1)
+
+
+def _quieten() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _grid(kind: str, new_tokens: int) -> "Sequence[AnyWorkload]":
+    from fastgen.bench import encoder_grid, standard_grid
+
+    return encoder_grid() if kind == "encoder" else standard_grid(new_tokens)
+
+
+def _single(
+    kind: str, batch: int, tokens: int, ragged: bool, generation: tuple[int, int, bool]
+) -> "AnyWorkload":
+    """The workload of the options; ``generation`` is new tokens, beams and whether to sample."""
+    from fastgen.bench import Encoding, Workload
+
+    if kind == "encoder":
+        return Encoding(batch, tokens, ragged)
+    if ragged:
+        raise ValueError("--ragged: only of encoders; leave it out for a model that generates.")
+    return Workload(batch, tokens, *generation)
 
 
 @contextlib.contextmanager

@@ -46,8 +46,8 @@ class HuggingFaceCompiled(HuggingFaceEncoder):
 
     def load(self, path: str) -> None:
         super().load(path)
-        options = {"mode": "reduce-overhead"} if self.device == "cuda" else {}
-        self.model.forward = torch.compile(self.model.forward, dynamic=False, **options)
+        mode = "reduce-overhead" if self.device == "cuda" else None
+        self.model.forward = torch.compile(self.model.forward, dynamic=False, mode=mode)
 
 
 class FastgenEncoder(HuggingFaceEncoder):

@@ -61,15 +61,15 @@ def measure_machine(device: str, dtype: torch.dtype) -> Machine:
 
 @cache
 def _measured(device: str, dtype: torch.dtype, threads: int) -> Machine:
-    x = torch.ones(_COPY_BYTES[device], dtype=torch.uint8, device=device)  # written: not one page
+    copied = _COPY_BYTES[device]
+    x = torch.ones(copied, dtype=torch.uint8, device=device)  # written, so that it has own pages
     y = torch.ones_like(x)
     copy_s = _best_seconds(device, lambda: y.copy_(x))
-    moved, n = 2 * x.nbytes, _MATMUL_SIZE[device]
-    del x, y
+    n = _MATMUL_SIZE[device]
     a = torch.randn(n, n, device=device).to(dtype)
     out = torch.empty_like(a)
     product_s = _best_seconds(device, lambda: torch.mm(a, a, out=out))
-    return Machine(moved / copy_s, 2 * n**3 / product_s)
+    return Machine(2 * copied / copy_s, 2 * n**3 / product_s)
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,16 @@ class _Weights:
 
 def _weights(module: Any, head: torch.Tensor | None = None) -> _Weights:
     """Of a stack, without its head."""
+    counted = None if head is None else head.data_ptr()
     tables = {
         table.weight.data_ptr(): table.weight[0].nbytes
         for table in module.modules()
-        if isinstance(table, torch.nn.Embedding)
+        if isinstance(table, torch.nn.Embedding) and table.weight.data_ptr() != counted
     }
     found = _Weights(row_bytes=sum(tables.values()))
     for name, weight in module.named_parameters():
-        head_too = head is not None and weight.data_ptr() == head.data_ptr()
-        if weight.data_ptr() not in tables and not head_too and not _ONCE_A_CALL.search(name):
+        elsewhere = weight.data_ptr() in tables or weight.data_ptr() == counted
+        if not elsewhere and not _ONCE_A_CALL.search(name):
             found.count += weight.numel()
             found.bytes += weight.nbytes
     return found

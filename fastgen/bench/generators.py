@@ -1,4 +1,4 @@
-"""Contenders of ``generate`` calls: models with an encoder (``seq2seq``) and without (``causal``)."""
+"""Contenders of ``generate``: models with an encoder (``seq2seq``) and without (``causal``)."""
 
 from pathlib import Path
 from typing import Any, ClassVar

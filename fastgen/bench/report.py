@@ -17,15 +17,14 @@ DASH = "-"
 NOTES = (
     "Whole calls, contenders taking turns in one process, medians. ms/token: a generate call over "
     "its new tokens; ttft: time to first token, the same call with one new token; ratio: of times, "
-    "over fastgen's; tokens: against hf's; difference: the largest of one element of the hidden "
+    "over fastgen's; tokens: against hf's; max diff: the largest of one element of the hidden "
     "states of real tokens, from hf's in the same dtype. GB/s or TFLOP/s, whichever takes longer: "
     "what a token (of an encoder: a call) must move or compute, over its time; floor: the least "
     "time that takes, at the rate of a copy or a large matrix product measured here, as a share "
-    "of its time (fastgen/bench/floor.py). Every contender's "
-    "end-of-sequence id lies outside the vocabulary, so all generate all tokens. Load (imports, "
-    "weights from a warm disk, the first whole call) and peak memory: each contender alone in a "
-    "fresh process, compiled artefacts of earlier runs at hand. Converting a checkpoint for "
-    "CTranslate2 is not counted."
+    "of its time (fastgen/bench/floor.py). Every contender's end-of-sequence id lies outside the "
+    "vocabulary, so all generate all tokens. Load (imports, weights from a warm disk, the first "
+    "whole call) and peak memory (MiB): each contender alone in a fresh process, compiled "
+    "artefacts of earlier runs at hand. Converting a checkpoint for CTranslate2 is not counted."
 )
 
 
@@ -140,13 +139,13 @@ class Report:
 def _table(entries: list[Entry]) -> Table:
     first = entries[0]
     title = f"{first.model}, {first.device}, {first.dtype}: {first.workload.title}"
-    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, box=SIMPLE, padding=0)
     table.add_column("contender", no_wrap=True)
     encodes = isinstance(first.workload, Encoding)
     rate = "TFLOP/s" if any(entry.computes for entry in entries) else "GB/s"
     headings = ["ms/call", "tokens/s"] if encodes else ["ms/token", "ttft ms"]
-    headings += ["load s", "peak MiB", rate, "floor", "ratio"]
-    for heading in (*headings, "difference" if encodes else "tokens"):
+    headings += ["load s", "MiB", rate, "floor", "ratio"]
+    for heading in (*headings, "max diff" if encodes else "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
         tokens = _number(entry.ms_per_token, 3), _number(entry.ttft_ms, 2)

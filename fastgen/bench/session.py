@@ -114,13 +114,7 @@ class Session:
             running, workload, repeats=repeats, min_seconds=min_seconds, progress=self.progress
         )
         for name, timing in timings.items():
-            _fill(entries[name], timing, results[name])
-            self._fill_floor(entries[name])
-            entries[name].engine = running[name].engine(workload)
-            sampled = isinstance(workload, Workload) and workload.sample
-            comparable = running[name].draws_with_torch or not sampled
-            if name != "hf" and "hf" in results and comparable:
-                entries[name].agreement = agreement(results[name], results["hf"])
+            self._fill(entries[name], timing, results)
             if fresh:
                 self.progress(f"load time and peak memory of {name}")
                 self._attempt(entries[name], self._measure_fresh)
@@ -190,6 +184,16 @@ class Session:
         entry.first_call_s, output = timed_call(contender, inputs, entry.workload)
         results[entry.name] = contender.result(output)
 
+    def _fill(self, entry: Entry, timing: Timing, results: dict[str, Any]) -> None:
+        contender, workload = self.contenders[entry.name], entry.workload
+        _fill_times(entry, timing, results[entry.name])
+        self._fill_floor(entry)
+        entry.engine = contender.engine(workload)
+        sampled = isinstance(workload, Workload) and workload.sample
+        comparable = contender.draws_with_torch or not sampled
+        if entry.name != "hf" and "hf" in results and comparable:
+            entry.agreement = agreement(results[entry.name], results["hf"])
+
     def _fill_floor(self, entry: Entry) -> None:
         models = (contender.model for contender in self.contenders.values())
         model = next((model for model in models if model is not None), None)
@@ -254,7 +258,7 @@ def run(
     return report
 
 
-def _fill(entry: Entry, timing: Timing, result: Any) -> None:
+def _fill_times(entry: Entry, timing: Timing, result: Any) -> None:
     entry.calls_s = timing.calls_s
     entry.ms_per_call = timing.call_s * 1e3
     if isinstance(entry.workload, Encoding):

@@ -156,7 +156,10 @@ def kind_of(model: str) -> str:
     if model.endswith(SUFFIX):
         return shape_of(model.removesuffix(SUFFIX)).kind
     config = transformers.AutoConfig.from_pretrained(model)
-    return kind_of_class((config.architectures or [""])[0])
+    saved = (config.architectures or [""])[0]
+    if config.is_encoder_decoder and not saved.endswith("EncoderModel"):
+        return "seq2seq"  # saved without a head, perhaps, as bart-base was
+    return kind_of_class(saved)
 
 
 def write_random_checkpoint(
