@@ -10,6 +10,7 @@ in which launches overlap, and how far its logits are from those of ONNX Runtime
 
 import ctypes
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -24,6 +25,8 @@ from fastgen.engines.nvrtc import Launch
 
 AUTO = {"seq2seq": "FastAutoModelForSeq2SeqLM", "causal": "FastAutoModelForCausalLM"}
 REPLAYS = 50
+_INSTANTIATION = re.compile(r" (\w+)\(const __grid_constant__ .*\{ (.*)\(args\); \}")
+"""A kernel's name in the recorded source, and the template that it is of."""
 
 
 @dataclass
@@ -44,7 +47,7 @@ def kinds(ops: Any, runs: Iterable[Callable[[int], None]]) -> dict[str, Kind]:
     """
     held = [ops._tensors, ops._parameters, ops._scratch]
     memory = {tensor.data_ptr(): tensor for tensors in held for tensor in tensors.values()}
-    bodies = {name: body for body, name in ops._names.items()}
+    bodies = dict(_INSTANTIATION.findall(ops.source()))
     found: dict[str, Kind] = {}
     for launch, run in zip(ops.launches, runs, strict=True):
         if isinstance(launch, Launch):
