@@ -226,11 +226,15 @@ INLINE void linear(const LinearArgs& args) {
                 input[i] = Product<W>::load(x, stride, k0 + (base + i) * WARPS * 32, K, lane);
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
+            const bool more = base + i + AHEAD < STEPS;
+            const int later = k0 + (base + i + AHEAD) * WARPS * 32;
             if constexpr (ACROSS) turn(w[i]);
 #pragma unroll
-            for (int a = 0; a < ALL; a++)
+            for (int a = 0; a < ALL; a++) {
                 if (base + i < STEPS) product[a].add(input[i], w[i][a]);
-            if (base + i + AHEAD < STEPS) load(w[i], k0 + (base + i + AHEAD) * WARPS * 32);
+                if (!ACROSS && more) w[i][a] = load_weights<W>(rows[a], later, K);
+            }
+            if (ACROSS && more) load(w[i], later);
         }
     }
 #pragma unroll
