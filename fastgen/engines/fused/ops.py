@@ -296,7 +296,8 @@ def _side_by_side(q: Product | Part, k: Product | Part, v: Product | Part) -> li
         parts = [(part.product, part.index, part.count) for part in (q, k, v)]
         if parts == [(q.product, index, 3) for index in range(3)]:
             return [q.product]
-    elif isinstance(q, Product) and isinstance(k, Product) and isinstance(v, Product):
-        if q.x is k.x is v.x:
-            return [q, k, v]
+    if isinstance(q, Product) and isinstance(k, Product) and isinstance(v, Product):
+        products = [q, k, v]
+        if all(product.x is q.x for product in products):
+            return products
     raise NotFused("query, key and value are products of different inputs")
