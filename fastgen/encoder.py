@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from fastgen.capturing import Capturing, SourceBuffers, source_mask
+from fastgen.capturing import CAPTURED_TOKENS, Capturing, SourceBuffers, lasting, source_mask
 from fastgen.engines import Engine
+from fastgen.engines.fused.encoder import PackedBinding, PackedEngine, pieces, side_streams
+from fastgen.engines.fused.packed_values import Call
 from fastgen.options import EngineOptions
 from fastgen.packing import Packing
 from fastgen.seq2seq import LAST_STATE, state_names
@@ -27,7 +30,7 @@ class Encoder(Capturing):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Callable[[], Engine],
         target: Target,
         device: torch.device,
         width: int,
@@ -36,19 +39,24 @@ class Encoder(Capturing):
         states: Callable[[], Engine],
         more_ids: tuple[str, ...] = (),
         packed: Callable[[], Engine] | None = None,
+        fused: PackedEngine | None = None,
     ) -> None:
         """
         Args:
+            engine: gives the engine of rows with their padding.
             layers: how many blocks there are.
             states: gives the engine whose outputs are what they read, too.
             more_ids: names of what the graph reads beside token ids, one for each.
             packed: gives the engine of rows without their padding, on the CPU; None computes it.
+            fused: serves all calls but those for hidden states of all layers, on a GPU.
         """
         super().__init__(target, device, options)
-        self.engine, self._width = engine, width
+        self._engine, self._width, self.fused = engine, width, fused
         self._layers, self._states = layers, states
         self._more_ids, self._packed = more_ids, packed
-        self._replays: dict[tuple[int, int], _Replay] = {}
+        self._replays: dict[tuple[int, int], Any] = {}
+        self._counted: PackedBinding | None = None
+        """What runs calls whose tokens the host knows the number of."""
 
     def run(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, **more: torch.Tensor | int
@@ -66,6 +74,10 @@ class Encoder(Capturing):
         size = batch, self.sources_for(sources)
         if not hidden.numel():
             return hidden
+        if self.fused is not None:
+            with self.stream():
+                self._run_fused(self.fused, self.fused.call(input_ids, mask, hidden, **more))
+            return hidden
         if self.captures_sources(*size):
             # one stream for all threads: they share the buffers
             with self.stream():
@@ -78,7 +90,7 @@ class Encoder(Capturing):
                 hidden.copy_(replay.hidden[:, :sources])
             return hidden
         source = self._filled(input_ids, attention_mask=seen, **more)
-        self._bound_to(self.engine, source, {LAST_STATE: hidden})()
+        self._bound_to(self._engine(), source, {LAST_STATE: hidden})()
         return hidden
 
     def run_with_states(
@@ -94,6 +106,46 @@ class Encoder(Capturing):
             source = self._filled(input_ids, attention_mask=source_mask(mask), **more)
             self._bound_to(self._states(), source, states)()
         return list(states.values())
+
+    def _run_fused(self, fused: PackedEngine, call: Call) -> None:
+        """Small calls run over as many tokens as there are places: to know the number of those that
+        the mask leaves, the host would wait for the GPU. What is behind them is computed for
+        nothing, and where launching takes longest that costs little."""
+        batch, sources = call.rows.shape
+        padded = self.sources_for(sources)
+        if self.captures_sources(batch, padded):
+            size, limit = (batch, padded), self.options.max_cached_graphs
+            binding, layers = self._once(
+                self._replays, size, lambda: self._fused_replay(fused, *size), limit
+            )
+            binding.run(call, binding.size(batch * padded, batch, padded), layers)
+            return
+        lengths = [sources] * batch
+        if call.mask is not None and not call.padding and batch * sources > CAPTURED_TOKENS:
+            lengths = call.lengths.tolist()  # the one time that the host waits
+        for start, stop, tokens in pieces(lengths):
+            binding = self._binding_of(fused, tokens, stop - start)
+            longest = max(lengths[start:stop])
+            binding.run(
+                call.piece(start, stop, tokens), binding.size(tokens, stop - start, longest)
+            )
+
+    def _fused_replay(
+        self, fused: PackedEngine, batch: int, sources: int
+    ) -> tuple[PackedBinding, Callable[[], None]]:
+        binding = fused.bind(batch * sources, batch)
+        size = binding.size(batch * sources, batch, sources, side_streams(self.device))
+        return binding, self._captured(binding.layers(size))
+
+    def _binding_of(self, fused: PackedEngine, tokens: int, rows: int) -> PackedBinding:
+        """Buffers for so many tokens at least: made anew, and up to twice as large, for more."""
+        found = self._counted
+        if found is None or tokens > found.tokens or rows > found.rows:
+            self._counted = None  # its memory serves the new one
+            with lasting():
+                sizes = (1 << (count - 1).bit_length() for count in (tokens, rows))
+                found = self._counted = fused.bind(*sizes)
+        return found
 
     def _run_packed(
         self,
@@ -131,7 +183,7 @@ class Encoder(Capturing):
         more = {name: torch.zeros_like(ids) for name in self._more_ids}
         source = SourceBuffers(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
         hidden = self._empty(batch, sources)
-        run = self._bound_to(self.engine, source, {LAST_STATE: hidden})
+        run = self._bound_to(self._engine(), source, {LAST_STATE: hidden})
         return _Replay(source, hidden, self._captured(run))
 
     def _bound_to(

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers.modeling_outputs import (
 from fastgen.bucket import Bucket
 from fastgen.decoder import Decoder
 from fastgen.encoder import Encoder
-from fastgen.engines import Engine, NoEngine, too_large
+from fastgen.engines import Engine, NoEngine, NotFused, too_large
+from fastgen.engines.fused.encoder import PackedEngine
 from fastgen.fallback import Asked, report
 from fastgen.generation import with_signature
 from fastgen.hf import contract
@@ -76,13 +78,31 @@ class FastEncoder(EngineModule):
         def packed() -> Engine:
             return build("encoder-packed", packed_specs(target, width, more), stack._encoder_root())
 
+        @cache
+        def engine() -> Engine:
+            specs = encoder_specs(target, width, 0, more)
+            return build("encoder", specs, stack._encoder_root())
+
         options = self.engine_options
-        packs = self._packs and options.skip_padding and target.device == "cpu"
-        engine = build("encoder", encoder_specs(target, width, 0, more), root)
+        packs = self._packs and options.skip_padding and not self.reads_padding
+        fused = self._fused_engine(target, padding=not packs)
+        if fused is None:  # else it serves hidden states of all layers only, and can wait
+            engine()
         return Encoder(
             *(engine, target, self.device, width, options, layers, states, more),
-            packed if packs and not self.reads_padding else None,
+            packed if packs and target.device == "cpu" else None,
+            fused,
         )
+
+    def _fused_engine(self, target: Target, padding: bool) -> PackedEngine | None:
+        served = self._packs and target.device == "cuda" and target.contrib
+        if not served or not self.engine_options.fused_kernels:
+            return None
+        root, own = self._encoder_root(), dict(self.named_parameters(remove_duplicate=False))
+        kept = self._engine_cache()
+        with suppress(NotFused):  # another dtype of some weight, say
+            return PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
+        return None
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""

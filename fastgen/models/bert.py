@@ -26,9 +26,9 @@ from fastgen.refusals import form_refusal
 from fastgen.stacks import FastEncoder
 
 MOST_TOKENS_ON_A_GPU = 2048
-"""Up to here launches cost most, which a captured graph saves; beyond it ONNX Runtime's attention
-takes longer than torch's (BERT-large in bfloat16 on an H100: 16 x 128 5.7 against 7.7 ms, 24 x 128
-8.6 against 7.9, 64 x 128 18.6 against 11.5)."""
+"""Of ONNX Runtime, where the fused kernels do not run. Up to here launches cost most, which a
+captured graph saves; beyond it its attention takes longer than torch's (BERT-large in bfloat16 on
+an H100: 16 x 128 5.7 against 7.7 ms, 24 x 128 8.6 against 7.9, 64 x 128 18.6 against 11.5)."""
 
 
 class Embeddings(nn.Module):
@@ -184,7 +184,8 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
             return Asked(f"{ids.shape[1]} tokens, where there are {most} positions")
         if mask is not None and mask.device.type == "cpu" and not mask.any(dim=1).all():
             return "attention_mask hides all of a row, which only torch serves"
-        if reason := faster_on_torch(self.device, *ids.shape):
+        fused = self._engine is not None and self._engine.fused is not None
+        if not fused and (reason := faster_on_torch(self.device, *ids.shape)):
             return reason
         return None if types is None else self._types_refusal(types, ids)
 
