@@ -257,7 +257,7 @@ class Activate(Kernel):
     def __init__(self, x: Buffer, kind: str) -> None:
         super().__init__()
         self.x, self.kind = x, kind
-        self.reads, self.writes = [x], []
+        self.reads, self.writes = (x,), ()
         self.arguments = ActivationArgs()
         self._vector = 1 if x.width % VECTOR else VECTOR
 

@@ -26,8 +26,11 @@ MAX_HEAD_SIZE = 256  # of torch's attention kernels
 class Recorded(Protocol):
     """One launch, or several that do not depend on each other."""
 
-    reads: Sequence[Buffer]
-    writes: Sequence[Buffer]
+    @property
+    def reads(self) -> Sequence[Buffer]: ...
+
+    @property
+    def writes(self) -> Sequence[Buffer]: ...
 
     def __call__(self, size: Size) -> None:
         """Queue it on torch's current stream."""
@@ -159,10 +162,10 @@ class Attention:
         y = torch.zeros_like(q)
         starts = size.starts.tolist()
         for start, stop, keys in zip(starts[:-1], starts[1:], size.keys.tolist(), strict=True):
-            one = q[start:stop], k[start : start + keys], v[start : start + keys]
-            y[start:stop] = scaled_dot_product_attention(
-                *(x.transpose(0, 1) for x in one), scale=self.scale
-            ).transpose(0, 1)
+            of_row = q[start:stop], k[start : start + keys], v[start : start + keys]
+            own, key, value = (x.transpose(0, 1) for x in of_row)
+            attended = scaled_dot_product_attention(own, key, value, scale=self.scale)
+            y[start:stop] = attended.transpose(0, 1)
         return y
 
 
@@ -302,8 +305,8 @@ class PackedOps:
         head_size, step = q.matrix.shape[1] // heads, 4 if self._dtype == torch.float32 else 8
         if head_size % step or head_size > MAX_HEAD_SIZE:
             raise NotFused(f"head size {head_size}: multiples of {step} up to {MAX_HEAD_SIZE}")
-        rows = self._record(Products([q, k, v]))
-        return self._record(Attention(*rows, heads, scale))[0]
+        query, key, value = self._record(Products([q, k, v]))
+        return self._record(Attention(query, key, value, heads, scale))[0]
 
 
 def allocate(
