@@ -69,8 +69,8 @@ class EngineOptions:
     kernels, which read them faster: 0 is none of them, 1 all, most of all for beams and long
     sources. With more than 0 each call begins with a pass over them, which tells of edits."""
     skip_padding: bool = True
-    """BERT's encoder computes nothing for the padding of a ragged batch, and its hidden states there
-    are zeros; False computes them as the stock model does."""
+    """BERT's encoder computes nothing for the padding of a ragged batch, and its hidden states
+    there are zeros; False computes them as the stock model does."""
     max_batch: int = 64
     """TensorRT: most rows (batch times beams) of a call; torch serves more."""
     max_source_tokens: int = 1024
