@@ -23,7 +23,7 @@ from fastgen.bench.shapes import shape_config
 from fastgen.bench.workload import Workload, standard_grid
 from fastgen.engines.recording import Recorder
 from fastgen.engines.tensorrt_build import FLAVOURS, Build, build_plan
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 from fastgen.modeling import EngineModule
 
 NEW_TOKENS, WARM_UPS, CALLS = 64, 3, 7

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastgen.capturing import lasting
-from fastgen.seq2seq import DecoderShape
+from fastgen.graphs.shape import Shape
 from fastgen.target import Target
 
 
@@ -34,7 +34,7 @@ class Bucket:
     """
 
     def __init__(
-        self, shape: DecoderShape, target: Target, device: torch.device, size: BucketSize
+        self, shape: Shape, target: Target, device: torch.device, size: BucketSize
     ) -> None:
         self.shape, self.target, self.device, self.size = shape, target, device, size
         self.dtype = getattr(torch, target.dtype)
@@ -47,6 +47,7 @@ class Bucket:
         self.tensors = {
             "input_ids": torch.zeros(batch, queries, dtype=torch.int64, device=device),
             "slot_positions": (torch.arange(slots, device=device) // queries).view(1, slots),
+            "kept": torch.arange(queries, device=device),
             **self._counters(batch, queries),
         }
         if shape.source:
@@ -54,7 +55,6 @@ class Bucket:
             self.tensors |= self._kv_tensors("cross", self.cross_kv)
         else:
             self.tensors["row_start"] = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-            self.tensors["kept"] = torch.arange(queries, device=device)
             self.owners = torch.zeros(slots, dtype=torch.int64, device=device)
             """Which query token's a slot is, -1 if all share it; of no use without a prefix."""
         self.output(*shape.output)

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,12 +12,11 @@ import torch
 from fastgen.bucket import Bucket, BucketPool, BucketSize
 from fastgen.capturing import Capturing, SourceBuffers, source_mask
 from fastgen.engines import Binding, Engine, NotFused
+from fastgen.graphs.shape import LAST_STATE, Shape, state_names
 from fastgen.kv_cache import LeasedCache
 from fastgen.options import EngineOptions
-from fastgen.seq2seq import LAST_STATE, DecoderShape, state_names
 from fastgen.target import Target
 
-_PREFILL_TOKENS = 4096  # of all rows, that one run over a prompt reads
 _STEPS = 8  # a bucket's captured steps: one for each choice that followed, and phase of it
 
 
@@ -51,7 +50,7 @@ class Decoder(Capturing):
 
     def __init__(
         self,
-        shape: DecoderShape,
+        shape: Shape,
         target: Target,
         device: torch.device,
         cross: Engine | None,
@@ -188,16 +187,16 @@ class Decoder(Capturing):
     # Runs
 
     def run(
-        self, bucket: Bucket, input_ids: torch.Tensor, length: int, kept: torch.Tensor | None = None
+        self, bucket: Bucket, input_ids: torch.Tensor, length: int, last: int | None = None
     ) -> torch.Tensor:
-        """Decode query tokens [B, Q] behind ``length`` filled slots -> logits [B, Q, V], or without
+        """Decode query tokens [B, Q] behind ``length`` filled slots -> logits [B, K, V], or without
         a head hidden states [B, Q, E].
 
         A step (Q as in the bucket) gives the bucket's own tensor, overwritten by the next step.
+        More tokens than ``prefill_tokens`` are run in pieces, so that scores take no more memory.
 
         Args:
-            kept: int64 [K], the query tokens to give logits of, if that is not all; without an
-                encoder only.
+            last: of how many last tokens to give logits; None: of all.
         """
         output, tensors = bucket.output(*self.shape.output), bucket.tensors
         if input_ids.shape[1] == bucket.size.queries:
@@ -205,64 +204,91 @@ class Decoder(Capturing):
             bucket.seek(length)
             self.step(bucket)()
             return output
-        return self._prefill(bucket, input_ids, length, kept=kept)
-
-    def prefill(self, bucket: Bucket, input_ids: torch.Tensor) -> None:
-        """Decode the first tokens of a prompt [B, Q], of which nobody reads what comes out: in
-        pieces, where no source is attended to, so that scores take no more memory."""
-        if self.shape.source:
-            self.run(bucket, input_ids, 0)
-            return
-        input_ids = input_ids.to(torch.int64)
-        piece = max(1, _PREFILL_TOKENS // len(input_ids))
-        none = torch.zeros(0, dtype=torch.int64, device=self.device)
-        for start in range(0, input_ids.shape[1], piece):
-            self._prefill(bucket, input_ids[:, start : start + piece], start, kept=none)
+        return self._in_pieces(bucket, input_ids, length, last)[self.shape.output[0]]
 
     def run_with_states(
-        self, bucket: Bucket, input_ids: torch.Tensor, length: int, kept: torch.Tensor | None = None
+        self, bucket: Bucket, input_ids: torch.Tensor, length: int, last: int | None = None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """``run``, and what each block reads, in the residual stream's dtype, with the hidden
         states behind the final norm last; never captured, and nothing of it lies in a bucket."""
-        axes = *input_ids.shape, self.shape.width
-        wide = getattr(torch, self.target.residual_dtype)
-        names = state_names(self.shape.layers)
-        states = {name: torch.empty(axes, dtype=wide, device=self.device) for name in names}
-        states[LAST_STATE] = torch.empty(axes, dtype=bucket.dtype, device=self.device)
-        output = self._prefill(bucket, input_ids, length, states, kept)
-        return output, list(states.values())
+        found = self._in_pieces(bucket, input_ids, length, last, states=True)
+        states = [*state_names(self.shape.layers), LAST_STATE]
+        return found[self.shape.output[0]], [found[name] for name in states]
 
-    def _prefill(
+    def prefill(self, bucket: Bucket, input_ids: torch.Tensor) -> None:
+        """Decode the first tokens of a prompt [B, Q], of which nobody reads what comes out."""
+        self._in_pieces(bucket, input_ids.to(torch.int64), 0, last=0)
+
+    def _in_pieces(
         self,
         bucket: Bucket,
         input_ids: torch.Tensor,
         length: int,
-        states: Mapping[str, torch.Tensor] | None = None,
-        kept: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        last: int | None,
+        states: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """What the graph gives, by name: logits [B, K, V] of the last so many tokens, hidden states
+        [B, Q, E]; by one run, or where tokens exceed ``prefill_tokens`` by one after the other."""
+        batch, queries = input_ids.shape
+        last = queries if last is None else last
+        piece = max(1, self.options.prefill_tokens // max(1, batch))
+        if queries <= piece:
+            return self._prefill(bucket, input_ids, length, last, states)
+        wholes = self._outputs(batch, queries, last, states)
+        for start in range(0, queries, piece):
+            end = min(start + piece, queries)
+            count = max(0, end - max(start, queries - last))
+            parts = self._prefill(bucket, input_ids[:, start:end], length + start, count, states)
+            for name, part in parts.items():
+                first = queries - wholes[name].shape[1]  # token that something is given of
+                count = max(0, end - max(start, first))
+                rows = slice(end - first - count, end - first)
+                wholes[name][:, rows] = part[:, part.shape[1] - count :]
+        return wholes
+
+    def _outputs(
+        self, batch: int, queries: int, last: int, states: bool
+    ) -> dict[str, torch.Tensor]:
+        """Tensors for what the decoder graph gives besides KV buffers."""
+        width, dtype = self.shape.width, self.target.dtype
+        found = {self.shape.output[0]: (self.shape.output[1], dtype)}
+        if states:
+            found[LAST_STATE] = width, dtype
+            names = state_names(self.shape.layers)
+            found |= dict.fromkeys(names, (width, self.target.residual_dtype))
+        return {
+            name: torch.empty(
+                *(batch, last if name == "logits" else queries, axis),
+                dtype=getattr(torch, kind),
+                device=self.device,
+            )
+            for name, (axis, kind) in found.items()
+        }
+
+    def _prefill(
+        self, bucket: Bucket, input_ids: torch.Tensor, length: int, last: int, states: bool
+    ) -> dict[str, torch.Tensor]:
+        """One run over tokens [B, Q]: see ``_in_pieces``."""
         batch, queries = input_ids.shape
         positions = torch.arange(length, length + queries, device=self.device)
-        name, width = self.shape.output
-        if kept is None:
-            kept = positions - length
-        output = torch.empty(batch, len(kept), width, dtype=bucket.dtype, device=self.device)
+        if self.target.static_slots:  # TensorRT's plans know no empty axis
+            last = max(1, last)
+        outputs = self._outputs(batch, queries, last, states)
         bucket.tensors["first_slot"].fill_(length)
         tensors = bucket.tensors | {
             "input_ids": input_ids.contiguous(),
             "query_positions": positions[:, None],
-            name: output,
-            **(states or {}),
+            "kept": torch.arange(queries - last, queries, device=self.device),
+            **outputs,
         }
         if self.shape.source:
             cross_mask = bucket.tensors["cross_mask"][:, :, :1].expand(-1, -1, queries, -1)
             tensors["cross_mask"] = cross_mask.contiguous()
-        else:
-            tensors["kept"] = kept
         if self.target.always_masked:
             shape = batch, 1, queries, bucket.size.slots
             tensors["slot_mask"] = torch.zeros(shape, dtype=bucket.dtype, device=self.device)
-        self.decoder(False, bucket.size.slots, states is not None).bind(tensors).run()
-        return tensors[name]
+        self.decoder(False, bucket.size.slots, states).bind(tensors).run()
+        return outputs
 
     def step(self, bucket: Bucket) -> Callable[[], None]:
         """The function that runs one step over the bucket's tensors: a graph replay on a GPU."""

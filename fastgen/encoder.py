@@ -10,9 +10,9 @@ from fastgen.capturing import CAPTURED_TOKENS, Capturing, SourceBuffers, lasting
 from fastgen.engines import Engine
 from fastgen.engines.fused.encoder import PackedBinding, PackedEngine, pieces, side_streams
 from fastgen.engines.fused.packed_values import Call
+from fastgen.graphs.shape import LAST_STATE, state_names
 from fastgen.options import EngineOptions
 from fastgen.packing import Packing
-from fastgen.seq2seq import LAST_STATE, state_names
 from fastgen.target import Target
 
 

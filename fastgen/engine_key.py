@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import asdict
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ _NOT_COMPUTATION = ("_name_or_path", "architectures", "transformers_version", "d
 @cache
 def _sources_digest() -> str:
     """Digest of the code that writes graphs: when it changes, so do they."""
-    folder = Path(__file__).parent
-    files = [folder / f"{name}.py" for name in ("contrib_ops", "graph", "ops", "seq2seq", "target")]
+    package = Path(str(files("fastgen")))
+    rooms = [path for room in ("graphs", "models", "ops") for path in (package / room).glob("*.py")]
     digest = hashlib.sha256()
-    for file in [*files, *sorted((folder / "models").glob("*.py"))]:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    for file in [package / "target.py", *sorted(rooms)]:
+        name = file.relative_to(package).as_posix()
+        digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

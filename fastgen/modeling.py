@@ -12,13 +12,13 @@ from onnxscript import nn as graph_nn
 from transformers import PreTrainedModel
 
 from fastgen import engines, processes
-from fastgen import graph as graphs
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engine_key import engine_key
 from fastgen.engines import Engine, NoEngine, choose_target
 from fastgen.errors import UnsupportedConfigError
 from fastgen.explain import Explained
-from fastgen.graph import TensorSpec
+from fastgen.graphs import graph as graphs
+from fastgen.graphs.graph import TensorSpec
 from fastgen.hf import trial
 from fastgen.options import EngineOptions
 from fastgen.standing import Remembered, Standing

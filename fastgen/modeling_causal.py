@@ -199,13 +199,11 @@ def _decode(
     with decoder.turn():
         starts = None if mask is None else row_starts(mask)
         bucket = decoder.enter_rows(past, batch, starts, total)
-        kept = None  # of them all
-        if 0 < last < queries:
-            kept = torch.arange(queries - last, queries, device=decoder.device)
+        given = min(last or queries, queries)
         if states:
-            output, found = decoder.run_with_states(bucket, ids, length, kept)
+            output, found = decoder.run_with_states(bucket, ids, length, given)
         else:
-            output = decoder.run(bucket, ids, length, kept)
+            output = decoder.run(bucket, ids, length, given)
         if output is bucket.tensors["logits"]:
             output = output.clone()  # the next step overwrites the bucket's own
         decoder.hand_over(output, *found)

@@ -20,6 +20,7 @@ _MAX_MIN_BUCKET = 65_536
 _LIMITS: dict[str, tuple[float, float | None]] = {
     "max_cached_graphs": (1, None),
     "min_bucket": (1, _MAX_MIN_BUCKET),
+    "prefill_tokens": (1, None),
     "intra_op_threads": (1, _MAX_THREADS),
     "prepack": (0, 1),
     "max_batch": (1, None),
@@ -61,6 +62,9 @@ class EngineOptions:
     min_bucket: int = 64
     """Smallest number of KV cache slots (tokens) per sequence, up to 65,536; buckets double from
     here."""
+    prefill_tokens: int = 4096
+    """How many tokens of a prompt, of all rows together, one run reads; longer prompts are run in
+    pieces, so that attention's scores take no more memory."""
     intra_op_threads: int | None = None
     """CPU threads of an engine, up to four for each CPU (or 64); None takes
     ``torch.get_num_threads()``."""

@@ -19,6 +19,10 @@ from fastgen.engines import Engine, NoEngine, NotFused, too_large
 from fastgen.engines.fused.encoder import PackedEngine
 from fastgen.fallback import Asked, report
 from fastgen.generation import with_signature
+from fastgen.graphs.decoder import decoder_specs
+from fastgen.graphs.encoder import encoder_specs, packed_specs
+from fastgen.graphs.shape import Shape
+from fastgen.graphs.source import cross_specs
 from fastgen.hf import contract
 from fastgen.hf.forward import as_torch, forward_like
 from fastgen.kv_cache import StaticKVCache
@@ -33,13 +37,6 @@ from fastgen.refusals import (
     mask_refusal,
     same_mask,
     states_wanted,
-)
-from fastgen.seq2seq import (
-    DecoderShape,
-    cross_specs,
-    decoder_specs,
-    encoder_specs,
-    packed_specs,
 )
 from fastgen.target import Target
 
@@ -266,7 +263,7 @@ class FastDecoder(EngineModule):
 
 
 def build_decoder(
-    module: Any, target: Target, shape: DecoderShape, name: str, fused: Engine | None = None
+    module: Any, target: Target, shape: Shape, name: str, fused: Engine | None = None
 ) -> Decoder:
     """The decoder over the parameters of a module that has a ``_decoder_root``.
 

@@ -10,7 +10,7 @@ KVLayout = Literal["BHLD", "BLHD"]
 class Target:
     """Where a Graph will run, and what is available there.
 
-    Families never look at a Target; ``ops.py`` lowers each operation by these fields.
+    Families never look at a Target; ``ops/`` lowers each operation by these fields.
     """
 
     backend: str

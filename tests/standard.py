@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from fastgen.engine_cache import Artifact
 from fastgen.engines.weight_inputs import weights_as_inputs
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 from fastgen.target import Target, tensorrt
 
 

@@ -26,22 +26,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "capturable": {"errors"},
     "cuda": {"capturable", "errors"},
     "ops": {"errors", "target"},
-    "contrib_ops": {"ops", "target"},
-    "graph": {"contrib_ops", "errors", "target"},
-    "step": {"ops", "seq2seq"},
-    "seq2seq": {"graph", "target"},
+    "graphs": {"errors", "ops", "target"},
     "engines": {
-        *("cuda", "engine_cache", "errors", "graph", "options", "processes", "runtime"),
+        *("cuda", "engine_cache", "errors", "graphs", "ops", "options", "processes", "runtime"),
         "target",
     },
-    "bucket": {"capturing", "seq2seq", "target"},
+    "bucket": {"capturing", "graphs", "target"},
     "engine_key": {"target"},
     "kv_cache": {"bucket", "hf"},
     "capturing": {"cuda", "engines", "options", "target"},
     "packing": set(),
-    "encoder": {"capturing", "engines", "options", "packing", "seq2seq", "target"},
+    "encoder": {"capturing", "engines", "options", "packing", "graphs", "target"},
     "decoder": {
-        *("bucket", "capturing", "engines", "errors", "kv_cache", "options", "seq2seq"),
+        *("bucket", "capturing", "engines", "errors", "kv_cache", "options", "graphs"),
         "target",
     },
     "fallback": {"errors"},
@@ -52,14 +49,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "standing": {"engines"},
     "weights": {"engines", "standing"},
     "modeling": {
-        *("engine_cache", "engine_key", "engines", "errors", "explain", "graph", "hf", "options"),
+        *("engine_cache", "engine_key", "engines", "errors", "explain", "graphs", "hf", "options"),
         "processes",
         *("runtime", "standing", "target", "weights"),
     },
     "refusals": {"fallback", "generation", "hf", "modeling", "weights"},
     "stacks": {
         *("bucket", "decoder", "encoder", "engines", "fallback", "generation", "hf", "kv_cache"),
-        *("modeling", "refusals", "seq2seq", "target"),
+        *("modeling", "refusals", "graphs", "target"),
     },
     "pretrained": {"hf", "modeling", "options", "stacks"},
     "modeling_seq2seq": {
@@ -72,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "models": {
         *("errors", "fallback", "hf", "modeling", "modeling_causal", "modeling_seq2seq", "ops"),
-        *("pretrained", "refusals", "seq2seq", "stacks", "step"),
+        *("pretrained", "refusals", "graphs", "stacks"),
     },
     "auto": {"errors", "models", "options"},
     "doctor": {"engine_cache", "engines", "errors", "hf", "options", "runtime"},
@@ -84,15 +81,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 #: Libraries that only these parts may import.
 ONLY_IN: dict[str, set[str]] = {
     "onnxruntime": {"engines", "runtime"},
-    "onnxscript": {"contrib_ops", "engine_key", "graph", "modeling", "models", "ops", "step"},
+    "onnxscript": {"engine_key", "graphs", "modeling", "models", "ops"},
     "tensorrt": {"engines"},
     "tensorrt_rtx": {"engines"},
     "ctranslate2": {"bench"},
 }
 #: Parts that must not know Hugging Face: the machinery below the models.
 NO_TRANSFORMERS = {
-    *("capturable", "cuda", "engine_cache", "engines", "errors", "graph", "ops", "options"),
-    *("packing", "processes", "runtime", "seq2seq", "target"),
+    *("capturable", "cuda", "engine_cache", "engines", "errors", "graphs", "ops", "options"),
+    *("packing", "processes", "runtime", "target"),
 }
 
 

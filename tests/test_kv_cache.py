@@ -17,14 +17,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import DynamicCache, EncoderDecoderCache
 
 from fastgen.bucket import Bucket, BucketPool, BucketSize
+from fastgen.graphs.shape import Shape
 from fastgen.hf.contract import CACHE
 from fastgen.kv_cache import StaticKVCache
-from fastgen.seq2seq import DecoderShape
 from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
 from tests.configs import build_pair, prompts
 from tests.helpers import CLOSE, copies, targets, tokens
 
-SHAPE = DecoderShape(
+SHAPE = Shape(
     layers=2, heads=3, head_size=4, width=8, vocab_size=11, tables={"position_table.0": (1, 3, 5)}
 )
 SIZE = BucketSize(batch=2, queries=1, slots=8, sources=6)

@@ -187,7 +187,8 @@ def test_the_constructor_takes_engine_options() -> None:
 
 _SECOND_PROCESS = """
 import sys, torch
-from fastgen import FastT5, graph
+from fastgen import FastT5
+from fastgen.graphs import graph
 
 def build(*arguments, **named):
     raise AssertionError("a graph was built")

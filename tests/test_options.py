@@ -69,6 +69,7 @@ def test_a_name_near_to_nothing_is_refused_with_all_names() -> None:
         ("max_cached_graphs", 0, "at least 1"),
         ("min_bucket", -4, "1 to 65536"),
         ("min_bucket", 10**9, "1 to 65536"),
+        ("prefill_tokens", 0, "at least 1"),
         ("intra_op_threads", 0, "allowed are 1 to "),
         ("intra_op_threads", 100_000, "allowed are 1 to "),
         ("max_batch", 0, "at least 1"),

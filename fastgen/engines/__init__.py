@@ -8,7 +8,7 @@ import torch
 from fastgen import target as targets
 from fastgen.engine_cache import Artifact
 from fastgen.errors import EngineError, FastgenError
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 

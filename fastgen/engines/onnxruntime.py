@@ -13,7 +13,7 @@ from fastgen.engine_cache import Artifact
 from fastgen.engines import onnxruntime_tensorrt
 from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.errors import EngineError, MissingRuntimeError
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 

@@ -10,7 +10,7 @@ import torch
 
 from fastgen.engine_cache import Artifact
 from fastgen.errors import EngineError
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 

@@ -15,7 +15,7 @@ from fastgen.engines.side_file import SideFile, gpu_model
 from fastgen.engines.tensorrt_build import FLAVOURS, Build, Flavour, Profile
 from fastgen.engines.weight_inputs import in_place
 from fastgen.errors import EngineError
-from fastgen.graph import Graph, TensorSpec
+from fastgen.graphs.graph import Graph, TensorSpec
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 

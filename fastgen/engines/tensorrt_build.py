@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from fastgen.engines.weight_inputs import in_place, weights_as_inputs
 from fastgen.errors import EngineError, MissingRuntimeError
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 from fastgen.options import EngineOptions
 
 _log = logging.getLogger("fastgen.tensorrt")
@@ -96,7 +96,7 @@ class Range(NamedTuple):
 
 
 Profile = Mapping[str, Range]
-"""Range of each free axis of a Graph, by the axis's letter (see ``fastgen.seq2seq``)."""
+"""Range of each free axis of a Graph, by the axis's letter (see ``fastgen.graphs.shape``)."""
 
 
 def profiles(graph: Graph, options: EngineOptions) -> list[Profile]:
@@ -113,7 +113,7 @@ def profiles(graph: Graph, options: EngineOptions) -> list[Profile]:
     # Exactly one query, or TensorRT for RTX 1.7 copies the KV buffers before each attention. Of the
     # rest, steps of a few beams run most often
     several = Range(1, min(4, slots), slots)
-    return [{**axes, "Q": Range(1, 1, 1)}, {**axes, "Q": several}]
+    return [{**axes, "Q": queries, "K": queries} for queries in (Range(1, 1, 1), several)]
 
 
 @dataclass(frozen=True)

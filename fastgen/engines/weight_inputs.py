@@ -2,7 +2,7 @@
 
 import onnx
 
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 
 
 def weights_as_inputs(graph: Graph, but: tuple[str, ...] = ()) -> bytes:

@@ -20,7 +20,8 @@ from fastgen.errors import UnsupportedConfigError
 from fastgen.fallback import Asked
 from fastgen.hf.forward import forward_like
 from fastgen.models.layers import Embedding, LayerNorm, Linear
-from fastgen.ops import Ops, Value
+from fastgen.ops.standard import Ops
+from fastgen.ops.values import Value
 from fastgen.pretrained import FastPreTrained, FastTask
 from fastgen.refusals import form_refusal
 from fastgen.stacks import FastEncoder

@@ -5,11 +5,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from fastgen.errors import UnsupportedConfigError
+from fastgen.graphs.decoder import DecoderRoot, Step
+from fastgen.graphs.shape import Shape
 from fastgen.modeling_causal import FastCausalLM
 from fastgen.models.layers import Conv1D, Embedding, LayerNorm, Linear
-from fastgen.ops import Ops, Value
-from fastgen.seq2seq import DecoderShape
-from fastgen.step import DecoderRoot, Step
+from fastgen.ops.standard import Ops
+from fastgen.ops.values import Value
 
 
 class Attention(nn.Module):
@@ -76,7 +77,7 @@ class Decoder(DecoderRoot):
             )
         self.transformer = Stack(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        self.shape = DecoderShape(
+        self.shape = Shape(
             layers=config.n_layer,
             heads=config.n_head,
             head_size=config.n_embd // config.n_head,

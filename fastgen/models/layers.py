@@ -2,7 +2,8 @@
 
 from onnxscript import nn
 
-from fastgen.ops import Ops, Value
+from fastgen.ops.standard import Ops
+from fastgen.ops.values import Value
 
 
 class Linear(nn.Module):

@@ -21,11 +21,13 @@ from transformers.models.t5.modeling_t5 import T5Attention as StockT5Attention
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from fastgen.errors import UnsupportedConfigError
+from fastgen.graphs.decoder import DecoderRoot, Step
+from fastgen.graphs.shape import Shape
 from fastgen.modeling_seq2seq import FastSeq2SeqLM
 from fastgen.models.layers import Embedding, Linear, RMSNorm, WideLinear
-from fastgen.ops import KVSlots, Ops, Value
+from fastgen.ops.standard import Ops
+from fastgen.ops.values import Value
 from fastgen.pretrained import FastTask
-from fastgen.seq2seq import DecoderShape
 from fastgen.stacks import FastDecoder, FastEncoder
 
 
@@ -35,7 +37,7 @@ class Attention(nn.Module):
     def __init__(self, config: T5Config, owns_bias: bool = False) -> None:
         super().__init__()
         inner = config.num_heads * config.d_kv  # d_kv is free: inner need not equal d_model
-        self.heads, self.head_size = config.num_heads, config.d_kv
+        self.heads, self.owns_bias = config.num_heads, owns_bias
         self.q = Linear(config.d_model, inner)
         self.k = Linear(config.d_model, inner)
         self.v = Linear(config.d_model, inner)
@@ -50,27 +52,22 @@ class Attention(nn.Module):
 
 
 class CachedAttention(Attention):
-    """Decoder self-attention over KV cache slots."""
+    """Decoder self-attention over KV cache slots, with the position table of that number."""
 
-    def forward(  # type: ignore[override]
-        self, op: Ops, x: Value, slots: KVSlots, bias: Value
-    ) -> tuple[Value, Value, Value]:
+    def __init__(self, config: T5Config, layer: int, table: int) -> None:
+        super().__init__(config, owns_bias=layer == table)
+        self.table = table
+
+    def forward(self, op: Ops, x: Value, step: Step) -> Value:
         q, k, v = self.q(op, x), self.k(op, x), self.v(op, x)
-        y, key, value = op.cached_attention(q, k, v, slots, bias, self.heads)
-        return self.o(op, y), key, value
+        return self.o(op, step.attend(op, q, k, v, self.heads, table=self.table))
 
 
 class CrossAttention(Attention):
     """Attention over the encoder's hidden states, whose keys and values are computed once."""
 
-    def forward(  # type: ignore[override]
-        self, op: Ops, x: Value, key: Value, value: Value, bias: Value
-    ) -> Value:
-        return self.o(op, op.attention(self.q(op, x), key, value, bias, self.heads))
-
-    def keys_and_values(self, op: Ops, encoded: Value) -> tuple[Value, Value]:
-        k, v = self.k(op, encoded), self.v(op, encoded)
-        return op.as_kv(k, self.heads, self.head_size), op.as_kv(v, self.heads, self.head_size)
+    def forward(self, op: Ops, x: Value, step: Step) -> Value:
+        return self.o(op, step.attend_source(op, self.q(op, x), self.heads))
 
 
 class PositionTable(nn.Module):
@@ -199,7 +196,7 @@ class Encoder(nn.Module):
         residual, delta = self.embed_tokens(op, input_ids), None
         for i, block in enumerate(self.block):
             attention, feed_forward = block.layer
-            if hasattr(attention.SelfAttention, "relative_attention_bias"):
+            if attention.SelfAttention.owns_bias:
                 table = attention.SelfAttention.relative_attention_bias(op, self.buckets, None)
                 positions = query_positions, key_positions
                 bias = op.position_bias(table, *positions, -self.reach, self.reach)
@@ -213,16 +210,17 @@ class Encoder(nn.Module):
         return results
 
 
-class DecoderStack(nn.Module):
+class DecoderStack(DecoderRoot):
     """T5Stack as decoder: root module of a decoder without a head."""
 
     def __init__(self, config: T5Config, bias_in_every_layer: bool = False) -> None:
         super().__init__()
-        self.buckets, self.reach = distance_buckets(config, bidirectional=False)
+        self.buckets, _ = distance_buckets(config, bidirectional=False)
         self.embed_tokens = Embedding(config.vocab_size, config.d_model)
         self.block = nn.ModuleList()
-        for i in range(config.num_decoder_layers):
-            attention = CachedAttention(config, owns_bias=bias_in_every_layer or i == 0)
+        layers = config.num_decoder_layers
+        for i in range(layers):
+            attention = CachedAttention(config, i, table=i if bias_in_every_layer else 0)
             sublayers = [
                 SelfAttentionLayer(config, attention),
                 CrossAttentionLayer(config),
@@ -230,72 +228,40 @@ class DecoderStack(nn.Module):
             ]
             self.block.append(Block(config, sublayers))
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-        layers = config.num_decoder_layers
-        tables = layers if bias_in_every_layer else min(1, layers)
-        self.shape = DecoderShape(
+        table = 1, config.num_heads, len(self.buckets)
+        tables = range(layers if bias_in_every_layer else min(1, layers))
+        self.shape = Shape(
             layers=layers,
             heads=config.num_heads,
             head_size=config.d_kv,
             width=config.d_model,
             vocab_size=None,
-            tables={
-                f"position_table.{i}": (1, config.num_heads, len(self.buckets))
-                for i in range(tables)
-            },
+            tables={f"position_table.{i}": table for i in tables},
         )
 
-    def cross(
-        self, op: Ops, encoder_hidden_states: Value, attention_mask: Value
-    ) -> dict[str, Value]:
-        """What stays the same for all tokens of one ``generate``."""
-        results = {"cross_mask": op.mask_bias(attention_mask)}
-        for i, block in enumerate(self.block):
-            attention = block.layer[0].SelfAttention
-            if hasattr(attention, "relative_attention_bias"):
-                table = attention.relative_attention_bias(op, self.buckets, future=1)
-                results[f"position_table.{i}"] = table
-            key, value = block.layer[1].EncDecAttention.keys_and_values(op, encoder_hidden_states)
-            results |= {f"cross_key.{i}": key, f"cross_value.{i}": value}
-        return results
+    def source(self, op: Ops, encoded: Value) -> list[tuple[Value, Value]]:
+        attentions = [block.layer[1].EncDecAttention for block in self.block]
+        return [(a.k(op, encoded), a.v(op, encoded)) for a in attentions]
 
-    def decode(
-        self,
-        op: Ops,
-        input_ids: Value,
-        query_positions: Value,
-        slot_positions: Value,
-        first_slot: Value,
-        cross_mask: Value,
-        slot_mask: Value | None = None,
-        **buffers: Value,
-    ) -> dict[str, Value]:
-        """Query tokens [B, Q] over KV cache slots -> hidden states and the KV buffers."""
-        positions = op.visible_slots(slot_positions, input_ids, first_slot, axis=1)
-        if slot_mask is not None:
-            slot_mask = op.visible_slots(slot_mask, input_ids, first_slot, axis=3)
-        results: dict[str, Value] = {}
-        residual, delta = self.embed_tokens(op, input_ids), None
-        for i, block in enumerate(self.block):
+    def tables(self, op: Ops) -> list[Value]:
+        owners = [a for block in self.block if (a := block.layer[0].SelfAttention).owns_bias]
+        return [a.relative_attention_bias(op, self.buckets, future=1) for a in owners]
+
+    def hidden(self, op: Ops, step: Step) -> Value:
+        residual, delta = self.embed_tokens(op, step.ids), None
+        for block in self.block:
             attention, cross, feed_forward = block.layer
-            if f"position_table.{i}" in buffers:
-                table = buffers[f"position_table.{i}"]
-                bias = op.position_bias(table, query_positions, positions, -self.reach, 1)
-                bias = bias if slot_mask is None else op.add(bias, slot_mask)
-            slots = KVSlots(buffers[f"self_key.{i}"], buffers[f"self_value.{i}"], first_slot)
             residual, x = attention.layer_norm(op, residual, delta)
-            results[f"hidden_state.{i}"] = residual
-            delta, key, value = attention.SelfAttention(op, x, slots, bias)
-            results |= {f"present_key.{i}": key, f"present_value.{i}": value}
+            step.reads(residual)
+            delta = attention.SelfAttention(op, x, step)
             residual, x = cross.layer_norm(op, residual, delta)
-            kv = buffers[f"cross_key.{i}"], buffers[f"cross_value.{i}"]
-            delta = cross.EncDecAttention(op, x, *kv, cross_mask)
+            delta = cross.EncDecAttention(op, x, step)
             residual, x = feed_forward.layer_norm(op, residual, delta)
             delta = feed_forward.DenseReluDense(op, x)
-        _, results["last_hidden_state"] = self.final_layer_norm(op, residual, delta)
-        return results
+        return self.final_layer_norm(op, residual, delta)[1]
 
 
-class Decoder(nn.Module):
+class Decoder(DecoderRoot):
     """The decoder and its head: root module of the cross graph and the decoder graph."""
 
     def __init__(
@@ -307,16 +273,17 @@ class Decoder(nn.Module):
         self.logits_scale = config.d_model**-0.5 if scale_outputs else 1.0
         self.shape = replace(self.decoder.shape, vocab_size=config.vocab_size)
 
-    def cross(
-        self, op: Ops, encoder_hidden_states: Value, attention_mask: Value
-    ) -> dict[str, Value]:
-        return self.decoder.cross(op, encoder_hidden_states, attention_mask)
+    def source(self, op: Ops, encoded: Value) -> list[tuple[Value, Value]]:
+        return self.decoder.source(op, encoded)
 
-    def decode(self, op: Ops, **inputs: Value) -> dict[str, Value]:
-        """As the stack, and logits [B, Q, V]."""
-        results = self.decoder.decode(op, **inputs)
-        hidden = results["last_hidden_state"]
-        return results | {"logits": self.lm_head(op, hidden, scale=self.logits_scale)}
+    def tables(self, op: Ops) -> list[Value]:
+        return self.decoder.tables(op)
+
+    def hidden(self, op: Ops, step: Step) -> Value:
+        return self.decoder.hidden(op, step)
+
+    def head(self, op: Ops, hidden: Value) -> Value:
+        return self.lm_head(op, hidden, scale=self.logits_scale)
 
 
 TRIAL_CONFIG = {

@@ -9,7 +9,7 @@ import torch
 from fastgen import runtime
 from fastgen.engines.onnxruntime import OnnxRuntime, _on_device, _prepacked
 from fastgen.errors import EngineError, MissingRuntimeError
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 from tests.configs import build_pair
 
 NAMES = ["t5-1.0", "t5-1.1"]

@@ -17,7 +17,7 @@ import torch
 from fastgen import engines
 from fastgen.engine_cache import Artifact
 from fastgen.engines.weight_inputs import weights_as_inputs
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 from fastgen.hf.contract import CACHE
 from fastgen.target import Target, onnxruntime_tensorrt, tensorrt
 from tests.configs import VARIANTS, Pair, build_pair, build_stock, fast_class, stock_class

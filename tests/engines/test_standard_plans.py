@@ -10,7 +10,7 @@ import pytest
 from fastgen.engines import tensorrt_build
 from fastgen.engines.tensorrt_build import FLAVOURS, Build
 from fastgen.errors import MissingRuntimeError
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 from fastgen.target import onnxruntime_tensorrt
 from tests.engines.test_tensorrt_build import OPTIONS, recorded
 

@@ -18,7 +18,7 @@ from fastgen.engines import tensorrt_build
 from fastgen.engines.tensorrt import TensorRT
 from fastgen.engines.tensorrt_build import FLAVOURS, Build
 from fastgen.errors import EngineError
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 from fastgen.target import tensorrt as tensorrt_target
 from tests.engines import simulated_tensorrt as simulation
 from tests.engines.strict_tensorrt import VERSIONS, Module

@@ -16,7 +16,7 @@ from fastgen.engines.recording import Recorder
 from fastgen.engines.tensorrt_build import FLAVOURS, Build, Range
 from fastgen.engines.weight_inputs import in_place, weights_as_inputs
 from fastgen.errors import EngineError, MissingRuntimeError
-from fastgen.graph import Graph
+from fastgen.graphs.graph import Graph
 from fastgen.modeling import EngineModule
 from fastgen.target import Target, tensorrt
 from tests.configs import VARIANTS, build_pair

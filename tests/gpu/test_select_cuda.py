@@ -22,8 +22,8 @@ from fastgen.generation.call import Call
 from fastgen.generation.kernels import Selection, selects_as_torch, top_places
 from fastgen.generation.loop import Choose
 from fastgen.generation.state import BeamState, SampleState
+from fastgen.graphs.shape import Shape
 from fastgen.kv_cache import StaticKVCache
-from fastgen.seq2seq import DecoderShape
 from fastgen.target import onnxruntime_cuda
 
 pytestmark = pytest.mark.cuda
@@ -35,7 +35,7 @@ NEVER = -1.0e9
 
 def make_bucket(batch: int, beams: int, tokens: int, vocabulary: int, dtype: torch.dtype) -> Bucket:
     target = onnxruntime_cuda(str(dtype).removeprefix("torch."))
-    shape = DecoderShape(1, 1, 8, 8, vocabulary, {})
+    shape = Shape(1, 1, 8, 8, vocabulary, {})
     bucket = Bucket(shape, target, DEVICE, BucketSize(batch, beams, tokens * beams, 8))
     bucket.seek(0)
     return bucket

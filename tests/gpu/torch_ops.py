@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers.activations import ACT2FN
 
+from fastgen.ops.values import Bias, KVSlots
+
 
 class _Builder:
     def push_module(self, name: str, class_name: str) -> None: ...
@@ -74,21 +76,27 @@ class TorchOps:
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
 
-    def visible_slots(self, x: Tensor, ids: Tensor, first_slot: Tensor, axis: int) -> Tensor:
-        return x
+    def rows_kept(self, x: Tensor, kept: Tensor) -> Tensor:
+        return x[:, kept]
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int, scale: float = 1.0
+    ) -> Tensor:
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        weights = torch.softmax(q @ k.transpose(2, 3) + bias, -1)
+        weights = torch.softmax(scale * q @ k.transpose(2, 3) + bias, -1)
         return (weights @ v).transpose(1, 2).flatten(2)
 
     def cached_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, slots: Any, bias: Tensor, heads: int
+        self, q: Tensor, k: Tensor, v: Tensor, slots: KVSlots, bias: Bias, heads: int, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         for buffer, new in ((slots.key, k), (slots.value, v)):
             for row, first in enumerate(slots.first_slot.tolist()):
                 buffer[row, first : first + new.shape[1]] = new[row]
-        return self.attention(q, slots.key, slots.value, bias, heads), slots.key, slots.value
+        distance = bias.slot_positions - bias.query_positions
+        added = bias.table[:, :, distance.clip(-bias.reach, 1)]
+        added = added if bias.mask is None else added + bias.mask
+        y = self.attention(q, slots.key, slots.value, added, heads, scale)
+        return y, slots.key, slots.value
 
     def as_kv(self, x: Tensor, heads: int, head_size: int) -> Tensor:
         return x

@@ -1,4 +1,4 @@
-"""The vocabulary of ``ops.py`` as launches of fused CUDA kernels: about eight a layer.
+"""The vocabulary of ``ops/`` as launches of fused CUDA kernels: about eight a layer.
 
 Family code runs through ``FusedOps`` unchanged, over torch tensors. It is lazy: norms, products and
 activations stay descriptions until something needs their numbers, and then become one launch with
@@ -20,11 +20,11 @@ from fastgen.engines.fused.values import (
     EmbeddingArgs,
     LinearArgs,
     Normed,
-    PositionBias,
     Product,
     Residual,
 )
 from fastgen.engines.nvrtc import Launch
+from fastgen.ops.values import Bias, KVSlots
 from fastgen.target import Target
 
 TILE_ROWS = 16  # one side of a tensor core product
@@ -53,7 +53,7 @@ class _Builder:
 
 
 class FusedOps:
-    """Records the launches of one step; the methods are those of ``ops.Ops``."""
+    """Records the launches of one step; the methods are those of ``ops.standard.Ops``."""
 
     def __init__(
         self,
@@ -311,23 +311,8 @@ class FusedOps:
             raise NotFused("a gate that is not a second product of the same input")
         return replace(x, gate=y)
 
-    def position_bias(
-        self,
-        table: torch.Tensor,
-        query_positions: torch.Tensor,
-        key_positions: torch.Tensor,
-        low: int,
-        high: int,
-    ) -> PositionBias:
-        return PositionBias(table, query_positions, key_positions, low, high)
-
-    def add(self, x: PositionBias, y: torch.Tensor) -> PositionBias:
-        return replace(x, mask=y)
-
-    def visible_slots(
-        self, x: torch.Tensor, ids: torch.Tensor, first_slot: torch.Tensor, axis: int
-    ) -> torch.Tensor:
-        return x  # the attention kernel stops at the last slot written
+    def rows_kept(self, x: Normed, kept: torch.Tensor) -> Normed:
+        return x  # a step keeps all its tokens
 
     def attention(
         self,
@@ -351,13 +336,15 @@ class FusedOps:
         q: Product,
         k: Product,
         v: Product,
-        slots: Any,
-        bias: PositionBias,
+        slots: KVSlots,
+        bias: Bias,
         heads: int,
         scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if scale != 1.0:
             raise NotFused("attention with a scale")
+        if bias.table is None or bias.row_start is not None:
+            raise NotFused("attention without a table of positions, or with rows that begin late")
         if not q.x is k.x is v.x:
             raise NotFused("query, key and value are products of different inputs")
         fused = self._buffer("query, key, value", 3 * q.weight.shape[0])
@@ -370,8 +357,8 @@ class FusedOps:
             slot_positions=bias.slot_positions.data_ptr(),
             first_slot=slots.first_slot.data_ptr(),
             span=bias.table.shape[-1],
-            low=bias.low,
-            high=bias.high,
+            low=-bias.reach,
+            high=1,
         )
         return attended, slots.key, slots.value
 

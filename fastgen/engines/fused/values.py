@@ -41,18 +41,6 @@ class Activated:
     gate: Product | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class PositionBias:
-    """A bias over KV slots by position, and an additional mask."""
-
-    table: torch.Tensor
-    query_positions: torch.Tensor
-    slot_positions: torch.Tensor
-    low: int
-    high: int
-    mask: torch.Tensor | None = None
-
-
 # The kernels' parameters (see linear.cu and attention.cu)
 
 _POINTER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int

@@ -8,11 +8,13 @@ import onnx
 import pytest
 import torch
 
-from fastgen import graph as graphs
 from fastgen.errors import UnsupportedConfigError
-from fastgen.graph import IR_DTYPES, WEIGHTS_FILE, Graph, TensorSpec
+from fastgen.graphs import graph as graphs
+from fastgen.graphs.decoder import decoder_specs
+from fastgen.graphs.encoder import encoder_specs
+from fastgen.graphs.graph import IR_DTYPES, WEIGHTS_FILE, Graph, TensorSpec
+from fastgen.graphs.source import cross_specs
 from fastgen.models.t5 import Decoder, DecoderStack, Encoder, distance_buckets
-from fastgen.seq2seq import cross_specs, decoder_specs, encoder_specs
 from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
 from tests.configs import build_stock
 

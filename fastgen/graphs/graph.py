@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
-from fastgen.contrib_ops import lowering
+from fastgen.ops.contrib import lowering
 from fastgen.target import Target
 
 # Initializers name this file; their data comes by pointer. It must exist and is not read: so it is

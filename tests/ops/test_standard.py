@@ -11,11 +11,12 @@ import torch
 from onnxscript import nn
 from transformers.activations import ACT2FN
 
-from fastgen import graph as graphs
 from fastgen.engines.onnxruntime import OnnxRuntimeEngine
 from fastgen.errors import UnsupportedConfigError
-from fastgen.graph import Graph, TensorSpec
-from fastgen.ops import KVSlots, Ops
+from fastgen.graphs import graph as graphs
+from fastgen.graphs.graph import Graph, TensorSpec
+from fastgen.ops.standard import Ops
+from fastgen.ops.values import Bias, KVSlots
 from fastgen.options import EngineOptions
 from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda, tensorrt
 from tests.standard import cpu_target
@@ -174,35 +175,6 @@ def test_multiply_and_add() -> None:
 # Attention
 
 
-def test_mask_bias_hides_what_is_masked_and_stays_finite() -> None:
-    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
-    expected = torch.where(mask.bool(), 0.0, torch.finfo(torch.float32).min / 2)[:, None, None]
-    check(lambda op, w, mask: op.mask_bias(mask), {"mask": mask}, expected)
-
-
-def test_position_table_and_bias() -> None:
-    """Distances key - query from -3 to 3, clipped there; distance 1 hidden on request."""
-    buckets = [0, 1, 2, 3, 5, 4, 2]  # distances 0, 1, 2, 3, then -3, -2, -1
-    weight = random(6, 2)  # [buckets, heads]
-    queries, keys = torch.arange(3, 6)[:, None], torch.arange(9)[None]
-    distance = (keys - queries).clamp(-3, 3)
-    expected = weight[torch.tensor(buckets)[distance]].permute(2, 0, 1)[None].contiguous()
-
-    def call(op: Ops, w: Any, queries: Any, keys: Any) -> Any:
-        table = op.position_table(w.weight, buckets, None)
-        return op.position_bias(table, queries, keys, -3, 3)
-
-    inputs = {"queries": queries, "keys": keys}
-    check(call, inputs, expected, weight=weight)
-
-    def causal(op: Ops, w: Any, queries: Any, keys: Any) -> Any:
-        table = op.position_table(w.weight, buckets, future=1)
-        return op.position_bias(table, queries, keys, -3, 1)
-
-    hidden = expected.masked_fill(keys > queries, float("-inf"))
-    check(causal, inputs, hidden, weight=weight)
-
-
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """[B, Q, H*D] queries over [B, H, K, D] keys and values."""
     heads = k.shape[1]
@@ -247,7 +219,8 @@ def test_cached_attention_appends_in_place(queries: int, filled: int, target: Ta
     slots, length = 8, filled + queries
     q, k, v = (random(2, queries, 12, seed=i) for i in range(3))
     buffers = [random(2, 3, slots, 4, seed=i) for i in (5, 6)]
-    bias = random(1, 3, queries, length, seed=7)
+    positions = torch.arange(filled, length)[:, None]
+    bias = torch.where(torch.arange(length) > positions, float("-inf"), 0.0)[None, None]
     expected = [buffer.clone() for buffer in buffers]
     for buffer, new in zip(expected, (k, v), strict=True):
         buffer[:, :, filled:length] = new.unflatten(-1, (3, 4)).transpose(1, 2)
@@ -255,37 +228,21 @@ def test_cached_attention_appends_in_place(queries: int, filled: int, target: Ta
 
     def call(op: Ops, w: Any, q: Any, k: Any, v: Any, key: Any, value: Any, **rest: Any) -> Any:
         kv = KVSlots(key, value, rest["first_slot"])
-        y, key, value = op.cached_attention(q, k, v, kv, rest["bias"], 3)
+        bias = Bias(rest["positions"], rest["slots"])
+        y, key, value = op.cached_attention(q, k, v, kv, bias, 3)
         return {"y": y, "new_key": key, "new_value": value}
 
     inputs = {"q": q, "k": k, "v": v, "key": buffers[0], "value": buffers[1]}
-    inputs |= {"first_slot": torch.tensor([filled], dtype=torch.int32), "bias": bias}
+    inputs |= {"positions": positions, "slots": torch.arange(slots)[None]}
+    inputs |= {"first_slot": torch.tensor([filled], dtype=torch.int32)}
     if not target.appends_in_attention:
-        hidden = F.pad(bias, (0, slots - length), value=float("-inf"))
-        inputs |= {"first_slot": torch.full((2,), filled), "bias": hidden}
+        inputs |= {"first_slot": torch.full((2,), filled)}
     outputs = {"y": torch.empty_like(y), "new_key": buffers[0], "new_value": buffers[1]}
     weights = {"unused": torch.zeros(1)}
     run(build(call, inputs, outputs, weights, target), inputs | outputs, weights, target)
     torch.testing.assert_close(outputs["y"], y, rtol=1e-5, atol=1e-5)
     for found, right in zip(buffers, expected, strict=True):
         torch.testing.assert_close(found, right)
-
-
-def test_visible_slots() -> None:
-    x, ids = random(2, 1, 3, 8), torch.zeros(2, 3, dtype=torch.int64)
-    inputs = {"x": x, "ids": ids, "first": torch.tensor([4], dtype=torch.int32)}
-    call: Call = lambda op, w, x, ids, first: op.visible_slots(x, ids, first, axis=3)  # noqa: E731
-    outputs, weights = {"y": x[..., :7].contiguous()}, {"unused": torch.zeros(1)}
-    found = torch.empty_like(outputs["y"])
-    run(build(call, inputs, outputs, weights), inputs | {"y": found}, weights)
-    assert torch.equal(found, outputs["y"])
-
-    def all_slots(op: Ops, w: Any, x: Any, ids: Any, first: Any) -> Any:
-        assert op.visible_slots(x, ids, first, axis=3) is x  # a GPU reads the whole buffer
-        return op.add(x, x)
-
-    for target in [*CUDA, tensorrt("float16")]:
-        assert names(build(all_slots, inputs, outputs, weights, target)) == ["Add"]
 
 
 # Lowering for a GPU
@@ -295,22 +252,22 @@ def test_visible_slots() -> None:
 def test_a_gpu_scatters_keys_and_values_and_reads_what_was_scattered(target: Target) -> None:
     row = random(2, 1, 12)
     inputs = {"q": row, "k": row, "v": row, "key": random(2, 8, 12), "value": random(2, 8, 12)}
-    inputs |= {"first_slot": torch.zeros(2, dtype=torch.int64), "bias": random(1, 3, 1, 8)}
+    inputs |= {"first_slot": torch.zeros(2, dtype=torch.int64)}
+    inputs |= {"positions": torch.tensor([[7]]), "slots": torch.arange(8)[None]}
 
     def call(op: Ops, w: Any, q: Any, k: Any, v: Any, key: Any, value: Any, **rest: Any) -> Any:
         kv = KVSlots(key, value, rest["first_slot"])
-        y, key, value = op.cached_attention(q, k, v, kv, rest["bias"], 3)
+        bias = Bias(rest["positions"], rest["slots"])
+        y, key, value = op.cached_attention(q, k, v, kv, bias, 3)
         return {"y": y, "new_key": key, "new_value": value}
 
     outputs = {"y": row, "new_key": inputs["key"], "new_value": inputs["value"]}
     graph = build(call, inputs, outputs, {"unused": torch.zeros(1)}, target)
     nodes = assert_sound(graph)
-    assert [node.op_type for node in nodes] == [
-        "TensorScatter",
-        "TensorScatter",
-        "MultiHeadAttention",
-    ]
-    assert list(nodes[2].input[1:3]) == [nodes[0].output[0], nodes[1].output[0]]
+    *scatters, attention = [node for node in nodes if "Scatter" in node.op_type] + nodes[-1:]
+    assert [node.op_type for node in scatters] == ["TensorScatter", "TensorScatter"]
+    assert attention.op_type == "MultiHeadAttention"
+    assert list(attention.input[1:3]) == [node.output[0] for node in scatters]
 
 
 def test_float16_keeps_a_wide_result_in_float32() -> None:

@@ -1,4 +1,4 @@
-"""Biases and layer norms of the vocabulary against torch (see ``test_ops.py``)."""
+"""Biases and layer norms of the vocabulary against torch (see ``test_standard.py``)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +9,9 @@ from torch.nn.functional import layer_norm
 from fastgen.engines import NotFused
 from fastgen.engines.fused.ops import FusedOps
 from fastgen.models.layers import LayerNorm
-from fastgen.ops import Ops
+from fastgen.ops.standard import Ops
 from fastgen.target import Target, onnxruntime_cuda, tensorrt
-from tests.test_ops import CUDA, Call, build, check, made_by, names, random
+from tests.ops.test_standard import CUDA, Call, build, check, made_by, names, random
 
 
 @pytest.mark.parametrize("eps", [1e-12, 0.5])

@@ -7,9 +7,9 @@ import torch
 
 from fastgen.engines import NotFused
 from fastgen.engines.fused.ops import FusedOps
-from fastgen.ops import Ops
+from fastgen.ops.standard import Ops
 from fastgen.packing import Packing
-from tests.test_ops import attend, check, random
+from tests.ops.test_standard import attend, check, random
 
 MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 1], [1, 1, 1, 1]])
 

@@ -1,6 +1,6 @@
 """The vocabulary families are written in, lowered to standard ONNX.
 
-``contrib_ops.py`` lowers the same vocabulary to ONNX Runtime's own operators, where there are any.
+``contrib.py`` lowers the same vocabulary to ONNX Runtime's own operators, where there are any.
 
 Shapes: B batch rows, Q query tokens, L KV cache slots, K keys read, H heads, D head size, E model
 width. Every value carries its dtype, so that casts appear only where dtypes really differ.
@@ -8,17 +8,15 @@ width. Every value carries its dtype, so that casts appear only where dtypes rea
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder
 
 from fastgen.errors import UnsupportedConfigError
+from fastgen.ops.values import Bias, KVSlots, Value
 from fastgen.target import Target
-
-Value: TypeAlias = Any  # an onnx_ir.Value, whose package carries no types
 
 # A wide result is scaled before it becomes float16: up to 16 million fits, and what small ones lose
 # (8e-6) is far below the residual stream they are added to.
@@ -32,15 +30,6 @@ _TORCH_DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class KVSlots:
-    """One layer's KV buffers and where the query tokens' keys and values go."""
-
-    key: Value  # Target.kv_shape, or its BLHD axes H and D merged
-    value: Value
-    first_slot: Value  # int32 [1] on the CPU (also the filled length), int64 [B] on a GPU
-
-
 class Ops:
     """Operations lowered for one Target; passed as ``op`` to every module's ``forward``."""
 
@@ -50,6 +39,7 @@ class Ops:
         self.onnx = builder.op
         self._compute = ir.DataType[_ir_name(target.dtype)]
         self._residual = ir.DataType[_ir_name(target.residual_dtype)]
+        self._spelled: dict[Bias, Value] = {}
 
     # Values and dtypes
 
@@ -224,19 +214,20 @@ class Ops:
         axes = self.constant([1, 2], torch.int64)
         return self._typed(self.onnx.Unsqueeze(bias, axes), self._compute)
 
-    def causal_bias(self, query_positions: Value, key_positions: Value, row_start: Value) -> Value:
-        """[Q, 1], [1, K] and where rows begin [B, 1] -> additive bias [B, 1, Q, K] that hides later
-        keys, and those before a row; the latter finite, as a query there sees nothing else."""
-        started = self.onnx.Not(self.onnx.Greater(row_start, key_positions))
+    def causal_bias(self, query_positions: Value, key_positions: Value) -> Value:
+        """[Q, 1], [1, K] -> additive bias [1, 1, Q, K] that hides later keys."""
         later = self.onnx.Greater(key_positions, query_positions)
-        bias = self.onnx.Where(later, self.scalar(float("-inf")), self.mask_bias(started))
-        return self._typed(bias, self._compute)
+        bias = self.onnx.Where(later, self.scalar(float("-inf")), self.scalar(0.0))
+        axes = self.constant([0, 1], torch.int64)
+        return self._typed(self.onnx.Unsqueeze(bias, axes), self._compute)
 
-    def row_positions(self, query_positions: Value, row_start: Value) -> Value:
-        """[Q, 1] places, rows' starts [B, 1] -> positions in their rows [B, Q], at least 0."""
-        places = self.onnx.Reshape(query_positions, self.constant([1, -1], torch.int64))
-        behind = self.onnx.Sub(places, row_start)
-        positions = self.onnx.Max(behind, self.constant([0], torch.int64))
+    def row_positions(self, query_positions: Value, row_start: Value | None) -> Value:
+        """[Q, 1] places, rows' starts [B, 1] -> positions in their rows [B, Q], at least 0; where
+        all rows start at 0, [1, Q]."""
+        positions = self.onnx.Reshape(query_positions, self.constant([1, -1], torch.int64))
+        if row_start is not None:
+            behind = self.onnx.Sub(positions, row_start)
+            positions = self.onnx.Max(behind, self.constant([0], torch.int64))
         return self._typed(positions, ir.DataType.INT64)
 
     def for_queries(self, mask: Value, query_positions: Value) -> Value:
@@ -265,9 +256,29 @@ class Ops:
         rows = self.onnx.Gather(flat, tokens, axis=0)
         return self._typed(self.onnx.Unsqueeze(rows, self.constant([0], torch.int64)), x.dtype)
 
-    def visible_slots(self, x: Value, ids: Value, first_slot: Value, axis: int) -> Value:
+    def spelled_out(self, bias: Bias, first_slot: Value) -> Value:
+        """A bias as one tensor [B or 1, 1 or H, Q, K], for the slots K that attention reads."""
+        if bias not in self._spelled:
+            self._spelled[bias] = self._spell(bias, first_slot)
+        return self._spelled[bias]
+
+    def _spell(self, bias: Bias, first_slot: Value) -> Value:
+        queries = bias.query_positions
+        slots = self._visible(bias.slot_positions, queries, first_slot, axis=1)
+        if bias.table is None:
+            total = self.causal_bias(queries, slots)
+        else:
+            total = self.position_bias(bias.table, queries, slots, -bias.reach, 1)
+        if bias.row_start is not None:  # finite, as a query before its row sees nothing else
+            started = self.onnx.Not(self.onnx.Greater(bias.row_start, slots))
+            total = self.add(total, self.mask_bias(started))
+        if bias.mask is not None:
+            total = self.add(total, self._visible(bias.mask, queries, first_slot, axis=3))
+        return total
+
+    def _visible(self, x: Value, queries: Value, first_slot: Value, axis: int) -> Value:
         """The part of [.., L] that attention reads: all slots, or where attention appends, those
-        up to the last query token's."""
+        up to the last query token's; ``queries`` [Q, 1]."""
         return x
 
     def attention(
@@ -310,7 +321,7 @@ class Ops:
         k: Value,
         v: Value,
         slots: KVSlots,
-        bias: Value,
+        bias: Bias,
         heads: int,
         scale: float = 1.0,
     ) -> tuple[Value, Value, Value]:
@@ -321,7 +332,8 @@ class Ops:
         value = self.onnx.TensorScatter(slots.value, rows[1], slots.first_slot, axis=-2)
         # TensorRT would copy the whole key buffer at every step if the scale were 1
         q = self._split(self.cast(self._scaled(q, scale), self._compute), heads)
-        return self._attend(q, key, value, bias, _CACHED_SCALE), key, value
+        spelled = self.spelled_out(bias, slots.first_slot)
+        return self._attend(q, key, value, spelled, _CACHED_SCALE), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         """[B, K, H*D] -> the layout of a KV buffer."""

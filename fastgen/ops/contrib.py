@@ -1,10 +1,11 @@
-"""The vocabulary of ``ops.py`` in ONNX Runtime's own operators; the only file that knows them."""
+"""The vocabulary of ``ops/`` in ONNX Runtime's own operators; the only file that knows them."""
 
 import torch
 from onnx_ir import DataType
 from onnxscript import GraphBuilder
 
-from fastgen.ops import KVSlots, Ops, Value, is_power_of_two
+from fastgen.ops.standard import Ops, is_power_of_two
+from fastgen.ops.values import Bias, KVSlots, Value
 from fastgen.target import Target
 
 
@@ -19,6 +20,7 @@ class ContribOps(Ops):
     def __init__(self, builder: GraphBuilder, target: Target) -> None:
         super().__init__(builder, target)
         self.contrib = builder.opset("com.microsoft")
+        self._seen: dict[Value, Value] = {}
 
     def linear(
         self,
@@ -78,14 +80,16 @@ class ContribOps(Ops):
             return self.contrib.FastGelu(x)
         return super()._activation(x, name)
 
-    def visible_slots(self, x: Value, ids: Value, first_slot: Value, axis: int) -> Value:
-        """See ``Ops.visible_slots``; where attention appends, up to the last query token's."""
+    def _visible(self, x: Value, queries: Value, first_slot: Value, axis: int) -> Value:
+        """See ``Ops._visible``; biases by several tables share their slots."""
         if not self.target.appends_in_attention:
             return x
-        length = self.onnx.Shape(ids, start=1, end=2)
-        end = self.onnx.Add(self.onnx.Cast(first_slot, to=DataType.INT64), length)
-        zero, axes = self.constant([0], torch.int64), self.constant([axis], torch.int64)
-        return self._typed(self.onnx.Slice(x, zero, end, axes), x.dtype)
+        if x not in self._seen:
+            length = self.onnx.Shape(queries, end=1)
+            end = self.onnx.Add(self.onnx.Cast(first_slot, to=DataType.INT64), length)
+            zero, axes = self.constant([0], torch.int64), self.constant([axis], torch.int64)
+            self._seen[x] = self._typed(self.onnx.Slice(x, zero, end, axes), x.dtype)
+        return self._seen[x]
 
     def attention(
         self, q: Value, k: Value, v: Value, bias: Value | None, heads: int, scale: float = 1.0
@@ -100,14 +104,15 @@ class ContribOps(Ops):
         k: Value,
         v: Value,
         slots: KVSlots,
-        bias: Value,
+        bias: Bias,
         heads: int,
         scale: float = 1.0,
     ) -> tuple[Value, Value, Value]:
         """See ``Ops.cached_attention``; attention itself may write what it is given."""
+        spelled = self.spelled_out(bias, slots.first_slot)
         if self.target.appends_in_attention:
             y, key, value = self.contrib.MultiHeadAttention(
-                *(q, k, v, None, None, bias, slots.key, slots.value, slots.first_slot),
+                *(q, k, v, None, None, spelled, slots.key, slots.value, slots.first_slot),
                 num_heads=heads,
                 scale=scale,
                 _outputs=3,
@@ -115,7 +120,7 @@ class ContribOps(Ops):
             return self._typed(y, self._compute), key, value
         key = self.onnx.TensorScatter(slots.key, k, slots.first_slot, axis=1)
         value = self.onnx.TensorScatter(slots.value, v, slots.first_slot, axis=1)
-        return self.attention(q, key, value, bias, heads, scale), key, value
+        return self.attention(q, key, value, spelled, heads, scale), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         return x if self.target.kv_layout == "BLHD" else super().as_kv(x, heads, head_size)
