@@ -13,7 +13,10 @@ _HOMES = {
     "FastAutoModelForQuestionAnswering": "fastgen.auto",
     "FastAutoModelForSeq2SeqLM": "fastgen.auto",
     "FastAutoModelForCausalLM": "fastgen.auto",
+    "FastGPT2ForSequenceClassification": "fastgen.models.gpt2",
+    "FastGPT2ForTokenClassification": "fastgen.models.gpt2",
     "FastGPT2LMHeadModel": "fastgen.models.gpt2",
+    "FastGPT2Model": "fastgen.models.gpt2",
     "FastAutoModelForSequenceClassification": "fastgen.auto",
     "FastAutoModelForTokenClassification": "fastgen.auto",
     "FastBertForMaskedLM": "fastgen.models.bert",
@@ -70,7 +73,12 @@ if TYPE_CHECKING:  # the same names again: type checkers do not read a dict
     )
     from fastgen.models.bert import FastBertForTokenClassification as FastBertForTokenClassification
     from fastgen.models.bert import FastBertModel as FastBertModel
+    from fastgen.models.gpt2 import (
+        FastGPT2ForSequenceClassification as FastGPT2ForSequenceClassification,
+    )
+    from fastgen.models.gpt2 import FastGPT2ForTokenClassification as FastGPT2ForTokenClassification
     from fastgen.models.gpt2 import FastGPT2LMHeadModel as FastGPT2LMHeadModel
+    from fastgen.models.gpt2 import FastGPT2Model as FastGPT2Model
     from fastgen.models.mt5 import FastMT5EncoderModel as FastMT5EncoderModel
     from fastgen.models.mt5 import (
         FastMT5ForConditionalGeneration as FastMT5ForConditionalGeneration,

@@ -23,7 +23,7 @@ from fastgen.models.layers import Embedding, LayerNorm, Linear
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
 from fastgen.pretrained import FastPreTrained, FastTask
-from fastgen.refusals import form_refusal
+from fastgen.refusals import empty_row_refusal, form_refusal
 from fastgen.stacks import FastEncoder
 
 MOST_TOKENS_ON_A_GPU = 2048
@@ -183,8 +183,8 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
             return reason
         if ids.shape[1] > (most := self.config.max_position_embeddings):
             return Asked(f"{ids.shape[1]} tokens, where there are {most} positions")
-        if mask is not None and mask.device.type == "cpu" and not mask.any(dim=1).all():
-            return "attention_mask hides all of a row, which only torch serves"
+        if reason := empty_row_refusal(mask):
+            return reason
         fused = self._engine is not None and self._engine.fused is not None
         if not fused and (reason := faster_on_torch(self.device, *ids.shape)):
             return reason
