@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,18 @@ from fastgen.graphs.shape import LAST_STATE, state_names
 from fastgen.options import EngineOptions
 from fastgen.packing import Packing
 from fastgen.target import Target
+
+_TOKEN_STEP = 256  # of the sizes of graphs of many tokens
+_SEEN_SIZES = 64
+
+
+class _Size(NamedTuple):
+    """What the fused kernels run over."""
+
+    tokens: int
+    rows: int
+    longest: int
+    """Tokens of a row, at most."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,9 @@ class Encoder(Capturing):
         self._engine, self._width, self.fused = engine, width, fused
         self._layers, self._states = layers, states
         self._more_ids, self._packed = more_ids, packed
-        self._replays: dict[tuple[int, int], Any] = {}
+        self._replays: dict[tuple[int, ...], Any] = {}
+        self._seen: dict[_Size, int] = {}
+        """How often calls of a size came; the last one to come is last."""
         self._counted: PackedBinding | None = None
         """What runs calls whose tokens the host knows the number of."""
 
@@ -113,39 +127,54 @@ class Encoder(Capturing):
         nothing, and where launching takes longest that costs little."""
         batch, sources = call.rows.shape
         padded = self.sources_for(sources)
-        if self.captures_sources(batch, padded):
-            size, limit = (batch, padded), self.options.max_cached_graphs
-            binding, layers = self._once(
-                self._replays, size, lambda: self._fused_replay(fused, *size), limit
-            )
-            binding.run(call, binding.size(batch * padded, batch, padded), layers)
-            return
+        small = self.captures_sources(batch, padded)
+        if small:
+            size = _Size(batch * padded, batch, padded)
+            if self._pays_to_capture(size, first=1):
+                self._replay_fused(fused, call, size)
+                return
         lengths = [sources] * batch
         if call.mask is not None and not call.padding and batch * sources > CAPTURED_TOKENS:
             lengths = call.lengths.tolist()  # the one time that the host waits
         for start, stop, tokens in pieces(lengths):
-            binding = self._binding_of(fused, tokens, stop - start)
-            longest = max(lengths[start:stop])
-            binding.run(
-                call.piece(start, stop, tokens), binding.size(tokens, stop - start, longest)
-            )
+            size = _Size(tokens, stop - start, max(lengths[start:stop]))
+            self._run_piece(fused, call.piece(start, stop, tokens), size, small)
 
-    def _fused_replay(
-        self, fused: PackedEngine, batch: int, sources: int
-    ) -> tuple[PackedBinding, Callable[[], None]]:
-        binding = fused.bind(batch * sources, batch)
-        size = binding.size(batch * sources, batch, sources, side_streams(self.device))
-        return binding, self._captured(binding.layers(size))
-
-    def _binding_of(self, fused: PackedEngine, tokens: int, rows: int) -> PackedBinding:
-        """Buffers for so many tokens at least: made anew, and up to twice as large, for more."""
+    def _run_piece(self, fused: PackedEngine, call: Call, size: _Size, small: bool) -> None:
+        if self.captures and not small:
+            tokens = -(-size.tokens // _TOKEN_STEP) * _TOKEN_STEP
+            padded = _Size(tokens, size.rows, self.sources_for(size.longest))
+            if self._pays_to_capture(padded, first=4):
+                self._replay_fused(fused, call, padded)
+                return
         found = self._counted
-        if found is None or tokens > found.tokens or rows > found.rows:
+        if found is None or size.tokens > found.tokens or size.rows > found.rows:
             self._counted = None  # its memory serves the new one
             with lasting():
-                sizes = (1 << (count - 1).bit_length() for count in (tokens, rows))
+                sizes = (1 << (count - 1).bit_length() for count in (size.tokens, size.rows))
                 found = self._counted = fused.bind(*sizes)
-        return found
+        found.run(call, found.size(*size))
+
+    def _pays_to_capture(self, size: _Size, first: int) -> bool:
+        """Whether a size is captured, or came as often as ``first`` says, a power of two; as a
+        capture takes as long as many calls, one that was dropped must have come twice as often
+        to be captured again."""
+        count = self._seen[size] = self._seen.pop(size, 0) + 1
+        if len(self._seen) > _SEEN_SIZES:
+            del self._seen[next(iter(self._seen))]
+        return size in self._replays or (count >= first and count & (count - 1) == 0)
+
+    def _replay_fused(self, fused: PackedEngine, call: Call, size: _Size) -> None:
+        """Run a call by the captured graph of its size."""
+
+        def make() -> tuple[PackedBinding, Callable[[], None]]:
+            binding = fused.bind(size.tokens, size.rows)
+            side = side_streams(self.device) if size.tokens <= CAPTURED_TOKENS else ()
+            return binding, self._captured(binding.layers(binding.size(*size, side)))
+
+        limit = self.options.max_cached_graphs
+        binding, layers = self._once(self._replays, size, make, limit)
+        binding.run(call, binding.size(*size), layers)
 
     def _run_packed(
         self,

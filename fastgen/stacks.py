@@ -133,20 +133,41 @@ class FastEncoder(EngineModule):
         return self._forward(**{name: as_torch(value) for name, value in arguments.items()})
 
     def _forward(self, **arguments: Any) -> Any:
-        if (reason := self.refusal(**arguments)) is not None:
-            report(self, "torch", reason)
-            introduce(type(self), self.config)
-            return super().forward(**arguments)
-        encoder: Encoder = self._current_engine()
+        found = self._run_ahead(arguments)
+        if found is None:
+            if (reason := self.refusal(**arguments)) is not None:
+                report(self, "torch", reason)
+                introduce(type(self), self.config)
+                return super().forward(**arguments)
+            # refusal() has looked; unless another thread dropped the engine since
+            found = self._run(self._engine or self._current_engine(), arguments)
+        output = self._output(found[0])
+        output.hidden_states = found[1]
+        return output if wants_dict(self, arguments.get("return_dict")) else output.to_tuple()
+
+    def _run_ahead(self, arguments: dict[str, Any]) -> Any:
+        """``_run``, if the look at the weights that follows finds the engine to be of now: a GPU
+        computes meanwhile. None if it is not, or where nothing would be gained."""
+        encoder: Encoder | None = self._engine
+        if encoder is None or encoder.fused is None:
+            return None
+        with self.unseen():
+            if self.refusal(**arguments) or arguments["input_ids"].device != encoder.device:
+                return None
+            found = self._run(encoder, arguments)
+        with suppress(NoEngine):
+            return found if self._current_engine() is encoder else None
+        return None
+
+    def _run(self, encoder: Encoder, arguments: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        """Hidden states [B, S, E] by the engine, and those of all layers if they are wanted."""
         ids, mask = arguments["input_ids"].to(torch.int64), arguments.get("attention_mask")
         given = {name: arguments.get(name) for name in self._more_ids}
         more = {name: 0 if value is None else value for name, value in given.items()}
-        states = None
-        if states_wanted(self, arguments):
-            states = as_stock(self, encoder.run_with_states(ids, mask, **more))
-        output = self._output(encoder.run(ids, mask, **more) if states is None else states[-1])
-        output.hidden_states = states
-        return output if wants_dict(self, arguments.get("return_dict")) else output.to_tuple()
+        if not states_wanted(self, arguments):
+            return encoder.run(ids, mask, **more), None
+        states = as_stock(self, encoder.run_with_states(ids, mask, **more))
+        return states[-1], states
 
     def _output(self, hidden: torch.Tensor) -> Any:
         """The stock stack's output of these hidden states [B, S, E]."""

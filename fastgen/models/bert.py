@@ -185,7 +185,8 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
             return Asked(f"{ids.shape[1]} tokens, where there are {most} positions")
         if reason := empty_row_refusal(mask):
             return reason
-        fused = self._engine is not None and self._engine.fused is not None
+        engine = self._engine
+        fused = engine is not None and engine.fused is not None
         if not fused and (reason := faster_on_torch(self.device, *ids.shape)):
             return reason
         return None if types is None else self._types_refusal(types, ids)

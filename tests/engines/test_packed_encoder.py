@@ -51,7 +51,7 @@ def test_same_outputs(head: str, padding: str | None, captured: bool) -> None:
         for types in (False, True):
             assert_same(pair, head, call(head, padding, types))
     engine = engine_of(pair.fast)
-    assert list(engine._replays) == ([(3, 32)] if captured else [])
+    assert list(engine._replays) == ([(96, 3, 32)] if captured else [])
     assert (engine._counted is None) == captured
 
 
@@ -216,3 +216,51 @@ def test_offsets_scales_and_one_matrix_for_three() -> None:
     y = (0.5 * x @ weights["w"]).unflatten(2, (2, 4)).transpose(1, 2)
     attended = ((0.7 * y @ y.mT).softmax(-1) @ y).transpose(1, 2).flatten(2)
     torch.testing.assert_close(hidden, norm(norm(x + attended @ weights["w"].T)), **CLOSE)
+
+
+def test_what_changed_while_the_gpu_ran_is_seen() -> None:
+    """The look at the weights comes after the launches: their results are given up then."""
+    pair = pair_of("Model", prepack=0.0)
+    assert_same(pair, "Model", call("Model"))
+    for change in (
+        lambda m: setattr(m.encoder.layer[0].output.dense, "bias", copied(m, 2.0)),
+        lambda m: setattr(m.encoder.layer[0].output.dense.bias, "data", copied(m, 3.0).data),
+        lambda m: m.encoder.layer[1].register_forward_hook(lambda *_: _[2] * 2),
+    ):
+        before = pair.fast(**call("Model"))[0]
+        for model in (pair.stock, pair.fast):
+            change(model)
+        assert not torch.allclose(assert_same(pair, "Model", call("Model"))[0], before)
+    assert "hooks" in str(pair.fast.refusal(**call("Model")))
+
+
+def copied(model: Any, added: float) -> torch.nn.Parameter:
+    return torch.nn.Parameter(model.encoder.layer[0].output.dense.bias + added)
+
+
+def test_sizes_that_come_and_go_are_captured_ever_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with gpu_paths():
+        pair, made = pair_of("Model", max_cached_graphs=1), []
+        captured = Encoder._captured
+
+        def spy(self: Any, *arguments: Any) -> Any:
+            made.append(arguments)
+            return captured(self, *arguments)
+
+        monkeypatch.setattr(Encoder, "_captured", spy)
+        for count in (1, 2, 2, 3, 3, 3, 3, 4, 4):  # of captures of each size, after that many calls
+            for rows in (1, 2):
+                assert_same(pair, "Model", {n: v[:rows] for n, v in call("Model").items()})
+            assert len(made) == 2 * count
+
+
+def test_large_sizes_are_captured_when_they_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "CAPTURED_TOKENS", 1)
+    monkeypatch.setattr("fastgen.capturing.CAPTURED_TOKENS", 1)
+    with gpu_paths():
+        pair = pair_of()
+        for count in range(6):
+            assert_same(pair, "Model", call("Model", "right" if count % 2 else "left"))
+            assert list(engine_of(pair.fast)._replays) == ([(256, 3, 32)] if count > 2 else [])

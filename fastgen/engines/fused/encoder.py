@@ -1,5 +1,6 @@
 """The engine of an encoder over packed tokens: what padding there is, nobody computes."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -14,7 +15,7 @@ from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible, allocate
 from fastgen.engines.fused.packed_values import Buffer, Call, Size
 from fastgen.target import Target
 
-MOST_TOKENS = 8192
+MOST_TOKENS = 16384
 """Tokens of one run: enough to fill a GPU, and all that buffers must hold."""
 _SOURCES = ("common.cu", "encoder.cu")
 _ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -64,6 +65,7 @@ class PackedEngine:
             if name not in parameters:
                 raise NotFused(f"{name} is gone")
             self._parameters[name] = parameters[name].detach()
+        self._scratch: dict[tuple[int, int], torch.Tensor] = {}
         self._count, self._place = Count(), Place()
         compile_kernels((self._count, self._place), self._dtype, device, engine_cache)
         self._record()  # so that what is not served is known by now
@@ -106,9 +108,22 @@ class PackedEngine:
         return call
 
     def bind(self, tokens: int, rows: int) -> "PackedBinding":
-        """Record and compile the launches over buffers of so many tokens in so many rows."""
+        """Record and compile the launches over buffers of so many tokens in so many rows. Bindings
+        share their scratch: they run one after the other."""
         ops, result = self._record()
-        binding = PackedBinding(ops, result, self._place, tokens, rows, self._dtype, self.device)
+        taken: Counter[int] = Counter()
+
+        def make(width: int) -> torch.Tensor:
+            place = width, taken[width]
+            taken[width] += 1
+            found = self._scratch.get(place)
+            if found is None or len(found) < tokens:
+                axes = 1 << (tokens - 1).bit_length(), width
+                found = torch.zeros(axes, dtype=self._dtype, device=self.device)
+                self._scratch[place] = found
+            return found[:tokens]
+
+        binding = PackedBinding(ops, result, self._place, make, tokens, rows)
         compile_kernels(binding.kernels(), self._dtype, self.device, self._engine_cache)
         return binding
 
@@ -162,20 +177,21 @@ class PackedBinding:
         ops: PackedOps,
         result: Buffer,
         place: Place,
+        make: Callable[[int], torch.Tensor],
         tokens: int,
         rows: int,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
-        def make(width: int) -> torch.Tensor:
-            return torch.zeros(tokens, width, dtype=dtype, device=device)
-
+        """
+        Args:
+            make: scratch of so many columns.
+            tokens, rows: the most that a call may have.
+        """
         assert ops.embed is not None
         self.tokens, self.rows = tokens, rows
         self._launches = allocate(ops.launches, make, kept=(ops.embed.y, result))
         self._place, self._embed, self._spread = place, ops.embed, Spread(result)
-        self._starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-        self._keys = torch.zeros(rows, dtype=torch.int32, device=device)
+        counts = result.tensor.new_zeros(2 * rows + 1, dtype=torch.int32)
+        self._starts, self._keys = counts[: rows + 1], counts[rows + 1 :]
 
     def kernels(self) -> list[Kernel]:
         """All of its own that have to be compiled."""

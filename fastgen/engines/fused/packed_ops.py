@@ -7,7 +7,7 @@ activations stay descriptions until something needs their numbers. Rows are toke
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -55,18 +55,26 @@ class Embedded:
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """``scale * x @ matrix + bias``."""
+    """``scale * x @ matrix + bias``, activated if there is an activation."""
 
     x: Buffer
     matrix: torch.Tensor
     bias: torch.Tensor | None
     scale: float = 1.0
+    activation: str | None = None
+    """One of cuBLAS: RELU, or GELU_TANH."""
 
-    def into(self, y: torch.Tensor, size: Size) -> None:
-        rows, y = self.x.tensor[: size.tokens], y[: size.tokens]
-        beta = 0.0 if self.bias is None else 1.0
-        addend = y if self.bias is None else self.bias
-        torch.addmm(addend, rows, self.matrix, beta=beta, alpha=self.scale, out=y)
+    def into(self, buffer: Buffer, size: Size) -> None:
+        x, y = self.x.rows(size.tokens), buffer.rows(size.tokens)
+        if self.activation is not None and self.bias is not None:
+            gelu = self.activation != "RELU"
+            torch._addmm_activation(
+                self.bias, x, self.matrix, alpha=self.scale, use_gelu=gelu, out=y
+            )
+        elif self.bias is not None:
+            torch.addmm(self.bias, x, self.matrix, alpha=self.scale, out=y)
+        else:
+            torch.addmm(y, x, self.matrix, beta=0.0, alpha=self.scale, out=y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +107,7 @@ class Products:
             self._side_by_side(size)
             return
         for product, y in zip(self.products, self.writes, strict=True):
-            product.into(y.tensor, size)
+            product.into(y, size)
 
     def _side_by_side(self, size: Size) -> None:
         """On streams of their own: few rows leave most of a GPU's processors idle."""
@@ -109,11 +117,11 @@ class Products:
         for stream, (product, y) in zip(size.side, pairs[1:], strict=False):
             stream.wait_event(began)
             with torch.cuda.stream(stream):
-                product.into(y.tensor, size)
+                product.into(y, size)
                 ended.append(torch.cuda.Event())
                 ended[-1].record()
         for product, y in [pairs[0], *pairs[1 + len(size.side) :]]:
-            product.into(y.tensor, size)
+            product.into(y, size)
         for event in ended:
             event.wait()
 
@@ -126,14 +134,15 @@ class Attention:
         self.heads, self.scale = heads, scale
 
     def __call__(self, size: Size) -> None:
-        q, k, v = (x.tensor[: size.tokens].unflatten(1, (self.heads, -1)) for x in self.reads)
+        rows, heads = size.tokens, self.heads
+        q, k, v = (x.rows(rows).view(rows, heads, x.width // heads) for x in self.reads)
         if q.device.type != "cuda":
             y = self.reference(size, q, k, v)
         elif q.dtype == torch.float32:
             y = self._efficient(size, q, k, v)
         else:
             y = self._flash(size, q, k, v)
-        self.writes[0].tensor = y.flatten(1)
+        self.writes[0].tensor = y.view(rows, self.writes[0].width)
 
     def _flash(self, size: Size, *qkv: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.aten._flash_attention_forward(
@@ -214,10 +223,24 @@ class PackedOps:
         if isinstance(x, Product):
             return self._record(Products([x]))[0]
         if isinstance(x, Activated):
-            (y,) = self._record(Products([x.product]))
-            self._record(Activate(y, x.kind))
-            return y
+            return self._activated(x.product, x.kind)
         raise NotFused(f"{type(x).__name__.lower()} values as rows")
+
+    def _activated(self, product: Product, kind: str) -> Buffer:
+        """A product's activation: cuBLAS's, on the sums as they are before they are rounded, where
+        that comes closer to float32 than what stock computes.
+
+        In 16 bits that is so for its tanh in place of erf: of normal numbers of deviations 0.3 to 3
+        it is off by 1.7e-3 in bfloat16 and 2.3e-4 to 2.9e-4 in float16, where erf of the rounded
+        sums is off by 1.9e-3 to 2.7e-3 and 2.4e-4 to 3.3e-4.
+        """
+        narrow = self._dtype != torch.float32 and kind in ("GELU_TANH", "GELU_ERF")
+        if product.bias is not None and (narrow or kind == "RELU"):
+            activation = "GELU_TANH" if narrow else kind
+            return self._record(Products([replace(product, activation=activation)]))[0]
+        (y,) = self._record(Products([product]))
+        self._record(Activate(y, kind))
+        return y
 
     # The vocabulary
 

@@ -20,6 +20,17 @@ class Buffer:
     tensor: Any = None
     made: bool = False
     """Whether the launch that writes it makes its memory, too."""
+    _rows: Any = None
+
+    def rows(self, count: int) -> torch.Tensor:
+        """Its first rows; kept, as calls of a size often follow each other."""
+        if self.made or len(self.tensor) == count:
+            found: torch.Tensor = self.tensor
+            return found
+        if self._rows is None or len(self._rows) != count:
+            self._rows = self.tensor[:count]
+        found = self._rows
+        return found
 
 
 @dataclass(frozen=True, eq=False)
