@@ -72,6 +72,11 @@ class Encoder(Capturing):
         self._counted: PackedBinding | None = None
         """What runs calls whose tokens the host knows the number of."""
 
+    @property
+    def engine(self) -> Engine:
+        """The engine of rows with their padding."""
+        return self._engine()
+
     def run(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, **more: torch.Tensor | int
     ) -> torch.Tensor:
@@ -104,7 +109,7 @@ class Encoder(Capturing):
                 hidden.copy_(replay.hidden[:, :sources])
             return hidden
         source = self._filled(input_ids, attention_mask=seen, **more)
-        self._bound_to(self._engine(), source, {LAST_STATE: hidden})()
+        self._bound_to(self.engine, source, {LAST_STATE: hidden})()
         return hidden
 
     def run_with_states(
@@ -212,7 +217,7 @@ class Encoder(Capturing):
         more = {name: torch.zeros_like(ids) for name in self._more_ids}
         source = SourceBuffers(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
         hidden = self._empty(batch, sources)
-        run = self._bound_to(self._engine(), source, {LAST_STATE: hidden})
+        run = self._bound_to(self.engine, source, {LAST_STATE: hidden})
         return _Replay(source, hidden, self._captured(run))
 
     def _bound_to(
