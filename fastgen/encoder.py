@@ -174,8 +174,8 @@ class Encoder(Capturing):
 
         def make() -> tuple[PackedBinding, Callable[[], None]]:
             binding = fused.bind(size.tokens, size.rows)
-            side = side_streams(self.device) if size.tokens <= CAPTURED_TOKENS else ()
-            return binding, self._captured(binding.layers(binding.size(*size, side)))
+            side = side_streams(self.device, size.tokens)
+            return binding, self._captured(binding.layers(binding.size(*size), side))
 
         limit = self.options.max_cached_graphs
         binding, layers = self._once(self._replays, size, make, limit)

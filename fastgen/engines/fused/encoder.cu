@@ -256,3 +256,19 @@ template <int K, int VEC, int THREADS> INLINE void spread(const SpreadArgs& args
         *(Pack<T, VEC>*)(args.y + (long long)blockIdx.x * K + k) = values;
     }
 }
+
+struct PrefetchArgs {
+    const char* from[8];
+    long long bytes[8];
+    int count;
+};
+
+// Bring weights into the L2 cache while products before theirs run: those of few rows do not ask for
+// memory fast enough themselves.
+template <int THREADS> INLINE void prefetch(const PrefetchArgs& args) {
+    const long long first = 128ll * (blockIdx.x * THREADS + threadIdx.x);
+    const long long step = 128ll * gridDim.x * THREADS;
+    for (int i = 0; i < args.count; i++)
+        for (long long byte = first; byte < args.bytes[i]; byte += step)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(args.from[i] + byte));
+}

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -11,12 +12,14 @@ from fastgen import cuda
 from fastgen.engine_cache import EngineCache
 from fastgen.engines import NotFused, nvrtc
 from fastgen.engines.fused.packed_kernels import Count, Kernel, Place, Spread
-from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible, allocate
+from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
+from fastgen.engines.fused.packed_plan import allocate, fetch_ahead
 from fastgen.engines.fused.packed_values import Buffer, Call, Size
 from fastgen.target import Target
 
 MOST_TOKENS = 16384
 """Tokens of one run: enough to fill a GPU, and all that buffers must hold."""
+SIDE_TOKENS, FETCHED_TOKENS = 2048, 512
 _SOURCES = ("common.cu", "encoder.cu")
 _ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -189,6 +192,7 @@ class PackedBinding:
         assert ops.embed is not None
         self.tokens, self.rows = tokens, rows
         self._launches = allocate(ops.launches, make, kept=(ops.embed.y, result))
+        self._fetches = fetch_ahead(ops.launches)
         self._place, self._embed, self._spread = place, ops.embed, Spread(result)
         counts = result.tensor.new_zeros(2 * rows + 1, dtype=torch.int32)
         self._starts, self._keys = counts[: rows + 1], counts[rows + 1 :]
@@ -196,20 +200,26 @@ class PackedBinding:
     def kernels(self) -> list[Kernel]:
         """All of its own that have to be compiled."""
         kernels: list[Kernel] = [self._embed, self._spread]
-        return kernels + [each for each in self._launches if isinstance(each, Kernel)]
+        return kernels + [*self._fetches] + [e for e in self._launches if isinstance(e, Kernel)]
 
-    def size(
-        self, tokens: int, rows: int, longest: int, side: Sequence[torch.cuda.Stream] = ()
-    ) -> Size:
+    def size(self, tokens: int, rows: int, longest: int) -> Size:
         """So many tokens in so many rows, of which no row has more than the longest."""
-        return Size(tokens, longest, self._starts[: rows + 1], self._keys[:rows], side)
+        return Size(tokens, longest, self._starts[: rows + 1], self._keys[:rows])
 
-    def layers(self, size: Size) -> Callable[[], None]:
-        """What queues all launches between reading a call and spreading its results."""
+    def layers(self, size: Size, side: Sequence[torch.cuda.Stream] = ()) -> Callable[[], None]:
+        """What queues all launches between reading a call and spreading its results.
+
+        Args:
+            side: streams beside the current one; if there are three, the last fetches weights.
+        """
+        fetching = side[2] if len(side) > 2 else None
+        size = replace(size, side=side[:2], fetching=fetching)
 
         def run() -> None:
             for launch in self._launches:
                 launch(size)
+            if fetching is not None and self._fetches:
+                torch.cuda.current_stream().wait_stream(fetching)
 
         return run
 
@@ -238,14 +248,15 @@ def pieces(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     yield start, len(lengths), tokens
 
 
-def side_streams(device: torch.device) -> list[torch.cuda.Stream]:
-    """Two streams of fastgen's own on a GPU, for products that do not depend on each other."""
-    if device.type != "cuda":
+def side_streams(device: torch.device, tokens: int) -> list[torch.cuda.Stream]:
+    """Streams of fastgen's own on a GPU, for products of few tokens, which leave most of its
+    processors idle; and one that fetches weights, for fewer, which wait for them."""
+    if device.type != "cuda" or tokens > SIDE_TOKENS:
         return []
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _sides:
-        _sides[index] = [cuda.private_stream(index) for _ in range(2)]
-    return _sides[index]
+        _sides[index] = [cuda.private_stream(index) for _ in range(3)]
+    return _sides[index][: 3 if tokens <= FETCHED_TOKENS else 2]
 
 
 _sides: dict[int, list[torch.cuda.Stream]] = {}

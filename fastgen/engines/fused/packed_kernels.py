@@ -278,6 +278,29 @@ class Activate(Kernel):
         x.copy_(_ACTIVATIONS[self.kind](x.float()))
 
 
+class PrefetchArgs(ctypes.Structure):
+    _fields_ = [("from", _POINTER * 8), ("bytes", _LONG * 8), ("count", _INT)]
+
+
+class Prefetch(Kernel):
+    """Weights brought nearer to the processors; it computes nothing."""
+
+    body = f"prefetch<{THREADS}>"
+    _BLOCKS = 8  # enough for the memory's bandwidth, few enough to leave the processors to others
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self._weights = weights[:8]
+        self.arguments = PrefetchArgs(count=len(self._weights))
+        for i, weight in enumerate(self._weights):
+            getattr(self.arguments, "from")[i] = weight.data_ptr()
+            self.arguments.bytes[i] = weight.nbytes
+
+    def __call__(self) -> None:
+        if self.on_gpu:
+            self.launch(self._BLOCKS)
+
+
 class SpreadArgs(ctypes.Structure):
     _fields_ = [("x", _POINTER), ("rows", _POINTER), ("y", _POINTER)]
 

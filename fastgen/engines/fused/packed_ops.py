@@ -5,8 +5,7 @@ activations stay descriptions until something needs their numbers. Rows are toke
 [T, E] in the compute dtype; a residual stream that is not normed after each addition is not served.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fastgen.engines import NotFused
 from fastgen.engines.fused.ops import ACTIVATIONS
-from fastgen.engines.fused.packed_kernels import Activate, Embed, NormRows
+from fastgen.engines.fused.packed_kernels import Activate, Embed, NormRows, Prefetch
 from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Size, Term
 from fastgen.target import Target
 
@@ -101,6 +100,8 @@ class Products:
         self.products = products
         self.reads = [product.x for product in products]
         self.writes = [Buffer(product.matrix.shape[1]) for product in products]
+        self.ahead: Prefetch | None = None
+        """Fetches the weights of the products that follow, if there is a stream for it."""
 
     def __call__(self, size: Size) -> None:
         if size.side:
@@ -114,6 +115,10 @@ class Products:
         began, ended = torch.cuda.Event(), []
         began.record()
         pairs = [*zip(self.products, self.writes, strict=True)]
+        if size.fetching is not None and self.ahead is not None:
+            size.fetching.wait_event(began)
+            with torch.cuda.stream(size.fetching):
+                self.ahead()
         for stream, (product, y) in zip(size.side, pairs[1:], strict=False):
             stream.wait_event(began)
             with torch.cuda.stream(stream):
@@ -330,48 +335,3 @@ class PackedOps:
             raise NotFused(f"head size {head_size}: multiples of {step} up to {MAX_HEAD_SIZE}")
         query, key, value = self._record(Products([q, k, v]))
         return self._record(Attention(query, key, value, heads, scale))[0]
-
-
-def allocate(
-    launches: Sequence[Recorded], make: Callable[[int], torch.Tensor], kept: Sequence[Buffer]
-) -> list[Recorded]:
-    """Give buffers their memory: one whose last reader has run leaves its to the next of its width.
-
-    Args:
-        make: memory of so many columns.
-        kept: what is written or read outside of these launches.
-
-    Returns:
-        The launches, of which those that are the last to read what one of them made let it go.
-    """
-    last = {b: i for i, each in enumerate(launches) for b in (*each.reads, *each.writes)}
-    idle: dict[int, list[torch.Tensor]] = defaultdict(list)
-    for buffer in kept:
-        buffer.tensor = buffer.tensor if buffer.tensor is not None else make(buffer.width)
-    run: list[Recorded] = []
-    for i, each in enumerate(launches):
-        for buffer in each.writes:
-            if buffer.tensor is None and not buffer.made:
-                free = idle[buffer.width]
-                buffer.tensor = free.pop() if free else make(buffer.width)
-        run.append(each)
-        ended = {b for b in (*each.reads, *each.writes) if last[b] == i and b not in kept}
-        for buffer in ended:
-            if not buffer.made:
-                idle[buffer.width].append(buffer.tensor)
-        if made := [buffer for buffer in ended if buffer.made]:
-            run.append(Release(made))
-    return run
-
-
-@dataclass(frozen=True)
-class Release:
-    """Gives back what a launch made, for the next one's."""
-
-    buffers: Sequence[Buffer]
-    reads: Sequence[Buffer] = ()
-    writes: Sequence[Buffer] = ()
-
-    def __call__(self, size: Size) -> None:
-        for buffer in self.buffers:
-            buffer.tensor = None

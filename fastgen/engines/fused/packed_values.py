@@ -87,6 +87,8 @@ class Size:
     """int32 [B], how many of a row's first tokens its queries see."""
     side: Sequence[torch.cuda.Stream] = ()
     """Streams for what does not depend on each other, beside the current one."""
+    fetching: torch.cuda.Stream | None = None
+    """A stream that fetches weights ahead of their products."""
 
 
 @dataclass(frozen=True, eq=False)
