@@ -21,14 +21,21 @@ from fastgen.fallback import Asked
 from fastgen.graphs.decoder import DecoderRoot, Step
 from fastgen.graphs.encoder import WholeRows
 from fastgen.graphs.shape import LAST_STATE, Shape
-from fastgen.hf.forward import forward_like
-from fastgen.modeling_causal import FastCausalLM
+from fastgen.hf.loading import FastPreTrained
 from fastgen.models.layers import Conv1D, Embedding, LayerNorm, Linear
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
-from fastgen.pretrained import FastPreTrained, FastTask
-from fastgen.refusals import empty_row_refusal
-from fastgen.stacks import FastEncoder
+from fastgen.tasks.causal import FastCausalLM
+from fastgen.tasks.encoder import FastEncoder
+from fastgen.tasks.heads import FastTask
+from fastgen.tasks.refusals import empty_row_refusal
+
+__all__ = [
+    "FastGPT2ForSequenceClassification",
+    "FastGPT2ForTokenClassification",
+    "FastGPT2LMHeadModel",
+    "FastGPT2Model",
+]
 
 
 class Attention(nn.Module):
@@ -154,7 +161,6 @@ class FastGPT2Model(FastEncoder, FastPreTrained, GPT2Model):
     and values: a call that asks for them (``use_cache=True``) is torch's."""
 
     trial_config = TRIAL_CONFIG
-    forward = forward_like(GPT2Model.forward)
     wpe: Any
     _packs = True
 

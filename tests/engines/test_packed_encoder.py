@@ -12,23 +12,23 @@ from unittest import mock
 import pytest
 import torch
 
-from fastgen import encoder as encoders
-from fastgen.encoder import Encoder
 from fastgen.engines import NotFused
 from fastgen.engines.fused import encoder as packed
 from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
 from fastgen.engines.fused.packed_values import Buffer
+from fastgen.execution import encoder as encoders
+from fastgen.execution.encoder import Encoder
 from fastgen.target import onnxruntime_cuda
 from tests.configs import Pair
 from tests.generation.emulate import gpu_paths
-from tests.test_bert import CLOSE, assert_same, build, call, kept, stack_of
+from tests.models.test_bert import CLOSE, assert_same, build, call, kept, stack_of
 
 TARGET = onnxruntime_cuda("float32")
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu() -> Iterator[None]:
-    with mock.patch("fastgen.modeling.choose_target", lambda *_: TARGET), torch.no_grad():
+    with mock.patch("fastgen.hf.building.choose_target", lambda *_: TARGET), torch.no_grad():
         yield
 
 
@@ -258,7 +258,7 @@ def test_sizes_that_come_and_go_are_captured_ever_less_often(
 
 def test_large_sizes_are_captured_when_they_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "CAPTURED_TOKENS", 1)
-    monkeypatch.setattr("fastgen.capturing.CAPTURED_TOKENS", 1)
+    monkeypatch.setattr("fastgen.execution.capturing.CAPTURED_TOKENS", 1)
     with gpu_paths():
         pair = pair_of()
         for count in range(6):

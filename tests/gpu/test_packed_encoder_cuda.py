@@ -12,8 +12,8 @@ import torch
 from transformers import BertConfig, BertForQuestionAnswering, BertModel
 
 import fastgen
-from fastgen.capturing import CAPTURED_TOKENS
-from fastgen.encoder import Encoder
+from fastgen.execution.capturing import CAPTURED_TOKENS
+from fastgen.execution.encoder import Encoder
 from tests.gpu.models import DEVICE, DTYPES, ids, ragged
 
 pytestmark = pytest.mark.cuda
