@@ -72,6 +72,8 @@ class Encoder(Capturing):
         self._engine, self._width, self.fused = engine, width, fused
         self._layers, self._states = layers, states
         self._more_ids, self._packed = more_ids, packed
+        self.pooling: Engine | None = None
+        """What a family's pooler is, if that has a graph."""
         self._replays: dict[tuple[int, ...], Any] = {}
         self._seen: dict[_Size, int] = {}
         """How often calls of a size came; the last one to come is last."""

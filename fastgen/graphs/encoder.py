@@ -9,6 +9,9 @@ from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
 from fastgen.target import Target
 
+POOLED = "pooler_output"
+"""What a pooler makes of each row."""
+
 
 def encoder_specs(
     target: Target, width: int, states: int = 0, more_ids: Sequence[str] = ()
@@ -45,6 +48,12 @@ def packed_specs(
         TensorSpec("tokens", "int64", ("T",)),
     ]
     return inputs, [TensorSpec(LAST_STATE, target.dtype, (1, "T", width))]
+
+
+def pooler_specs(target: Target, width: int) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of the graph of an encoder's pooler."""
+    inputs = [TensorSpec(LAST_STATE, target.dtype, ("B", "S", width))]
+    return inputs, [TensorSpec(POOLED, target.dtype, ("B", 1, width))]
 
 
 class WholeRows:

@@ -15,9 +15,11 @@ from transformers import (
     BertModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.models.bert.modeling_bert import BertPooler
 
 from fastgen.errors import UnsupportedConfigError
 from fastgen.fallback import Asked
+from fastgen.graphs.encoder import POOLED
 from fastgen.hf.loading import FastPreTrained
 from fastgen.models.layers import Embedding, LayerNorm, Linear
 from fastgen.ops.standard import Ops
@@ -165,6 +167,20 @@ class Encoder(nn.Module):
         return results | {"last_hidden_state": x}
 
 
+class Pooler(nn.Module):
+    """BertPooler, over the model's own parameters."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.pooler = Named(dense=Linear(width, width, bias=True))
+
+    def pool(self, op: Ops, last_hidden_state: Value) -> dict[str, Value]:
+        """Hidden states [B, S, E] -> what is pooled, [B, 1, E]."""
+        first = op.rows_kept(last_hidden_state, op.constant([0], torch.int64))
+        return {POOLED: op.activation(self.pooler.dense(op, first), "tanh")}
+
+
 TRIAL_CONFIG = {
     **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"intermediate_size": 32, "max_position_embeddings": 32},
@@ -173,7 +189,7 @@ TRIAL_CONFIG = {
 
 
 class FastBertModel(FastEncoder, FastPreTrained, BertModel):
-    """BertModel on a compiled engine; its pooler is stock code."""
+    """BertModel on a compiled engine; on a GPU its pooler is stock code."""
 
     trial_config = TRIAL_CONFIG
     pooler: Any
@@ -183,6 +199,14 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
 
     def _encoder_root(self) -> Encoder:
         return Encoder(self.config)
+
+    def _pooler_root(self) -> Pooler | None:
+        if type(self.pooler) is not BertPooler:
+            return None
+        dense, width = self.pooler.dense, self.config.hidden_size
+        kinds = type(dense), type(self.pooler.activation)
+        stock = kinds == (torch.nn.Linear, torch.nn.Tanh) and dense.weight.shape == (width, width)
+        return Pooler(self.config) if stock and dense.bias is not None else None
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""
@@ -212,7 +236,9 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
         return None
 
     def _output(self, hidden: torch.Tensor) -> Any:
-        pooled = None if self.pooler is None else self.pooler(hidden)
+        pooled = self._pooled(hidden)
+        if pooled is None and self.pooler is not None:
+            pooled = self.pooler(hidden)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden, pooler_output=pooled
         )

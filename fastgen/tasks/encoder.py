@@ -14,7 +14,8 @@ from fastgen.engines import Engine, NoEngine, NotFused, too_large
 from fastgen.engines.fused.encoder import PackedEngine
 from fastgen.execution.encoder import Encoder
 from fastgen.fallback import Asked
-from fastgen.graphs.encoder import encoder_specs, packed_specs
+from fastgen.graphs.encoder import POOLED, encoder_specs, packed_specs, pooler_specs
+from fastgen.graphs.shape import LAST_STATE
 from fastgen.hf.forward import StockForward
 from fastgen.hf.module import EngineModule
 from fastgen.target import Target
@@ -44,6 +45,10 @@ class FastEncoder(StockForward, EngineModule):
         """The family's graph module with a method ``encode``, and its ``layers``."""
         raise NotImplementedError
 
+    def _pooler_root(self) -> Any:
+        """The graph module of its pooler, with a method ``pool``; None: stock code pools."""
+        return None
+
     def _build_engine(self, target: Target) -> Encoder:
         root, width, more = self._encoder_root(), self.config.hidden_size, self._more_ids
         self._refuse_foreign_parts([root], ignore=self._beside)
@@ -72,11 +77,17 @@ class FastEncoder(StockForward, EngineModule):
         fused = self._fused_engine(target, padding=not packs)
         if fused is None:  # else it serves hidden states of all layers only, and can wait
             engine()
-        return Encoder(
+        encoder = Encoder(
             *(engine, target, self.device, width, options, layers, states, more),
             packed if packs and target.device == "cpu" else None,
             fused,
         )
+        if target.device == "cpu" and (pooler := self._pooler_root()) is not None:
+            # by torch it would be the one thing to wake torch's threads, which then spin on where
+            # the engine's are to run next
+            specs = pooler_specs(target, width)
+            encoder.pooling = self._engine_for("pooler", pooler, target, "pool", specs)
+        return encoder
 
     def _fused_engine(self, target: Target, padding: bool) -> PackedEngine | None:
         served = self._packs and target.device == "cuda" and target.contrib
@@ -150,6 +161,15 @@ class FastEncoder(StockForward, EngineModule):
         output = self._output(found[0])
         output.hidden_states = found[1]
         return output if wants_dict(self, arguments.get("return_dict")) else output.to_tuple()
+
+    def _pooled(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """What the pooler's graph makes of hidden states, [B, E]; None where there is none."""
+        encoder: Encoder | None = self._engine
+        if encoder is None or encoder.pooling is None:
+            return None
+        pooled = torch.empty(len(hidden), 1, hidden.shape[2])
+        encoder.pooling.bind({LAST_STATE: hidden, POOLED: pooled}).run()
+        return pooled[:, 0]
 
     def _output(self, hidden: torch.Tensor) -> Any:
         """The stock stack's output of these hidden states [B, S, E]."""
