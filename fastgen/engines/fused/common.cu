@@ -3,7 +3,7 @@
 // The engine puts these definitions in front of this file:
 //   T        type of activations: bf16, fp16 or float
 //   ROWS     activation rows, batch * queries, 1 to 16
-//   QUERIES  query tokens that share one row's KV buffer
+//   QUERIES  query tokens that share one row's KV buffer: a number, or what the arguments say
 // behind it linear.cu and attention.cu, and last one extern "C" kernel for each instantiation.
 //
 // Programmatic dependent launch: a kernel starts while the ones before it still run. Until
@@ -100,35 +100,32 @@ struct NormArgs {
     float eps;
 };
 
-// Sums of COUNT numbers of each thread over the whole block.
-template <int WARPS, int COUNT> INLINE void sum_over_block(float (&x)[COUNT]) {
-    __shared__ float parts[WARPS][COUNT];
-#pragma unroll
-    for (int r = 0; r < COUNT; r++) {
-#pragma unroll
-        for (int o = 16; o; o /= 2) x[r] += __shfl_xor_sync(~0u, x[r], o);
-        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32][r] = x[r];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < COUNT; r++) {
-        x[r] = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) x[r] += parts[w][r];
-    }
-}
-
 INLINE float4 operator-(float4 x, float m) { return make_float4(x.x - m, x.y - m, x.z - m, x.w - m); }
 INLINE float dot(float4 x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; }
 
+INLINE float sum(float4 x) { return x.x + x.y + x.z + x.w; }
+INLINE float over_warp(float x) {
+#pragma unroll
+    for (int o = 16; o; o /= 2) x += __shfl_xor_sync(~0u, x, o);
+    return x;
+}
+
 // Root-mean-square norm, or that of the deviations from the mean, of COUNT rows of the residual
 // stream, float [COUNT, K]; normed has rows of STRIDE. Waits for the residual stream itself.
+// A warp's own mean first, and then all warps' parts as one: exact, with one barrier (Chan et al.,
+// "Updating formulae and a pairwise algorithm for computing sample variances", 1979).
 template <int NORM, int K, int WARPS, int COUNT, int STRIDE>
 INLINE void normalize(const float* residual, const NormArgs& args, bool first, T* normed) {
     constexpr int STEP = 128 * WARPS, STEPS = (K + STEP - 1) / STEP;  // four columns a thread
+    __shared__ float sums[WARPS][COUNT], squares[WARPS][COUNT];       // squares: of deviations
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const auto columns = [](int w) {  // of a warp
+        int n = 0;
+        for (int s = 0; s < STEPS; s++) n += min(max(K - w * 128 - s * STEP, 0), 128);
+        return n;
+    };
     float4 x[COUNT][STEPS];
     Pack<T, 4> scale[STEPS] = {}, bias[STEPS] = {};
-    float sums[COUNT] = {};
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         const int k = threadIdx.x * 4 + s * STEP;
@@ -143,26 +140,45 @@ INLINE void normalize(const float* residual, const NormArgs& args, bool first, T
             const int k = threadIdx.x * 4 + s * STEP;
             x[r][s] = make_float4(0.f, 0.f, 0.f, 0.f);
             if (k < K) x[r][s] = *(const float4*)(residual + r * K + k);
-            sums[r] += x[r][s].x + x[r][s].y + x[r][s].z + x[r][s].w;
         }
-    if constexpr (NORM == LAYER) sum_over_block<WARPS>(sums);
-    float squares[COUNT] = {};
-#pragma unroll
-    for (int r = 0; r < COUNT; r++)
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            if (NORM == LAYER && threadIdx.x * 4 + s * STEP < K) x[r][s] = x[r][s] - sums[r] / K;
-            squares[r] += dot(x[r][s]);
-        }
-    if constexpr (NORM == LAYER) __syncthreads();  // the sums were read
-    sum_over_block<WARPS>(squares);
 #pragma unroll
     for (int r = 0; r < COUNT; r++) {
-        const float factor = rsqrtf(squares[r] / K + args.eps);
+        float total = 0.f, square = 0.f;
+        if constexpr (NORM == LAYER) {
+#pragma unroll
+            for (int s = 0; s < STEPS; s++) total += sum(x[r][s]);
+            total = over_warp(total);
+        }
+        const float mean = NORM == LAYER ? total / max(columns(warp), 1) : 0.f;
+#pragma unroll
+        for (int s = 0; s < STEPS; s++)
+            if (threadIdx.x * 4 + s * STEP < K) square += dot(x[r][s] - mean);
+        square = over_warp(square);
+        if (lane == 0) sums[warp][r] = total, squares[warp][r] = square;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < COUNT; r++) {
+        float mean = 0.f, square = 0.f;
+        if constexpr (NORM == LAYER) {
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) mean += sums[w][r];
+            mean /= K;
+        }
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            square += squares[w][r];
+            if (NORM == LAYER && columns(w)) {
+                const float off = sums[w][r] / columns(w) - mean;
+                square += columns(w) * off * off;
+            }
+        }
+        const float factor = rsqrtf(square / K + args.eps);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
             const int k = threadIdx.x * 4 + s * STEP;
-            const float* from = (const float*)&x[r][s];
+            const float4 centred = x[r][s] - mean;
+            const float from[4] = {centred.x, centred.y, centred.z, centred.w};
             float wide[4];
             Pack<T, 4> y;
 #pragma unroll
@@ -174,7 +190,7 @@ INLINE void normalize(const float* residual, const NormArgs& args, bool first, T
             if (k >= K) continue;
             *(Pack<T, 4>*)(normed + r * STRIDE + k) = y;
             if (NORM == LAYER && first && args.stream)
-                *(float4*)(args.stream + r * K + k) = *(float4*)wide;
+                *(float4*)(args.stream + r * K + k) = make_float4(wide[0], wide[1], wide[2], wide[3]);
         }
     }
     __syncthreads();

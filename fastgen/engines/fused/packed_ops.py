@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastgen.engines import NotFused
-from fastgen.engines.fused.ops import ACTIVATIONS
+from fastgen.engines.fused.products import ACTIVATIONS
 from fastgen.engines.fused.packed_kernels import Activate, Embed, NormRows, Prefetch
 from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Size, Term
 from fastgen.target import Target
