@@ -13,9 +13,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastgen.engines import NotFused
-from fastgen.engines.fused.products import ACTIVATIONS
 from fastgen.engines.fused.packed_kernels import Activate, Embed, NormRows, Prefetch
 from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Size, Term
+from fastgen.engines.fused.products import ACTIVATIONS
 from fastgen.target import Target
 
 MAX_WIDTH = 8192  # of a row, that a block of the kernels holds
