@@ -63,8 +63,10 @@ class ContribOps(Ops):
     def add_layer_norm(
         self, residual: Value, x: Value, weight: Value, bias: Value, eps: float
     ) -> tuple[Value, Value]:
-        """See ``Ops.add_layer_norm``; one kernel where all share a dtype."""
-        if not x.dtype == residual.dtype == weight.dtype == self._residual or _too_wide(weight):
+        """See ``Ops.add_layer_norm``; one kernel where all share a dtype, but on a CPU, where that
+        kernel takes several times as long as the two."""
+        same = x.dtype == residual.dtype == weight.dtype == self._residual
+        if not same or self.target.device == "cpu" or _too_wide(weight):
             return super().add_layer_norm(residual, x, weight, bias, eps)
         normed, _, _, total = self.contrib.SkipLayerNormalization(
             x, residual, weight, bias, epsilon=eps, _outputs=4
