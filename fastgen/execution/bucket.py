@@ -64,6 +64,8 @@ class Bucket:
         self.tensors |= self._kv_tensors("self", self.self_kv)
         self.tensors |= self._kv_tensors("present", self.self_kv)  # updated in place
         self._padded = False
+        self.fused = False
+        """Whether fastgen's own kernels run its steps."""
         self.steps: dict[Any, Any] = {}
         """Captured graphs of these buffers, by whatever made them."""
         self.bindings: dict[Any, Any] = {}

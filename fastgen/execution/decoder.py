@@ -308,9 +308,17 @@ class Decoder(Capturing):
     def _bind_step(self, bucket: Bucket) -> Binding:
         if self.fused is not None:
             with suppress(NotFused):  # too many rows, say: the decoder engine serves every size
-                return self.fused.bind(bucket.tensors)
+                binding = self.fused.bind(bucket.tensors)
+                bucket.fused = True
+                return binding
         size = bucket.size
         return self.decoder(size.queries > 1, size.slots).bind(bucket.tensors)
+
+    def steps_fused(self) -> bool | None:
+        """Whether the fused kernels run the steps of the bucket that was used last; None if there
+        are none for this model, or no bucket is idle."""
+        idle = self.pool.idle()
+        return idle[-1].fused if self.fused is not None and idle else None
 
     def step_with(
         self,
