@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 from torch.nn.functional import layer_norm
 
-from fastgen.engines import NotFused
-from fastgen.engines.fused.ops import FusedOps
 from fastgen.models.layers import LayerNorm
 from fastgen.ops.standard import Ops
 from fastgen.target import Target, onnxruntime_cuda, tensorrt
@@ -86,6 +84,10 @@ def test_a_bias_is_added_within_the_standard_product() -> None:
     assert names(graph) == ["FusedMatMul", "Add"]
 
 
-def test_the_fused_kernels_leave_a_product_with_a_bias_to_the_engine() -> None:
-    with pytest.raises(NotFused, match="bias"):
-        FusedOps.linear(object.__new__(FusedOps), random(2, 6), "weight", "bias")
+@pytest.mark.parametrize("width", [4096, 4104])
+def test_wide_rows_are_added_and_normed_apart(width: int) -> None:
+    """Where ONNX Runtime's one kernel would read beside them."""
+    weights = {"weight": random(width), "bias": random(width, seed=1)}
+    call: Call = lambda op, w, x: op.add_layer_norm(x, x, w.weight, w.bias, 1e-5)[1]  # noqa: E731
+    graph = build(call, {"x": random(1, 2, width)}, {"y": random(1, 2, width)}, weights, CUDA[0])
+    assert ("SkipLayerNormalization" in names(graph)) == (width == 4096)
