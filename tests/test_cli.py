@@ -16,8 +16,9 @@ from typer.testing import CliRunner, Result
 import fastgen
 from fastgen import doctor
 from fastgen.cli import _fast_class, app
-from fastgen.engine_cache import Artifact, EngineCache, fingerprint
+from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.errors import UnsupportedConfigError
+from fastgen.fingerprint import fingerprint
 from tests.configs import build_stock
 
 pytestmark = pytest.mark.usefixtures("engine_cache_folder")

@@ -8,7 +8,7 @@ from transformers import T5Config
 
 from benchmarks.kernels import kinds
 from fastgen import FastT5ForConditionalGeneration
-from fastgen.bucket import Bucket, BucketSize
+from fastgen.execution.bucket import Bucket, BucketSize
 from fastgen.engines.fused.engine import FusedEngine
 from fastgen.engines.fused.ops import FusedOps
 from fastgen.engines.fused.wide import WideOps
