@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from fastgen import __version__
+from fastgen import __version__, registry
 from fastgen.bench.cli import bench
 from fastgen.engine_cache import EngineCache
 from fastgen.errors import FastgenError
@@ -124,21 +124,19 @@ def compile_model(
 
 
 def _fast_class(checkpoint: str) -> Any:
-    """The Fast class of the class that a checkpoint was saved from; where there is none, one that
-    generates, or else one of its model_type at all."""
+    """The Fast class of the class that a checkpoint was saved from; where there is none, the auto
+    class of those that generate, or else of all, that has one for its model_type."""
     from transformers import AutoConfig
 
     import fastgen
 
     config = AutoConfig.from_pretrained(checkpoint)
-    for saved in config.architectures or []:
-        if found := getattr(fastgen, f"Fast{saved.removeprefix('Fast')}", None):
-            return found
-    autos = fastgen.FastAutoModelForSeq2SeqLM, fastgen.FastAutoModelForCausalLM
-    for auto in (*autos, fastgen.FastAutoModel):
-        if config.model_type in auto._families():
-            return auto
-    return fastgen.FastAutoModel  # whose error says which families there are
+    saved = [f"Fast{name.removeprefix('Fast')}" for name in config.architectures or []]
+    autos = "FastAutoModelForSeq2SeqLM", "FastAutoModelForCausalLM"
+    usable = [auto for auto in autos if config.model_type in registry.classes_for(auto)]
+    # FastAutoModel's error says which families there are
+    name = next(name for name in (*saved, *usable, "FastAutoModel") if name in registry.HOMES)
+    return getattr(fastgen, name)
 
 
 @contextlib.contextmanager

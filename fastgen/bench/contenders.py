@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark: one small class for each library and way of calling it."""
+"""What takes part in a benchmark: one small class for each library and way of calling it."""
 
 import importlib.metadata
 from abc import ABC, abstractmethod
@@ -63,17 +63,6 @@ class Contender(ABC):
     def engine(self, workload: Any) -> str | None:
         """What ran the calls, in words, where a library has more than one way."""
         return None
-
-
-def contenders(kind: str) -> dict[str, type[Contender]]:
-    """By name, in the order in which reports list them; ``fastgen`` is the one others are peers of.
-
-    Args:
-        kind: ``seq2seq``, ``causal`` or ``encoder``.
-    """
-    from fastgen.bench import encoders, generators  # which import this module
-
-    return encoders.CONTENDERS if kind == "encoder" else generators.CONTENDERS
 
 
 def ctranslate2(device: str, dtype: torch.dtype) -> Any:

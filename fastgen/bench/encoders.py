@@ -119,4 +119,4 @@ CONTENDERS: dict[str, type[Contender]] = {
     contender.name: contender
     for contender in (FastgenEncoder, HuggingFaceEncoder, HuggingFaceCompiled, CTranslate2Encoder)
 }
-"""See ``contenders.contenders``."""
+"""See ``lineup.contenders``."""

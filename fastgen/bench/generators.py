@@ -128,4 +128,4 @@ CONTENDERS: dict[str, type[Contender]] = {
     contender.name: contender
     for contender in (Fastgen, HuggingFace, HuggingFaceStatic, CTranslate2)
 }
-"""See ``contenders.contenders``."""
+"""See ``lineup.contenders``."""

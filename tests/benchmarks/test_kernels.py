@@ -8,10 +8,10 @@ from transformers import T5Config
 
 from benchmarks.kernels import kinds
 from fastgen import FastT5ForConditionalGeneration
-from fastgen.execution.bucket import Bucket, BucketSize
 from fastgen.engines.fused.engine import FusedEngine
 from fastgen.engines.fused.ops import FusedOps
 from fastgen.engines.fused.wide import WideOps
+from fastgen.execution.bucket import Bucket, BucketSize
 from fastgen.target import onnxruntime_cuda
 
 E, HEADS, D, F, V, LAYERS = 32, 4, 16, 96, 128, 3
