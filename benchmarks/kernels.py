@@ -20,10 +20,9 @@ import typer
 
 import fastgen
 from fastgen.bench.floor import measure_machine
-from fastgen.bench.shapes import SUFFIX, kind_of, shape_config
+from fastgen.bench.shapes import SUFFIX, shape_config, shape_of
 from fastgen.engines.nvrtc import Launch
 
-AUTO = {"seq2seq": "FastAutoModelForSeq2SeqLM", "causal": "FastAutoModelForCausalLM"}
 REPLAYS = 50
 _INSTANTIATION = re.compile(r" (\w+)\(const __grid_constant__ .*\{ (.*)\(args\); \}")
 """A kernel's name in the recorded source, and the template that it is of."""
@@ -144,11 +143,12 @@ def main(
     beams: int = 1,
 ) -> None:
     """Print the launches of the step that follows such a ``generate`` call."""
-    config = shape_config(shape.removesuffix(SUFFIX))
+    name = shape.removesuffix(SUFFIX)
+    config = shape_config(name)
     torch.manual_seed(0)
     with torch.device("cuda"):
-        auto = getattr(fastgen, AUTO[kind_of(shape)])
-        model = auto.from_config(config, dtype=getattr(torch, dtype)).eval()
+        fast = getattr(fastgen, f"Fast{shape_of(name).stock}")
+        model = fast._from_config(config, dtype=getattr(torch, dtype)).eval()
         ids = torch.randint(3, config.vocab_size, (batch, prompt_tokens))
     size = {"max_new_tokens": new_tokens, "eos_token_id": config.vocab_size, "num_beams": beams}
     model.generate(ids, attention_mask=torch.ones_like(ids), **size)
@@ -161,10 +161,10 @@ def main(
         print(f"{shape} {dtype}, {tuple(bucket.size)}: copies at {peak / 1e9:,.0f} GB/s")
         print(f"{'launches':>8} {'KiB each':>10} {'us each':>8} {'GB/s':>7} {'share':>6}  kind")
         total, everything = 0.0, sum(kind.bytes for kind in found.values())
-        for name, kind in found.items():
+        for body, kind in found.items():
             took = seconds(kind.runs)
             total += took
-            _line(len(kind.runs), kind.bytes, took, peak, name)
+            _line(len(kind.runs), kind.bytes, took, peak, body)
         _line(1, everything, total, peak, "their sum")
         _line(1, everything, seconds(binding._launches), peak, "the whole step")
         _compare(decoder, bucket, binding)
