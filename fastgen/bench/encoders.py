@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForTextEncoding
 
 import fastgen
-from fastgen.bench.contenders import Contender, ctranslate2, dtype_name
+from fastgen.bench.contender import Contender, ctranslate2, dtype_name
 from fastgen.bench.workload import Encoding
 
 
@@ -119,4 +119,4 @@ CONTENDERS: dict[str, type[Contender]] = {
     contender.name: contender
     for contender in (FastgenEncoder, HuggingFaceEncoder, HuggingFaceCompiled, CTranslate2Encoder)
 }
-"""See ``lineup.contenders``."""
+"""See ``contenders.contenders``."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastgen.bench.lineup import contenders
+from fastgen.bench.contenders import contenders
 from fastgen.bench.measure import timed_call
 from fastgen.bench.workload import workload_from
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import fastgen
-from fastgen.bench.contenders import Contender, ctranslate2, dtype_name
+from fastgen.bench.contender import Contender, ctranslate2, dtype_name
 from fastgen.bench.workload import SEED, TOP_K, TOP_P, Workload
 
 _AUTO = {"seq2seq": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"}
@@ -128,4 +128,4 @@ CONTENDERS: dict[str, type[Contender]] = {
     contender.name: contender
     for contender in (Fastgen, HuggingFace, HuggingFaceStatic, CTranslate2)
 }
-"""See ``lineup.contenders``."""
+"""See ``contenders.contenders``."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastgen.bench.contenders import Contender
+from fastgen.bench.contender import Contender
 from fastgen.bench.workload import AnyWorkload, Workload
 
 WARM_UPS = 2

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoConfig
 
 from fastgen.bench.agreement import agreement
-from fastgen.bench.contenders import Contender
+from fastgen.bench.contender import Contender
+from fastgen.bench.contenders import contenders
 from fastgen.bench.environment import environment
 from fastgen.bench.floor import Machine, floor_of, measure_machine
 from fastgen.bench.fresh import Job, measure_fresh
-from fastgen.bench.lineup import contenders
 from fastgen.bench.measure import Timing, alternate, timed_call
 from fastgen.bench.report import Entry, Report
 from fastgen.bench.shapes import SUFFIX, kind_of, write_random_checkpoint

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from fastgen.bench import encoders, generators
-from fastgen.bench.contenders import ctranslate2
+from fastgen.bench.contender import ctranslate2
+from fastgen.bench.contenders import contenders
 from fastgen.bench.encoders import HuggingFaceEncoder
 from fastgen.bench.generators import HuggingFace
-from fastgen.bench.lineup import contenders
 from fastgen.bench.shapes import SHAPES, Shape, write_random_checkpoint
 from fastgen.bench.workload import Encoding, Workload
 

@@ -1,6 +1,6 @@
 import torch
 
-from fastgen.bench.contenders import Contender
+from fastgen.bench.contender import Contender
 from fastgen.bench.measure import WARM_UPS, alternate
 from fastgen.bench.workload import Encoding, Workload
 
