@@ -10,6 +10,7 @@ from transformers.modeling_outputs import (
 )
 
 from fastgen.engines import Engine, NoEngine, too_large
+from fastgen.engines.fused.engine import FusedEngine
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
 from fastgen.fallback import Asked
@@ -136,14 +137,11 @@ class FastDecoder(StockForward, EngineModule):
         return output if wants_dict(self, return_dict) else output.to_tuple()
 
 
-def build_decoder(
-    module: Any, target: Target, shape: Shape, name: str, fused: Engine | None = None
-) -> Decoder:
+def build_decoder(module: Any, target: Target, shape: Shape, name: str) -> Decoder:
     """The decoder over the parameters of a module that has a ``_decoder_root``.
 
     Args:
         name: of its decoder graphs.
-        fused: runs most steps; the decoder engine is then built when it is needed.
     """
     root, options = module._decoder_root(), module.engine_options
     cross = None
@@ -163,9 +161,20 @@ def build_decoder(
         count = slots if target.static_slots else None
         return build(slot_mask or target.always_masked, count, states)
 
+    fused = None
+    if shape.vocab_size is not None and target.contrib and options.fused_kernels:
+        fused = _fused_engine(module, target)
     if fused is None:  # else it serves long prompts and large batches only, and can wait
         decoder(False, options.min_bucket)
     return Decoder(shape, target, module.device, cross, decoder, fused, options)
+
+
+def _fused_engine(module: Any, target: Target) -> FusedEngine | None:
+    """What runs most steps on a GPU, and prompts of a decoder without a source."""
+    if target.device != "cuda":
+        return None
+    step, own = module._decoder_root(), dict(module.named_parameters(remove_duplicate=False))
+    return FusedEngine(step, step.decode, target, own, module._engine_cache())
 
 
 def decode(

@@ -7,7 +7,6 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastgen.engines import NoEngine, too_large
-from fastgen.engines.fused.engine import FusedEngine
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
 from fastgen.fallback import Asked
@@ -52,12 +51,7 @@ class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
         self._refuse_foreign_parts([root], ignore="shared. encoder.")
         # a head that was replaced may have another size than the config says
         shape = replace(root.shape, vocab_size=self.get_output_embeddings().weight.shape[0])
-        fused = None
-        if target.device == "cuda" and target.contrib and self.engine_options.fused_kernels:
-            step = self._decoder_root()
-            own = dict(self.named_parameters(remove_duplicate=False))
-            fused = FusedEngine(step, step.decode, target, own, self._engine_cache())
-        return build_decoder(self, target, shape, "decoder", fused)
+        return build_decoder(self, target, shape, "decoder")
 
     def _new_cache(self) -> StaticKVCache:
         return StaticKVCache(self.config.num_decoder_layers, self.config.num_hidden_layers)
