@@ -16,6 +16,10 @@ _HOMES = {
     "FastGPT2LMHeadModel": "fastgen.models.gpt2",
     "FastAutoModelForSequenceClassification": "fastgen.auto",
     "FastAutoModelForTokenClassification": "fastgen.auto",
+    "FastBartForConditionalGeneration": "fastgen.models.bart",
+    "FastBartForQuestionAnswering": "fastgen.models.bart",
+    "FastBartForSequenceClassification": "fastgen.models.bart",
+    "FastBartModel": "fastgen.models.bart",
     "FastBertForMaskedLM": "fastgen.models.bert",
     "FastBertForMultipleChoice": "fastgen.models.bert",
     "FastBertForNextSentencePrediction": "fastgen.models.bert",
@@ -59,6 +63,14 @@ if TYPE_CHECKING:  # the same names again: type checkers do not read a dict
         FastAutoModelForTokenClassification as FastAutoModelForTokenClassification,
     )
     from fastgen.errors import FallbackWarning as FallbackWarning
+    from fastgen.models.bart import (
+        FastBartForConditionalGeneration as FastBartForConditionalGeneration,
+    )
+    from fastgen.models.bart import FastBartForQuestionAnswering as FastBartForQuestionAnswering
+    from fastgen.models.bart import (
+        FastBartForSequenceClassification as FastBartForSequenceClassification,
+    )
+    from fastgen.models.bart import FastBartModel as FastBartModel
     from fastgen.models.bert import FastBertForMaskedLM as FastBertForMaskedLM
     from fastgen.models.bert import FastBertForMultipleChoice as FastBertForMultipleChoice
     from fastgen.models.bert import (

@@ -13,7 +13,7 @@ from fastgen.options import EngineOptions
 
 _FAMILIES = {
     **{"t5": "FastT5", "mt5": "FastMT5", "umt5": "FastUMT5"},
-    **{"gpt2": "FastGPT2", "bert": "FastBert"},
+    **{"gpt2": "FastGPT2", "bert": "FastBert", "bart": "FastBart"},
 }
 """How the names of a model_type's classes begin; which there are, ``fastgen`` knows."""
 _REMOTE_CODE = ("code_revision", "trust_remote_code")

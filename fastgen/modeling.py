@@ -23,7 +23,14 @@ from fastgen.hf import trial
 from fastgen.options import EngineOptions
 from fastgen.standing import Remembered, Standing
 from fastgen.target import Target
-from fastgen.weights import Fingerprint, Glance, changed_part, refuse_adapters, weights_state
+from fastgen.weights import (
+    Fingerprint,
+    Glance,
+    changed_part,
+    refuse_adapters,
+    tensors_of,
+    weights_state,
+)
 
 _QUANTISED = "quantised or sharded, which only torch runs: load the model without that"
 
@@ -210,7 +217,7 @@ class EngineModule(Explained, torch.nn.Module):
         return self.engine_options.prepack > 0 and self.device.type == "cpu"
 
     def _choose_target(self) -> Target:
-        parameters = dict(self.named_parameters())
+        parameters = tensors_of(self)
         name, first = next(iter(parameters.items()))
         try:
             target = choose_target(self.engine_options, first.device, first.dtype)
@@ -260,7 +267,7 @@ class EngineModule(Explained, torch.nn.Module):
             method: name of the method of ``root`` that builds the computation.
             specs: the graph's inputs and outputs.
         """
-        own = dict(self.named_parameters(remove_duplicate=False))
+        own = tensors_of(self)
         wanted = {n for n, _ in root.named_parameters()}
         if missing := sorted(wanted - own.keys()):
             raise NoEngine(f"parameters were replaced: {missing[0]} is gone")

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from fastgen.encoder import Encoder
 from fastgen.engines import Engine, NoEngine, too_large
 from fastgen.fallback import Asked, report
 from fastgen.generation import with_signature
-from fastgen.graphs.decoder import decoder_specs
+from fastgen.graphs.decoder import DecoderRoot, decoder_specs
 from fastgen.graphs.encoder import encoder_specs, packed_specs
 from fastgen.graphs.shape import Shape
 from fastgen.graphs.source import cross_specs
@@ -51,14 +52,19 @@ class FastEncoder(EngineModule):
     _beside = ""
     """Prefixes of the parameters that no graph knows: of stock code beside it."""
 
+    @classmethod
+    def is_of(cls, part: Any) -> bool:
+        """Whether a part of the stock class is an encoder: it may be of one class with decoders."""
+        return not getattr(part, "is_decoder", False)
+
     def _encoder_root(self) -> Any:
-        """The family's graph module with a method ``encode``, and its ``layers``."""
+        """The family's graph module with a method ``encode``, and its ``depth`` in blocks."""
         raise NotImplementedError
 
     def _build_engine(self, target: Target) -> Encoder:
         root, width, more = self._encoder_root(), self.config.hidden_size, self._more_ids
         self._refuse_foreign_parts([root], ignore=self._beside)
-        layers, stack = root.layers, weakref.proxy(self)
+        layers, stack = root.depth, weakref.proxy(self)
 
         def build(name: str, specs: Any, root: Any) -> Engine:
             engine: Engine = stack._engine_for(name, root, target, "encode", specs)
@@ -144,8 +150,18 @@ class FastDecoder(EngineModule):
     attends = True
     forward: Any
 
-    def _decoder_root(self) -> Any:
-        """The family's graph module with methods ``cross`` and ``decode``, and its ``shape``."""
+    @property
+    def positions(self) -> int | None:
+        """How many tokens a row may have; None if a position is no place in a table."""
+        return None
+
+    @classmethod
+    def is_of(cls, part: Any) -> bool:
+        """Whether a part of the stock class is a decoder: it may be of one class with encoders."""
+        return bool(getattr(part, "is_decoder", True))
+
+    def _decoder_root(self) -> DecoderRoot:
+        """The family's decoder without its head."""
         raise NotImplementedError
 
     def _build_engine(self, target: Target) -> Decoder:
@@ -153,7 +169,8 @@ class FastDecoder(EngineModule):
             raise NoEngine(f"a decoder without its head is not compiled by {target.backend}")
         root = self._decoder_root()
         self._refuse_foreign_parts([root], ignore="")
-        return build_decoder(self, target, root.shape, "decoder-stack")
+        shape = replace(root.shape, positions=self.positions)
+        return build_decoder(self, target, shape, "decoder-stack")
 
     def compile_engine(self) -> None:
         """Build the engine now (and store it in the engine cache), not at the first call."""
@@ -172,6 +189,8 @@ class FastDecoder(EngineModule):
         if past is not None and not isinstance(past, StaticKVCache):
             return f"{contract.CACHE} is a {type(past).__name__}, not the engine's own KV cache"
         if reason := decoder_mask_refusal(kwargs.get("attention_mask"), ids, past):
+            return reason
+        if reason := length_refusal(self, ids, past):
             return reason
         if past is not None and past.bucket is not None:
             if not same_mask(
@@ -313,6 +332,15 @@ def rows_refusal(ids: Any, bucket: Bucket) -> str | None:
         rows = f"{len(ids)} rows, {contract.CACHE} {bucket.size.batch}"
         return Asked(f"decoder_input_ids have {rows}")
     return None
+
+
+def length_refusal(decoder: FastDecoder, ids: Any, past: StaticKVCache | None) -> str | None:
+    """Why torch must see tokens [B, Q] behind those of a KV cache: that they are too many."""
+    known = decoder.positions
+    if known is None or not isinstance(ids, torch.Tensor) or not ids.ndim:
+        return None
+    total = ids.shape[-1] + (0 if past is None else past.get_seq_length())
+    return None if total <= known else Asked(f"{total} tokens: the decoder knows {known} positions")
 
 
 def bucket_refusal(decoder: Decoder, bucket: Bucket) -> str | None:

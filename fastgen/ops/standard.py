@@ -64,10 +64,12 @@ class Ops:
 
     # Layers
 
-    def embedding(self, ids: Value, weight: Value) -> Value:
-        """[B, Q] token ids -> [B, Q, E] in the residual stream's dtype."""
+    def embedding(self, ids: Value, weight: Value, scale: float = 1.0, offset: int = 0) -> Value:
+        """``scale * weight[ids + offset]``: [B, Q] -> [B, Q, E] in the residual stream's dtype."""
+        if offset:
+            ids = self.onnx.Add(ids, self.constant(offset, torch.int64))
         rows = self._typed(self.onnx.Gather(weight, ids, axis=0), weight.dtype)
-        return self.cast(rows, self._residual)
+        return self.cast(self._scaled(rows, scale), self._residual)
 
     def linear(
         self,

@@ -256,7 +256,11 @@ class FusedOps:
 
     # The vocabulary
 
-    def embedding(self, ids: torch.Tensor, weight: Any) -> Residual:
+    def embedding(
+        self, ids: torch.Tensor, weight: Any, scale: float = 1.0, offset: int = 0
+    ) -> Residual:
+        if scale != 1.0 or offset:
+            raise NotFused("an embedding with a scale or an offset")
         table = self._narrow(weight)
         residual = self._buffer("residual", table.shape[1], torch.float32)
         args = EmbeddingArgs(
