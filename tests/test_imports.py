@@ -60,8 +60,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "pretrained": {"hf", "modeling", "options", "stacks"},
     "modeling_seq2seq": {
-        *("bucket", "decoder", "engines", "fallback", "generation", "hf", "kv_cache", "modeling"),
-        *("pretrained", "refusals", "stacks", "target"),
+        *("bucket", "decoder", "engines", "fallback", "generation", "graphs", "hf", "kv_cache"),
+        *("modeling", "pretrained", "refusals", "stacks", "target", "weights"),
     },
     "modeling_causal": {
         *("bucket", "decoder", "engines", "fallback", "generation", "hf", "kv_cache", "modeling"),
