@@ -10,12 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastgen.bench.contenders import CONTENDERS
 from fastgen.bench.environment import describe
-from fastgen.bench.workload import Workload
+from fastgen.bench.session import PEERS
+from fastgen.bench.workload import AnyWorkload, workload_from
 
 Record = dict[str, Any]
-Row = tuple[str, str, str, Workload]
+CONTENDERS = ("fastgen", *PEERS)
+Row = tuple[str, str, str, AnyWorkload]
 """Model, device, dtype, workload: what one line of a table, or one group of bars, is about."""
 
 
@@ -38,14 +39,15 @@ def rows(records: list[Record]) -> dict[Row, dict[str, Record]]:
     """Records by row, then by contender; of a row measured twice, the later one."""
     grouped: dict[Row, dict[str, Record]] = {}
     for record in records:
-        workload = Workload(**record["workload"])
+        workload = workload_from(record["workload"])
         row = (record["model"], record["device"], record["dtype"], workload)
         grouped.setdefault(row, {})[record["name"]] = record
     return grouped
 
 
 def speed_table(grouped: dict[Row, dict[str, Record]]) -> str:
-    """Markdown: milliseconds per token, and how many times slower than fastgen each peer is."""
+    """Markdown: milliseconds per token, or per call of an encoder, and how many times slower than
+    fastgen each peer is."""
     names = [name for name in CONTENDERS if any(name in found for found in grouped.values())]
     lines = [_line(["model", "dtype", "workload", *names]), _line(["---"] * (3 + len(names)))]
     for (model, device, dtype, workload), found in grouped.items():
@@ -56,17 +58,19 @@ def speed_table(grouped: dict[Row, dict[str, Record]]) -> str:
 
 def cost_table(grouped: dict[Row, dict[str, Record]]) -> str:
     """Markdown: time to first token, load time and peak memory where they were measured."""
-    heading = ["model", "workload", "contender", "first token ms", "load s", "peak MiB", "tokens"]
+    heading = ["model", "workload", "contender", "first token ms", "load s", "peak MiB"]
+    heading += ["share of floor", "agreement"]
     lines = [_line(heading), _line(["---"] * len(heading))]
     for (model, _, _, workload), found in grouped.items():
         for name, record in found.items():
-            if record["ms_per_token"] is None:
+            if _time(record) is None:
                 continue
             peak = record["peak_bytes"]
             costs = [
                 _number(record["ttft_ms"], 2),
                 _number(record["load_s"], 1),
                 _number(peak and peak / 2**20, 0),
+                f"{share:.1%}" if (share := record.get("share_of_floor")) else "-",
             ]
             lines.append(_line([model, workload.title, name, *costs, _agreement(record)]))
     return "\n".join(lines)
@@ -80,7 +84,7 @@ def footnotes(records: list[Record]) -> str:
 
 
 def plot(grouped: dict[Row, dict[str, Record]], file: Path) -> None:
-    """Horizontal bars of ms per token, one panel for each workload."""
+    """Horizontal bars of ms per token, or per call, one panel for each workload."""
     from matplotlib import pyplot
 
     workloads = list(dict.fromkeys(row[3] for row in grouped))
@@ -92,7 +96,7 @@ def plot(grouped: dict[Row, dict[str, Record]], file: Path) -> None:
     for axis, workload in zip(axes[:, 0], workloads, strict=True):
         panel = {row: found for row, found in grouped.items() if row[3] == workload}
         for index, name in enumerate(names):
-            figures = [found.get(name, {}).get("ms_per_token") for found in panel.values()]
+            figures = [_time(found.get(name)) for found in panel.values()]
             bars = [(at, value) for at, value in enumerate(figures) if value is not None]
             height = 0.8 / len(names)
             places = [at + index * height for at, _ in bars]
@@ -108,21 +112,32 @@ def plot(grouped: dict[Row, dict[str, Record]], file: Path) -> None:
         axis.set_title(workload.title, loc="left", fontsize="medium")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(names))
-    axes[-1, 0].set_xlabel("ms per token (lower is better)")
+    axes[-1, 0].set_xlabel("ms per token, or per call of an encoder (lower is better)")
     figure.savefig(file)
 
 
+def _time(record: Record | None) -> float | None:
+    """Milliseconds per token, or per call of an encoder."""
+    if record is None:
+        return None
+    per_call = record.get("ms_per_call")  # of generate too: not in files of older versions
+    return per_call if record["ms_per_token"] is None else record["ms_per_token"]
+
+
 def _milliseconds(record: Record | None) -> str:
-    if record is None or record["ms_per_token"] is None:
+    time = _time(record)
+    if record is None or time is None:
         return "-"
     ratio = record.get("ratio")
-    return f"{record['ms_per_token']:.3f}" + (f" ({ratio:.1f}x)" if ratio else "")
+    return f"{time:.3f}" + (f" ({ratio:.1f}x)" if ratio else "")
 
 
 def _agreement(record: Record) -> str:
     differences = record["agreement"]
     if differences is None:
         return "-"
+    if isinstance(differences, dict):
+        return f"within {differences['largest']:.1e}"
     same = differences.count(None)
     return "equal" if same == len(differences) else f"{same} of {len(differences)} rows"
 

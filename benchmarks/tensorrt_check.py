@@ -17,14 +17,15 @@ import torch
 import transformers
 import typer
 
-from fastgen import EngineOptions, FastT5ForConditionalGeneration, __version__, engines, runtime
+from fastgen import EngineOptions, FastT5ForConditionalGeneration, __version__, runtime
 from fastgen import target as targets
 from fastgen.bench.shapes import shape_config
 from fastgen.bench.workload import Workload, standard_grid
+from fastgen.engines import choice
 from fastgen.engines.recording import Recorder
 from fastgen.engines.tensorrt_build import FLAVOURS, Build, build_plan
 from fastgen.graphs.graph import Graph
-from fastgen.modeling import EngineModule
+from fastgen.hf.module import EngineModule
 
 NEW_TOKENS, WARM_UPS, CALLS = 64, 3, 7
 ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt")
@@ -75,7 +76,7 @@ def graphs(shape: str, target: targets.Target) -> dict[str, Graph]:
             parameter.data = parameter.data.to(getattr(torch, target.dtype))
     model.engine_options = EngineOptions(disk_cache=False)
     recorder = Recorder()
-    with patch.object(engines, "backend", lambda name: recorder):
+    with patch.object(choice, "backend", lambda name: recorder):
         for module in model.modules():
             if isinstance(module, EngineModule) and not module._waits:
                 module._build_engine(target)

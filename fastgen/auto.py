@@ -8,22 +8,25 @@ import transformers
 from transformers import AutoConfig
 
 import fastgen
+from fastgen import registry
 from fastgen.errors import FallbackWarning, UnsupportedConfigError
 from fastgen.options import EngineOptions
 
-_FAMILIES = {
-    **{"t5": "FastT5", "mt5": "FastMT5", "umt5": "FastUMT5"},
-    **{"gpt2": "FastGPT2", "bert": "FastBert", "bart": "FastBart"},
-}
-"""How the names of a model_type's classes begin; which there are, ``fastgen`` knows."""
+__all__ = [
+    "FastAutoModel",
+    "FastAutoModelForCausalLM",
+    "FastAutoModelForMaskedLM",
+    "FastAutoModelForQuestionAnswering",
+    "FastAutoModelForSeq2SeqLM",
+    "FastAutoModelForSequenceClassification",
+    "FastAutoModelForTokenClassification",
+]
+
 _REMOTE_CODE = ("code_revision", "trust_remote_code")
 
 
 class _FastAuto:
     """Picks the Fast class of a checkpoint or config; not instantiated itself."""
-
-    _task: str
-    """How the names of its Fast classes end."""
 
     def __init__(self) -> None:
         name = type(self).__name__
@@ -84,9 +87,9 @@ class _FastAuto:
         return cls._class_for(config)._from_config(config, **kwargs)
 
     @classmethod
-    def _families(cls) -> list[str]:
-        """The model_types that have a Fast class for the task."""
-        return [kind for kind, name in _FAMILIES.items() if name + cls._task in fastgen._HOMES]
+    def _families(cls) -> dict[str, str]:
+        """The names of the task's Fast classes, by model_type."""
+        return registry.classes_for(cls.__name__)
 
     @classmethod
     def _stock_model(cls, make: str, *args: Any, engine_options: Any = None, **kwargs: Any) -> Any:
@@ -108,7 +111,7 @@ class _FastAuto:
                 f"{cls._without_fast_class(config)}. Pass fallback=True to get the stock class for "
                 f"this checkpoint, or use {cls._stock().__name__} of transformers."
             )
-        return getattr(fastgen, _FAMILIES[config.model_type] + cls._task)
+        return getattr(fastgen, cls._families()[config.model_type])
 
     @classmethod
     def _without_fast_class(cls, config: Any) -> str:
@@ -119,40 +122,26 @@ class _FastAuto:
 class FastAutoModel(_FastAuto):
     """As AutoModel."""
 
-    _task = "Model"
-
-
-class FastAutoModelForSeq2SeqLM(_FastAuto):
-    """As AutoModelForSeq2SeqLM."""
-
-    _task = "ForConditionalGeneration"
-
 
 class FastAutoModelForCausalLM(_FastAuto):
     """As AutoModelForCausalLM."""
-
-    _task = "LMHeadModel"
-
-
-class FastAutoModelForSequenceClassification(_FastAuto):
-    """As AutoModelForSequenceClassification."""
-
-    _task = "ForSequenceClassification"
-
-
-class FastAutoModelForTokenClassification(_FastAuto):
-    """As AutoModelForTokenClassification."""
-
-    _task = "ForTokenClassification"
-
-
-class FastAutoModelForQuestionAnswering(_FastAuto):
-    """As AutoModelForQuestionAnswering."""
-
-    _task = "ForQuestionAnswering"
 
 
 class FastAutoModelForMaskedLM(_FastAuto):
     """As AutoModelForMaskedLM."""
 
-    _task = "ForMaskedLM"
+
+class FastAutoModelForQuestionAnswering(_FastAuto):
+    """As AutoModelForQuestionAnswering."""
+
+
+class FastAutoModelForSeq2SeqLM(_FastAuto):
+    """As AutoModelForSeq2SeqLM."""
+
+
+class FastAutoModelForSequenceClassification(_FastAuto):
+    """As AutoModelForSequenceClassification."""
+
+
+class FastAutoModelForTokenClassification(_FastAuto):
+    """As AutoModelForTokenClassification."""

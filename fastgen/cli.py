@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -101,8 +101,6 @@ def compile_model(
     """Build the engines of MODEL and store them in the engine cache."""
     import torch
 
-    from fastgen import FastAutoModelForSeq2SeqLM
-
     if device is Device.AUTO:
         device = Device.CUDA if torch.cuda.is_available() else Device.CPU
     with _errors_as_text():
@@ -113,7 +111,7 @@ def compile_model(
             )
     # OSError, ValueError: transformers' errors for what it cannot load
     with _errors_as_text(OSError, ValueError), _checkpoint(model) as checkpoint:
-        fast = FastAutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=dtype.value)
+        fast = _fast_class(checkpoint).from_pretrained(checkpoint, dtype=dtype.value)
     with _errors_as_text():
         cache = EngineCache(fast.engine_options.cache_dir)
         before = {entry.fingerprint for entry in cache.entries()}
@@ -123,6 +121,24 @@ def compile_model(
     typer.echo(f"{model} is compiled for {device} in {fast.dtype}: {where}")
     for entry in new:
         typer.echo(f"  new: {entry.title} ({entry.size / 1e6:.2f} MB)")
+
+
+def _fast_class(checkpoint: str) -> Any:
+    """The Fast class of the class that a checkpoint was saved from; where there is none, one that
+    generates, or else one of its model_type at all."""
+    from transformers import AutoConfig
+
+    import fastgen
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    for saved in config.architectures or []:
+        if found := getattr(fastgen, f"Fast{saved.removeprefix('Fast')}", None):
+            return found
+    autos = fastgen.FastAutoModelForSeq2SeqLM, fastgen.FastAutoModelForCausalLM
+    for auto in (*autos, fastgen.FastAutoModel):
+        if config.model_type in auto._families():
+            return auto
+    return fastgen.FastAutoModel  # whose error says which families there are
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from fastgen import __version__, runtime
+from fastgen import __version__, registry, runtime
 from fastgen.engine_cache import EngineCache
 from fastgen.errors import FastgenError, MissingRuntimeError
 from fastgen.options import EngineOptions
@@ -20,9 +20,6 @@ ON_REQUEST = {
     "tensorrt-rtx": "tensorrt-rtx",
     "onnxruntime-tensorrt": "onnxruntime-gpu",
 }
-
-
-_TRIED = tuple(f"Fast{name}ForConditionalGeneration" for name in ("T5", "MT5", "UMT5"))
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def _transformers_state(options: EngineOptions) -> str:
     if contract.is_met():
         return f"{version}: met by fastgen's tests"
     lines = [f"{version}: not met by fastgen's tests, so tried on tiny models"]
-    for name in _TRIED:
+    for name in (family.class_name() for family in registry.FAMILIES.values()):
         slower = trial.slower(getattr(fastgen, name), options)
         served = ", ".join(f"{kind} calls by {path}" for kind, path in slower.items())
         lines.append(f"  {name}: {served or 'all as the stock class'}")
@@ -154,10 +151,10 @@ def _backend_problem(name: str, device: str) -> FastgenError | None:
     """What a model meets that asks for a backend on this device; None if it runs."""
     import torch
 
-    from fastgen import engines
+    from fastgen.engines import choice
 
     try:
-        engines.backend(name).check(torch.device(device))
+        choice.backend(name).check(torch.device(device))
     except FastgenError as error:
         return error
     return None
@@ -167,7 +164,7 @@ def _served(options: EngineOptions, device: str) -> tuple[list[str], list[str], 
     """Names of the dtypes that an engine serves, of those that torch does, and why it does."""
     import torch
 
-    from fastgen.engines import choose_target
+    from fastgen.engines.choice import choose_target
 
     served, left, reason = [], [], ""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -6,26 +6,24 @@ last, so an entry exists once its record does. Reading takes no lock; writing ho
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+
+from fastgen.fingerprint import FORMAT, as_json, checksum, fingerprint
+from fastgen.progress import progress
 
 FOLDER_VARIABLE = "FASTGEN_CACHE"
-_FORMAT = 1  # part of every fingerprint: entries of another layout are simply not found
 _LOCK_TIMEOUT_S = 600.0  # a stopped process must not keep the others waiting for ever
-_PROGRESS_DELAY_S = 1.0
 _OWN_FILE = re.compile(r"([0-9a-f]{64})\.(json|bin)(\.tmp)?")
 _SUFFIXES = ("json", "json.tmp", "bin", "bin.tmp")  # the record first: without it, no entry
 _folders_warned_about: set[Path] = set()
@@ -89,35 +87,6 @@ def default_folder() -> Path:
     return root / "fastgen"
 
 
-def fingerprint(key: Mapping[str, object]) -> str:
-    """SHA-256 (64 hex digits) of the canonical JSON of ``key``.
-
-    Raises:
-        TypeError: the key holds something that is not JSON, such as a path or a time.
-    """
-    return hashlib.sha256(_canonical({"format": _FORMAT, "key": _as_json(dict(key))})).hexdigest()
-
-
-@contextlib.contextmanager
-def progress(title: str) -> Iterator[None]:
-    """Show ``title`` and the time elapsed while the body runs, from its second second on."""
-    done = threading.Event()
-    bar = tqdm(desc=title, delay=_PROGRESS_DELAY_S, bar_format="{desc}: {elapsed}", leave=False)
-
-    def tick() -> None:
-        while not done.wait(0.2):
-            bar.update()
-
-    ticker = threading.Thread(target=tick, name="fastgen-progress", daemon=True)
-    ticker.start()
-    try:
-        yield
-    finally:
-        done.set()
-        ticker.join()
-        bar.close()
-
-
 class EngineCache:
     """Compiled engines on disk, keyed by fingerprint.
 
@@ -144,7 +113,7 @@ class EngineCache:
         Raises:
             TypeError: ``key`` or the artifact's metadata is not JSON-able.
         """
-        key = _as_json(dict(key))
+        key = as_json(dict(key))
         name = fingerprint(key)
         with contextlib.suppress(OSError, _DamagedEntryError):  # looked at again under the lock
             return self._load(name)
@@ -152,7 +121,7 @@ class EngineCache:
             if locked and (artifact := self._load_or_discard(name)) is not None:
                 return artifact
             artifact = build()
-            artifact = Artifact(artifact.data, _as_json(artifact.meta))
+            artifact = Artifact(artifact.data, as_json(artifact.meta))
             if locked:
                 self._store(name, key, title, artifact)
             return artifact
@@ -282,10 +251,10 @@ class EngineCache:
         try:
             data = self._path(name, "bin").read_bytes()
             record = json.loads(text)
-            checksum = record.pop("sha256")
+            written = record.pop("sha256")
             if record["bytes"] != len(data):
                 raise _DamagedEntryError(f"{len(data)} bytes instead of {record['bytes']}")
-            if checksum != _checksum(record, data) or name != fingerprint(record["key"]):
+            if written != checksum(record, data) or name != fingerprint(record["key"]):
                 raise _DamagedEntryError("its checksum does not match")
         except FileNotFoundError:
             raise _DamagedEntryError("its data file is missing") from None
@@ -325,14 +294,14 @@ class EngineCache:
     def _store(self, name: str, key: Mapping[str, object], title: str, artifact: Artifact) -> None:
         """Under the lock: write both files whole or not at all; a bad disk only warns."""
         record: dict[str, object] = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "title": title,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "bytes": len(artifact.data),
             "key": key,
             "meta": artifact.meta,
         }
-        record["sha256"] = _checksum(record, artifact.data)
+        record["sha256"] = checksum(record, artifact.data)
         try:
             self._write(name, "bin", artifact.data)
             self._write(name, "json", json.dumps(record, indent=2).encode())
@@ -363,30 +332,3 @@ class EngineCache:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def _canonical(value: object) -> bytes:
-    """The one JSON text of ``value``: sorted keys, no spaces, no NaN."""
-    text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_refuse
-    )
-    return text.encode()
-
-
-def _as_json(value: object) -> Any:
-    """``value`` as it reads back from disk: tuples are lists, the keys of dicts are strings."""
-    return json.loads(_canonical(value))
-
-
-def _refuse(value: object) -> NoReturn:
-    raise TypeError(
-        f"Engine cache keys and metadata cannot hold {value!r}: allowed are str, int, float, bool, "
-        "None, lists and dicts. Say what changes the engine, never a path or a time."
-    )
-
-
-def _checksum(record: Mapping[str, object], data: bytes) -> str:
-    """SHA-256 over the record (without its own checksum) and the data."""
-    digest = hashlib.sha256(_canonical(record))
-    digest.update(data)
-    return digest.hexdigest()

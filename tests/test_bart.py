@@ -15,8 +15,8 @@ from transformers.models.bart.modeling_bart import BartDecoder, BartEncoder
 
 import fastgen
 from fastgen.hf import trial
+from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.contract import CACHE
-from fastgen.kv_cache import StaticKVCache
 from tests.configs import TINY_BART, Pair, build_pair, prompts
 from tests.generation.emulate import gpu_paths
 from tests.helpers import CLOSE, ragged, tokens

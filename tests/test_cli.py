@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from transformers import BertConfig, GPT2Config, OPTConfig, T5Config
 from typer.testing import CliRunner, Result
 
 import fastgen
 from fastgen import doctor
-from fastgen.cli import app
-from fastgen.engine_cache import Artifact, EngineCache, fingerprint
+from fastgen.cli import _fast_class, app
+from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.errors import UnsupportedConfigError
+from fastgen.fingerprint import fingerprint
 from tests.configs import build_stock
 
 pytestmark = pytest.mark.usefixtures("engine_cache_folder")
@@ -162,7 +164,7 @@ class FakeModel:
 
 def fake_model(monkeypatch: pytest.MonkeyPatch, cuda: bool = False, **keywords: Any) -> FakeModel:
     model = FakeModel(**keywords)
-    monkeypatch.setitem(vars(fastgen), "FastAutoModelForSeq2SeqLM", model)
+    monkeypatch.setattr("fastgen.cli._fast_class", lambda checkpoint: model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     return model
 
@@ -216,13 +218,38 @@ def test_compile_of_a_real_checkpoint(tmp_path: Path) -> None:
     assert again.exit_code == 0 and "new: " not in again.output
 
 
-def test_compile_of_a_shape_with_random_weights() -> None:
-    arguments = ("--device", "cpu", "--dtype", "float32")
-    result = call("compile", "t5-tiny@random", *arguments)
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        ("t5-tiny", "FastT5ForConditionalGeneration"),
+        ("gpt2-tiny", "FastGPT2LMHeadModel"),
+        ("bert-tiny", "FastBertModel"),
+        ("t5-tiny-encoder", "FastT5Stack"),
+    ],
+)
+def test_compile_of_a_shape_with_random_weights(shape: str, name: str) -> None:
+    arguments = (f"{shape}@random", "--device", "cpu", "--dtype", "float32")
+    result = call("compile", *arguments)
     assert result.exit_code == 0, result.output
-    assert "t5-tiny@random is compiled for cpu in torch.float32" in result.output
-    assert "new: " in result.output and titles()
-    assert "new: " not in call("compile", "t5-tiny@random", *arguments).output
+    assert f"{shape}@random is compiled for cpu in torch.float32" in result.output
+    assert f"new: {name} " in result.output and titles()
+    assert "new: " not in call("compile", *arguments).output
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (BertConfig(architectures=["BertForPreTraining"]), "FastAutoModel"),
+        (T5Config(architectures=["T5ForSomethingElse"]), "FastAutoModelForSeq2SeqLM"),
+        (GPT2Config(), "FastAutoModelForCausalLM"),
+        (BertConfig(architectures=["BertForMaskedLM"]), "FastBertForMaskedLM"),
+        (T5Config(architectures=["FastT5Model"]), "FastT5Model"),
+        (OPTConfig(), "FastAutoModel"),
+    ],
+)
+def test_compile_takes_the_class_that_was_saved(tmp_path: Path, config: Any, name: str) -> None:
+    config.save_pretrained(tmp_path)
+    assert _fast_class(str(tmp_path)) is getattr(fastgen, name)
     result = call("compile", "t5-tinny@random")
     assert result.exit_code == 1 and "Did you mean t5-tiny@random?" in result.stderr
 

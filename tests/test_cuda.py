@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen import cuda
-from fastgen.capturing import Capturing
+from fastgen import cuda, cuda_graph
+from fastgen.execution.capturing import Capturing
 from fastgen.options import EngineOptions
 from fastgen.target import onnxruntime_cuda
 
@@ -108,10 +108,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
             local.stream = FakeStream("caller")
         return local.stream
 
-    monkeypatch.setattr(cuda, "_driver", lambda: fake)
+    monkeypatch.setattr(cuda, "driver", lambda: fake)
     monkeypatch.setattr(cuda, "missing", lambda: None)
-    monkeypatch.setattr(cuda, "GraphPool", FakePool)
-    monkeypatch.setattr(cuda, "_gpus", {0: cuda._Gpu(0, engine)})  # type: ignore[arg-type]
+    monkeypatch.setattr(cuda_graph, "GraphPool", FakePool)
+    monkeypatch.setattr(cuda, "_gpus", {0: cuda.Gpu(0, engine)})  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "current_stream", current)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     zeros = torch.zeros
@@ -120,7 +120,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
 
 def captured(function: Callable[[], None], undo: Callable[[], None] = lambda: None) -> Any:
-    return cuda.CapturedGraph(function, GPU, undo, FakePool())  # type: ignore[arg-type]
+    return cuda_graph.CapturedGraph(function, GPU, undo, FakePool())  # type: ignore[arg-type]
 
 
 def in_thread(function: Callable[[], None]) -> None:
@@ -147,16 +147,16 @@ def test_a_capture_is_made_once_and_replayed(driver: FakeDriver) -> None:
 
 
 def test_a_broken_capture_is_tried_again(driver: FakeDriver) -> None:
-    driver.broken = cuda.ATTEMPTS - 1
+    driver.broken = cuda_graph.ATTEMPTS - 1
     captured(lambda: None)
-    assert driver.events.count("end") == cuda.ATTEMPTS
+    assert driver.events.count("end") == cuda_graph.ATTEMPTS
 
 
 def test_what_others_keep_breaking_is_launched_kernel_by_kernel(driver: FakeDriver) -> None:
-    driver.broken = cuda.ATTEMPTS
-    with pytest.raises(cuda.CaptureBroken, match="CUDA_ERROR_901"):
+    driver.broken = cuda_graph.ATTEMPTS
+    with pytest.raises(cuda_graph.CaptureBroken, match="CUDA_ERROR_901"):
         captured(lambda: None)
-    driver.broken = cuda.ATTEMPTS
+    driver.broken = cuda_graph.ATTEMPTS
     runs: list[int] = []
     owner = Capturing(onnxruntime_cuda("float32"), GPU, EngineOptions())
     replay = owner._captured(lambda: runs.append(1))
@@ -176,19 +176,19 @@ def test_an_error_in_the_middle_ends_the_capture(driver: FakeDriver) -> None:
         with pytest.raises(kind):
             captured(fail)
         assert not driver.open
-        assert not cuda._gpu(GPU).capturing
+        assert not cuda.gpu_of(GPU).capturing
 
 
 def test_an_interrupt_where_a_capture_ends_leaves_none_open(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu, end = cuda._gpu(GPU), cuda._Gpu.end_capture
+    gpu, end = cuda.gpu_of(GPU), cuda.Gpu.end_capture
 
     def interrupted(self: Any) -> Any:
-        monkeypatch.setattr(cuda._Gpu, "end_capture", end)
+        monkeypatch.setattr(cuda.Gpu, "end_capture", end)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cuda._Gpu, "end_capture", interrupted)
+    monkeypatch.setattr(cuda.Gpu, "end_capture", interrupted)
     with pytest.raises(KeyboardInterrupt):
         captured(lambda: None)
     assert not driver.open
@@ -254,7 +254,7 @@ def test_what_dies_in_another_thread_waits_for_no_lock_and_for_no_capture(
         if driver.open:
             in_thread(graphs.clear)
             assert "destroy" not in driver.events
-            assert len(cuda._gpu(GPU).dead) == 1
+            assert len(cuda.gpu_of(GPU).dead) == 1
 
     other = captured(function)
     assert driver.events.count("destroy") == 1, "whoever held the lock destroys it"
@@ -278,7 +278,7 @@ def test_what_the_garbage_collector_frees_in_a_capture_waits_for_its_end(
 
 
 def test_a_gpu_is_not_held_while_another_is_used(driver: FakeDriver) -> None:
-    cuda._gpus[1] = cuda._Gpu(1, FakeStream("second"))  # type: ignore[arg-type]
+    cuda._gpus[1] = cuda.Gpu(1, FakeStream("second"))  # type: ignore[arg-type]
 
     def use() -> None:
         with cuda.on_engine_stream(torch.device("cuda", 1)):
@@ -333,8 +333,8 @@ def calls_of(names: tuple[str, ...]) -> set[str]:
 
 def test_one_place_captures() -> None:
     begin = ("capture_begin", "CUDAGraph", "cuStreamBeginCapture", "make_graphed_callables")
-    assert calls_of(begin) == {"cuda.py"}
-    assert calls_of(("CapturedGraph",)) == {"capturing.py"}
+    assert calls_of(begin) == {"cuda_graph.py"}
+    assert calls_of(("CapturedGraph",)) == {"execution/capturing.py"}
 
 
 def test_no_other_stream_pinned_memory_or_wait_for_the_whole_gpu() -> None:
@@ -342,5 +342,5 @@ def test_no_other_stream_pinned_memory_or_wait_for_the_whole_gpu() -> None:
     source = {file: file.read_text() for file in PACKAGE.rglob("*.py")}
     places = {f.relative_to(PACKAGE).parts[0] for f, s in source.items() if "cuda.synchronize" in s}
     assert places <= {"bench"}
-    pinned = {f.name for f, s in source.items() if "pin_memory" in s}
-    assert pinned == {"capturing.py"}
+    pinned = {f.relative_to(PACKAGE).as_posix() for f, s in source.items() if "pin_memory" in s}
+    assert pinned == {"execution/capturing.py"}

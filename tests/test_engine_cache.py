@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from fastgen import engine_cache
-from fastgen.engine_cache import Artifact, EngineCache, Pruned, default_folder, fingerprint
+from fastgen import progress
+from fastgen.engine_cache import Artifact, EngineCache, Pruned, default_folder
+from fastgen.fingerprint import fingerprint
 from tests.engine_cache_helpers import ARTIFACT, KEY, Builder, run_python, wait_until
 
 
@@ -251,14 +252,14 @@ def test_without_a_home_there_is_no_engine_cache(monkeypatch: pytest.MonkeyPatch
 def test_progress_shows_a_long_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engine_cache, "_PROGRESS_DELAY_S", 0.01)
-    with engine_cache.progress("Compiling T5"):
+    monkeypatch.setattr(progress, "_DELAY_S", 0.01)
+    with progress.progress("Compiling T5"):
         wait_until(lambda: "Compiling T5: 00:" in capsys.readouterr().err)
 
 
 def test_progress_says_nothing_about_a_short_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engine_cache, "_PROGRESS_DELAY_S", 1e6)  # any step is short then
+    monkeypatch.setattr(progress, "_DELAY_S", 1e6)  # any step is short then
     EngineCache(tmp_path).load_or_build(KEY, Builder(), title="Compiling T5")
     assert capsys.readouterr().err == ""

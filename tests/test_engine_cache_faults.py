@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen import engine_cache
-from fastgen.engine_cache import Artifact, EngineCache, Pruned, fingerprint
+from fastgen.engine_cache import Artifact, EngineCache, Pruned
+from fastgen.fingerprint import fingerprint
 from tests.engine_cache_helpers import ARTIFACT, KEY, Builder, run_python, wait_until
 
 

@@ -1,13 +1,15 @@
-"""``fastgen bench``: whole ``generate`` calls, measured side by side with other libraries."""
+"""``fastgen bench``: whole calls, measured side by side with other libraries."""
 
 import importlib
 from typing import Any
 
 _HOMES = {
+    "Encoding": "workload",
     "Entry": "report",
     "Report": "report",
     "Session": "session",
     "Workload": "workload",
+    "encoder_grid": "workload",
     "run": "session",
     "standard_grid": "workload",
 }

@@ -32,6 +32,9 @@ def describe(facts: dict[str, Any]) -> str:
     hardware = f"{facts['cpu']}, {facts['threads']} of {facts['cpu_count']} threads"
     if "gpu" in facts:
         hardware = f"{facts['gpu']} (CUDA {facts['cuda']}); {hardware}"
+    if "copy_gb_per_s" in facts:
+        rates = f"copies at {facts['copy_gb_per_s']:,.0f} GB/s"
+        hardware += f", {rates}, multiplies at {facts['matmul_tflop_per_s']:,.3g} TFLOP/s"
     packages = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return f"{hardware}; Python {facts['python']}, {packages}"
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from fastgen.bench.contenders import CONTENDERS
+from fastgen.bench.contenders import contenders
 from fastgen.bench.measure import timed_call
-from fastgen.bench.workload import Workload
+from fastgen.bench.workload import workload_from
 
 _STEADY_CALLS = 2
 _SAMPLE_SECONDS = 0.002
@@ -28,6 +28,7 @@ class Job:
     """What the process is asked to do; ``path`` is what ``Contender.prepare`` returned."""
 
     contender: str
+    kind: str
     path: str
     device: str
     dtype: str
@@ -62,9 +63,10 @@ def measure_fresh(job: Job, timeout_s: float = 1800) -> Fresh:
 
 def _run(job: Job) -> Fresh:
     torch.set_num_threads(job.threads)
-    workload = Workload(**job.workload)
+    workload = workload_from(job.workload)
     dtype: torch.dtype = getattr(torch, job.dtype)
-    contender = CONTENDERS[job.contender](job.device, dtype, job.vocab_size)
+    made = contenders(job.kind)[job.contender]
+    contender = made(job.kind, job.device, dtype, job.vocab_size)
     inputs = contender.inputs(workload)  # also starts CUDA, whose context is nobody's memory
     memory = DeviceMemory() if job.device == "cuda" else None
     start = time.perf_counter()

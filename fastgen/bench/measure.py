@@ -1,16 +1,15 @@
 """Stopwatches: contenders take turns, so that a slow or hot spell of the machine meets all."""
 
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastgen.bench.contenders import Contender
-from fastgen.bench.workload import Workload
+from fastgen.bench.contender import Contender
+from fastgen.bench.workload import AnyWorkload, Workload
 
 WARM_UPS = 2
 
@@ -28,56 +27,23 @@ class Timing:
         return statistics.median(self.calls_s)
 
     @property
-    def ttft_s(self) -> float:
-        """Median seconds of the same call stopped after one token."""
-        return statistics.median(self.first_token_calls_s)
+    def ttft_s(self) -> float | None:
+        """Median seconds of the same call stopped after one token; None of an encoder."""
+        return statistics.median(self.first_token_calls_s) if self.first_token_calls_s else None
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Where a contender's tokens leave the stock class's."""
-
-    first_difference: list[int | None]
-    """Per row, the index of the first other new token; None if the row is equal."""
-
-    @classmethod
-    def of(cls, tokens: list[list[int]], reference: list[list[int]]) -> "Agreement":
-        """Compare new ids row by row; a row that is only longer or shorter also differs."""
-        return cls([_first_difference(*rows) for rows in zip(tokens, reference, strict=True)])
-
-    @property
-    def equal(self) -> bool:
-        return all(index is None for index in self.first_difference)
-
-    @property
-    def summary(self) -> str:
-        """For a table: ``equal`` or ``14 of 16 rows``."""
-        rows = len(self.first_difference)
-        return "equal" if self.equal else f"{self.first_difference.count(None)} of {rows} rows"
-
-    def __str__(self) -> str:
-        differences = ", ".join(
-            f"row {row} from new token {index}"
-            for row, index in enumerate(self.first_difference)
-            if index is not None
-        )
-        return (
-            f"{self.summary} equal to hf; others: {differences}" if differences else "equal to hf"
-        )
-
-
-def timed_call(contender: Contender, inputs: Any, workload: Workload) -> tuple[float, Any]:
-    """Seconds of one whole ``generate`` call, device included, and its output."""
+def timed_call(contender: Contender, inputs: Any, workload: AnyWorkload) -> tuple[float, Any]:
+    """Seconds of one whole call, device included, and its output."""
     _synchronize(contender.device)
     start = time.perf_counter()
-    output = contender.generate(inputs, workload)
+    output = contender.call(inputs, workload)
     _synchronize(contender.device)
     return time.perf_counter() - start, output
 
 
 def alternate(
     contenders: Mapping[str, Contender],
-    workload: Workload,
+    workload: AnyWorkload,
     *,
     repeats: int,
     min_seconds: float,
@@ -85,17 +51,23 @@ def alternate(
 ) -> dict[str, Timing]:
     """Time warm contenders in rounds until ``repeats`` rounds and ``min_seconds`` have passed.
 
-    A round is one whole call and one call of a single token of each contender; each round starts
-    with the next contender.
+    A round is one whole call, and of ``generate`` one call of a single token, of each contender;
+    each round starts with the next contender.
     """
     inputs = {name: contender.inputs(workload) for name, contender in contenders.items()}
-    first_token = workload.first_token()
     timings = {name: Timing([], []) for name in contenders}
-    for name, contender in contenders.items():
+
+    def calls(name: str) -> Iterator[tuple[list[float], float]]:
+        timing, contender = timings[name], contenders[name]
+        yield timing.calls_s, timed_call(contender, inputs[name], workload)[0]
+        if isinstance(workload, Workload):
+            first = timed_call(contender, inputs[name], workload.first_token())
+            yield timing.first_token_calls_s, first[0]
+
+    for name in contenders:
         progress(f"warming up {name}")
         for _ in range(WARM_UPS):
-            timed_call(contender, inputs[name], workload)
-            timed_call(contender, inputs[name], first_token)
+            list(calls(name))
     names = list(contenders)
     start = time.perf_counter()
     done = 0
@@ -103,19 +75,10 @@ def alternate(
         progress(f"timing, round {done + 1}")
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
-            seconds, _ = timed_call(contenders[name], inputs[name], workload)
-            timings[name].calls_s.append(seconds)
-            seconds, _ = timed_call(contenders[name], inputs[name], first_token)
-            timings[name].first_token_calls_s.append(seconds)
+            for times, seconds in calls(name):
+                times.append(seconds)
         done += 1
     return timings
-
-
-def _first_difference(row: list[int], reference: list[int]) -> int | None:
-    for index, (token, expected) in enumerate(itertools.zip_longest(row, reference)):
-        if token != expected:
-            return index
-    return None
 
 
 def _synchronize(device: str) -> None:

@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from fastgen.bench.contenders import CONTENDERS, Contender
+from fastgen.bench.agreement import agreement
+from fastgen.bench.contender import Contender
+from fastgen.bench.contenders import contenders
 from fastgen.bench.environment import environment
+from fastgen.bench.floor import Machine, floor_of, measure_machine
 from fastgen.bench.fresh import Job, measure_fresh
-from fastgen.bench.measure import Agreement, Timing, alternate, timed_call
+from fastgen.bench.measure import Timing, alternate, timed_call
 from fastgen.bench.report import Entry, Report
-from fastgen.bench.shapes import SUFFIX, write_random_checkpoint
-from fastgen.bench.workload import Workload
+from fastgen.bench.shapes import SUFFIX, kind_of, write_random_checkpoint
+from fastgen.bench.workload import AnyWorkload, Encoding, Workload
 
+PEERS = ("hf", "hf-static", "hf-compile", "ctranslate2")
+"""Of some kind of model: ``hf-static`` generates, ``hf-compile`` encodes, the others do both."""
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -31,7 +36,8 @@ class Session:
         model: hub id, folder or ``NAME@random`` (see ``shapes.SHAPES``).
         device: ``cpu`` or ``cuda``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
-        peers: names from ``CONTENDERS``, to run beside ``fastgen``.
+        peers: names from ``PEERS``, to run beside ``fastgen``; those of another kind of model are
+            left out.
         threads: CPU threads of every contender; None keeps torch's number.
         progress: told what is being done, for a status line.
 
@@ -45,17 +51,18 @@ class Session:
         *,
         device: str = "cpu",
         dtype: str = "float32",
-        peers: Sequence[str] = ("hf", "hf-static", "ctranslate2"),
+        peers: Sequence[str] = PEERS,
         threads: int | None = None,
         progress: Callable[[str], None] = lambda doing: None,
     ) -> None:
         _check("device", device, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
         _check("dtype", dtype, DTYPES)
         for peer in peers:
-            _check("peer", peer, [name for name in CONTENDERS if name != "fastgen"])
+            _check("peer", peer, PEERS)
         if threads is not None:
             torch.set_num_threads(threads)
         self.model, self.device, self.dtype = model, device, dtype
+        self.kind = kind_of(model)
         self.progress = progress
         self._folder = tempfile.TemporaryDirectory(prefix="fastgen-bench-")
         checkpoint = self._checkpoint()
@@ -63,12 +70,15 @@ class Session:
         self.contenders: dict[str, Contender] = {}
         self.paths: dict[str, str] = {}
         self.reasons: dict[str, str] = {}
-        for name in [name for name in CONTENDERS if name == "fastgen" or name in peers]:
-            self._load(name, checkpoint)
+        for name, made in contenders(self.kind).items():
+            if name == "fastgen" or name in peers:
+                self._load(made, checkpoint)
+        self.progress("measuring the machine")
+        self.machine: Machine = measure_machine(device, getattr(torch, dtype))
 
     def measure(
         self,
-        workload: Workload,
+        workload: AnyWorkload,
         *,
         repeats: int = 5,
         min_seconds: float = 1.0,
@@ -77,6 +87,7 @@ class Session:
         """Measure all contenders on one workload.
 
         Args:
+            workload: an ``Encoding`` for an encoder, a ``Workload`` for the others.
             repeats: at least so many timed rounds.
             min_seconds: at least so long in timed rounds.
             fresh: also start one process per contender for ``load_s`` and ``peak_bytes``, which
@@ -84,32 +95,34 @@ class Session:
 
         Returns:
             An entry for each contender; one that failed has the reason instead of figures.
+
+        Raises:
+            ValueError: the workload is for another kind of model.
         """
+        if isinstance(workload, Encoding) != (self.kind == "encoder"):
+            raise ValueError(f"{type(workload).__name__}: no workload of {self.model}")
         entries = {
             name: Entry(name, self.model, self.device, self.dtype, workload, contender.version)
             for name, contender in self.contenders.items()
         }
-        tokens: dict[str, list[list[int]]] = {}
+        results: dict[str, Any] = {}
         for name, entry in entries.items():
             entry.reason = self.reasons.get(name)
             if entry.reason is None:
-                self._attempt(entry, lambda entry: self._first_call(entry, tokens))
-        running = {name: self.contenders[name] for name in tokens}
+                self._attempt(entry, lambda entry: self._first_call(entry, results))
+        running = {name: self.contenders[name] for name in results}
         timings = alternate(
             running, workload, repeats=repeats, min_seconds=min_seconds, progress=self.progress
         )
         for name, timing in timings.items():
-            _fill(entries[name], timing, tokens[name])
-            comparable = running[name].draws_with_torch or not workload.sample
-            if name != "hf" and "hf" in tokens and comparable:
-                entries[name].agreement = Agreement.of(tokens[name], tokens["hf"])
+            self._fill(entries[name], timing, results)
             if fresh:
                 self.progress(f"load time and peak memory of {name}")
                 self._attempt(entries[name], self._measure_fresh)
-        ours = entries["fastgen"].ms_per_token
+        ours = entries["fastgen"].ms_per_call
         for name, entry in entries.items():
-            if name != "fastgen" and ours and entry.ms_per_token:
-                entry.ratio = entry.ms_per_token / ours
+            if name != "fastgen" and ours and entry.ms_per_call:
+                entry.ratio = entry.ms_per_call / ours
         return list(entries.values())
 
     def close(self) -> None:
@@ -144,8 +157,9 @@ class Session:
         )
         return str(folder)
 
-    def _load(self, name: str, checkpoint: str) -> None:
-        contender = CONTENDERS[name](self.device, getattr(torch, self.dtype), self.vocab_size)
+    def _load(self, made: type[Contender], checkpoint: str) -> None:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        contender, name = made(self.kind, self.device, dtype, self.vocab_size), made.name
         self.contenders[name] = contender
         if contender.version is None:
             self.reasons[name] = f"not installed: pip install {contender.package}"
@@ -164,16 +178,39 @@ class Session:
         except Exception as error:  # as in _load
             entry.reason = _reason(error)
 
-    def _first_call(self, entry: Entry, tokens: dict[str, list[list[int]]]) -> None:
+    def _first_call(self, entry: Entry, results: dict[str, Any]) -> None:
         self.progress(f"first call of {entry.name}")
         contender = self.contenders[entry.name]
         inputs = contender.inputs(entry.workload)
         entry.first_call_s, output = timed_call(contender, inputs, entry.workload)
-        tokens[entry.name] = contender.tokens(output)
+        results[entry.name] = contender.result(output)
+
+    def _fill(self, entry: Entry, timing: Timing, results: dict[str, Any]) -> None:
+        contender, workload = self.contenders[entry.name], entry.workload
+        _fill_times(entry, timing, results[entry.name])
+        self._fill_floor(entry)
+        entry.engine = contender.engine(workload)
+        sampled = isinstance(workload, Workload) and workload.sample
+        comparable = contender.draws_with_torch or not sampled
+        if entry.name != "hf" and "hf" in results and comparable:
+            entry.agreement = agreement(results[entry.name], results["hf"])
+
+    def _fill_floor(self, entry: Entry) -> None:
+        models = (contender.model for contender in self.contenders.values())
+        model = next((model for model in models if model is not None), None)
+        took = entry.ms_per_token or entry.ms_per_call
+        if model is None or not took:
+            return
+        floor = floor_of(model, entry.workload, self.kind)
+        entry.floor_bytes, entry.floor_flops = floor.bytes, floor.flops
+        entry.floor_ms = floor.seconds(self.machine) * 1e3
+        entry.computes = floor.computes(self.machine)
+        entry.gb_per_s, entry.tflop_per_s = floor.bytes / took / 1e6, floor.flops / took / 1e9
 
     def _measure_fresh(self, entry: Entry) -> None:
         job = Job(
             contender=entry.name,
+            kind=self.kind,
             path=self.paths[entry.name],
             device=self.device,
             dtype=self.dtype,
@@ -187,11 +224,11 @@ class Session:
 
 def run(
     models: Iterable[str],
-    workloads: Sequence[Workload],
+    workloads: Sequence[AnyWorkload] | Callable[[str], Sequence[AnyWorkload]],
     *,
     device: str = "cpu",
     dtype: str = "float32",
-    peers: Sequence[str] = ("hf", "hf-static", "ctranslate2"),
+    peers: Sequence[str] = PEERS,
     threads: int | None = None,
     json_file: Path | None = None,
     progress: Callable[[str], None] = lambda doing: None,
@@ -200,6 +237,8 @@ def run(
     """Measure every workload on every model, one session for each model.
 
     Args:
+        workloads: for all models; or what gives them for a kind of model: ``seq2seq``, ``causal``
+            or ``encoder``.
         json_file: written anew after each workload, so that an interrupted run is not lost.
         measure_options: as ``Session.measure``; the others as ``Session``.
 
@@ -208,23 +247,28 @@ def run(
     """
     report = Report(environment={})
     for model in models:
+        asked = workloads(kind_of(model)) if callable(workloads) else workloads
         with Session(
             model, device=device, dtype=dtype, peers=peers, threads=threads, progress=progress
         ) as session:
-            report.environment = environment(device)
-            for workload in workloads:
+            report.environment = environment(device) | session.machine.facts
+            for workload in asked:
                 report.entries += session.measure(workload, **measure_options)
                 if json_file is not None:
                     json_file.write_text(report.to_json() + "\n", encoding="utf-8")
     return report
 
 
-def _fill(entry: Entry, timing: Timing, tokens: list[list[int]]) -> None:
-    entry.new_tokens = max(map(len, tokens))
+def _fill_times(entry: Entry, timing: Timing, result: Any) -> None:
     entry.calls_s = timing.calls_s
-    entry.ms_per_token = timing.call_s / entry.new_tokens * 1e3
-    entry.tokens_per_s = sum(map(len, tokens)) / timing.call_s
-    entry.ttft_ms = timing.ttft_s * 1e3
+    entry.ms_per_call = timing.call_s * 1e3
+    if isinstance(entry.workload, Encoding):
+        entry.tokens_per_s = sum(entry.workload.lengths) / timing.call_s
+        return
+    entry.new_tokens = max(map(len, result))
+    entry.ms_per_token = entry.ms_per_call / entry.new_tokens
+    entry.tokens_per_s = sum(map(len, result)) / timing.call_s
+    entry.ttft_ms = None if timing.ttft_s is None else timing.ttft_s * 1e3
 
 
 def _check(what: str, value: str, allowed: Sequence[str]) -> None:

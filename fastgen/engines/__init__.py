@@ -1,11 +1,10 @@
-"""The Engine and Backend protocols, and the choice of an engine for a device and dtype."""
+"""What compiles Graphs and runs them: protocols here, a library that serves them in each file."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
-from fastgen import target as targets
 from fastgen.engine_cache import Artifact
 from fastgen.errors import EngineError, FastgenError
 from fastgen.graphs.graph import Graph
@@ -77,48 +76,6 @@ class Unloadable(EngineError):
 
 class NotFused(FastgenError):
     """The fused kernels do not serve this model or size; the decoder engine must."""
-
-
-def backend(name: str) -> Backend:
-    """The Backend of a Target, by ``Target.backend``."""
-    if name in TENSORRT:
-        from fastgen.engines.tensorrt import TensorRT
-
-        return TensorRT(name)
-    from fastgen.engines.onnxruntime import OnnxRuntime
-
-    return OnnxRuntime(name)
-
-
-def choose_target(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> Target:
-    """The Target that serves a model on ``device`` in ``dtype``.
-
-    Raises:
-        NoEngine: none does; the reason is what ``model.explain()`` shows.
-    """
-    name = str(dtype).removeprefix("torch.")
-    if options.backend == "torch":
-        raise NoEngine("EngineOptions(backend='torch') switches engines off")
-    if device.type == "cpu":
-        if options.backend not in ("auto", "onnxruntime"):
-            raise NoEngine(f"{options.backend} runs on NVIDIA GPUs: model.to('cuda')")
-        if name != "float32":
-            raise NoEngine(
-                f"on the CPU the engine computes in float32, the model is in {name}: load it with "
-                "dtype=torch.float32, or call model.float()"
-            )
-        return targets.onnxruntime_cpu()
-    if device.type == "cuda":
-        if name not in ("float32", "float16", "bfloat16"):
-            raise NoEngine(
-                f"no engine computes in {name}: float32, float16 and bfloat16 are served"
-            )
-        if options.backend in TENSORRT:
-            return targets.tensorrt(name, options.backend)
-        if options.backend == "onnxruntime-tensorrt":
-            return targets.onnxruntime_tensorrt(name)
-        return targets.onnxruntime_cuda(name)
-    raise NoEngine(f"no engine runs on device {device.type!r}: cpu and cuda are served")
 
 
 def too_large(options: EngineOptions, batch: int, sources: int) -> str | None:

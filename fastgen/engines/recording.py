@@ -1,6 +1,6 @@
 """A Backend that keeps the Graphs it is asked to compile: a model's graphs, on any machine.
 
-Used in place of ``engines.backend`` by tests and by ``benchmarks/tensorrt_check.py``.
+Used in place of ``engines.choice.backend`` by tests and by ``benchmarks/tensorrt_check.py``.
 """
 
 from collections.abc import Mapping

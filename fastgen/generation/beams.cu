@@ -1,6 +1,6 @@
 // Beam bookkeeping after torch.topk over the scores; follows top.cu.
 //
-// The reference is beam.py's Advance: the results are equal bit for bit. So products and sums must
+// The reference is advance.py's Advance: the results are equal bit for bit. So products and sums must
 // not become one instruction where torch rounds both.
 //
 // Axes: B rows, N beams, C candidates, T capacity in tokens, P cached positions.

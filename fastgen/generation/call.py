@@ -8,9 +8,9 @@ import torch
 from transformers import MaxLengthCriteria
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from fastgen.decoder import Decoder
+from fastgen.execution.decoder import Decoder
 from fastgen.generation.plan import ProcessorPlan, runs_code_of_the_user
-from fastgen.kv_cache import LeasedCache
+from fastgen.hf.cache import LeasedCache
 
 
 @dataclass

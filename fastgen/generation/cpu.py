@@ -7,7 +7,7 @@ milliseconds, on the cores where the engine's next step runs.
 import numpy as np
 import torch
 
-from fastgen.bucket import Bucket
+from fastgen.execution.bucket import Bucket
 from fastgen.generation.state import NEVER, BeamState, SampleState
 
 _NEVER = np.float32(NEVER)
@@ -56,7 +56,7 @@ class GreedyTail:
 class BeamTail:
     """What follows the choice of candidates: ``Advance._advance`` in NumPy, on the same memory.
 
-    Equal scores are torch's to order. Axes as in ``beam``.
+    Equal scores are torch's to order. Axes as in ``advance``.
     """
 
     select = None
@@ -130,7 +130,7 @@ class BeamTail:
         mask = tensors["slot_mask"]
         if self._owners is None:
             visible = ancestors[:, :, : mask.shape[-1] // queries, None] == state["beam_range"]
-        else:  # as beam.show_ancestors
+        else:  # as advance.show_ancestors
             places = np.minimum(self._places, ancestors.shape[-1] - 1)
             visible = (self._owners < 0) | (ancestors[:, :, places] == self._owners)
         mask[:] = np.where(visible.reshape(mask.shape), np.float32(0), np.float32(-np.inf))

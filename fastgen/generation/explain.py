@@ -67,6 +67,12 @@ class ExplainsGenerate:
         reasons += self._slow_reasons(config, model_kwargs)
         return Explanation("HF loop" if reasons else "fast loop", reasons)
 
+    def ran_fused(self) -> bool | None:
+        """Whether fastgen's fused kernels ran the steps of the last ``generate`` call on the
+        engine; None where they do not exist (on a CPU, say), and before such a call."""
+        decoder = getattr(self, "_engine", None)
+        return None if decoder is None else decoder.steps_fused()
+
     def _torch_reasons(self, config: Any, model_kwargs: dict[str, Any], mode: Any) -> list[str]:
         """Why the engine does not run a ``generate`` call at all."""
         reasons = []

@@ -1,6 +1,6 @@
 // The greedy choice of the next tokens, and all that depends on them; follows select.cu.
 //
-// The reference is loop.py's Choose: the results are equal bit for bit.
+// The reference is choose.py's Choose: the results are equal bit for bit.
 
 constexpr int MAX_ENDS = 32, LOADS = 4;  // 16-byte loads of a thread that are under way at once
 

@@ -1,7 +1,7 @@
 """What follows a decoder step on a GPU, as one CUDA kernel instead of many small ones of torch.
 
-The torch code in ``loop.py`` and ``beam.py`` is the slow reference; the kernels give its results
-bit for bit, and it serves whatever they do not.
+The torch code in ``choose.py`` and ``advance.py`` is the slow reference; the kernels give its
+results bit for bit, and it serves whatever they do not.
 """
 
 import ctypes
@@ -11,9 +11,9 @@ from importlib.resources import files
 
 import torch
 
-from fastgen.bucket import Bucket
 from fastgen.engines import nvrtc
 from fastgen.engines.nvrtc import Launch, PreparedLaunch, Program
+from fastgen.execution.bucket import Bucket
 from fastgen.generation.state import BeamState, SampleState
 from fastgen.options import EngineOptions
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastgen.decoder import row_starts
+from fastgen.execution.decoder import row_starts
 from fastgen.generation.call import Call
 
 

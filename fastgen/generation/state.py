@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fastgen.capturing import host_flags, lasting
+from fastgen.execution.capturing import host_flags, lasting
 from fastgen.generation.call import Call
 from fastgen.generation.draws import Draws
 

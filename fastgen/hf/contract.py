@@ -128,7 +128,7 @@ RELIANCES: tuple[Reliance, ...] = (
         _GENERATION,
         generate="looks at the weights once a call, and takes DLPack tensors",
         _sample="the fast loop in its place (generation/loop.py), token for token",
-        _beam_search="the fast loop in its place (generation/beam.py), token for token",
+        _beam_search="the fast loop in its place (generation/beam_loop.py), token for token",
         _prepare_cache_for_generation="the engine's KV cache where it would make a dynamic one",
     ),
     *_rows(

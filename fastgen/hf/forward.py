@@ -1,4 +1,4 @@
-"""``forward`` with the parameters of the stock class, whichever names its version gives them."""
+"""``forward`` with the parameters of the stock class: on the engine, or by torch."""
 
 import inspect
 from itertools import chain
@@ -7,7 +7,36 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastgen.fallback import report, said
 from fastgen.hf import contract
+from fastgen.hf.stock import stands_in, stock_class
+
+
+class StockForward:
+    """Mixin of a class that stands in for a stock one, before it among the bases: its ``forward``
+    runs on the engine what nothing refuses, and leaves the rest to the stock one."""
+
+    forward: Any
+    refusal: Any
+    _run: Any
+    """``forward`` on the engine."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if stands_in(cls):
+            cls.forward = forward_like(stock_class(cls).forward)
+
+    def _forward(self, **arguments: Any) -> Any:
+        if (reason := self.refusal(**arguments)) is None:
+            return self._run(**arguments)
+        report(self, "torch", reason)
+        return self._by_torch(**arguments)
+
+    def _by_torch(self, **arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(**arguments)  # type: ignore[misc]
+        with said():
+            return super().forward(**arguments)  # type: ignore[misc]
 
 
 def forward_like(stock: Any) -> Any:

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 import transformers
 
-import fastgen
-from fastgen.engine_cache import EngineCache, fingerprint
+from fastgen import __version__
+from fastgen.engine_cache import EngineCache
 from fastgen.engines.side_file import SideFile
 from fastgen.errors import MissingRuntimeError
+from fastgen.fingerprint import fingerprint
 from fastgen.hf import contract
+from fastgen.hf.stock import is_ours, stock_class
 from fastgen.options import EngineOptions
 
 PATHS = ("fast loop", "HF loop", "torch")
@@ -57,7 +59,7 @@ def path(fast: type, kind: str, options: EngineOptions) -> str:
     """
     if contract.is_met() or getattr(_on_trial, "now", False):
         return PATHS[0]
-    own = next(base for base in fast.__mro__ if base.__module__.startswith("fastgen."))
+    own = next(filter(is_ours, fast.__mro__))
     verdict = _verdict(own, options.cache_dir if options.disk_cache else ..., contract.VERSION)
     return "torch" if verdict["forward"] == "torch" else verdict.get(kind, PATHS[0])
 
@@ -86,6 +88,7 @@ def _verdict(fast: type, cache_dir: Any, _: Any) -> Verdict:
     with _lock:
         folder = None if cache_dir is ... else EngineCache(cache_dir).folder
         versions = {name: library.__version__ for name, library in _LIBRARIES.items()}
+        versions["fastgen"] = __version__
         name = fingerprint(versions | {"class": f"{fast.__module__}.{fast.__qualname__}"})
         file = SideFile(folder, f"{name}.trial")
         try:
@@ -98,7 +101,7 @@ def _verdict(fast: type, cache_dir: Any, _: Any) -> Verdict:
         return dict(kept)
 
 
-_LIBRARIES: dict[str, Any] = {"fastgen": fastgen, "transformers": transformers, "torch": torch}
+_LIBRARIES: dict[str, Any] = {"transformers": transformers, "torch": torch}
 
 
 def _try(fast: type) -> dict[str, str]:
@@ -110,12 +113,12 @@ def _try(fast: type) -> dict[str, str]:
             calls.append(_continued)
         elif stock.config.is_decoder:
             calls = [_stack]
-        right = all(_agree(call, stock, own, PATHS[1:2]) for call in calls)
+        right = all(_fastest(call, stock, own, PATHS[1:2]) != "torch" for call in calls)
         verdict = {"forward": PATHS[0] if right else "torch"}
         for kind, arguments in (_CALLS if decodes and right else {}).items():
             paths = PATHS[1:2] if kind in _ONLY_BY_HF_LOOP else PATHS[:2]
             call = partial(_generate, arguments=arguments)
-            verdict[kind] = next(iter(_agree(call, stock, own, paths)), "torch")
+            verdict[kind] = _fastest(call, stock, own, paths)
         return verdict
 
 
@@ -146,11 +149,11 @@ def _models(fast: type) -> tuple[Any, Any]:
     names: dict[str, Any] = dict(fast.trial_config)  # type: ignore[attr-defined]
     names |= {"vocab_size": _VOCABULARY, "pad_token_id": 0, "bos_token_id": 0}
     ends = list(range(1, 7))  # likely enough that rows end at different steps
-    stock_class = _stock(fast)
-    config = stock_class.config_class(**names, eos_token_id=ends)
+    stock_type = stock_class(fast)
+    config = stock_type.config_class(**names, eos_token_id=ends)
     if config.is_encoder_decoder:
         config.decoder_start_token_id = 0
-    stock = stock_class(config).eval()
+    stock = stock_type(config).eval()
     torch.manual_seed(0)
     for parameter in stock.parameters():
         noise = torch.randn(parameter.shape)
@@ -161,26 +164,20 @@ def _models(fast: type) -> tuple[Any, Any]:
     return stock, own
 
 
-def _stock(fast: type) -> Any:
-    return next(b for b in fast.__mro__ if b.__module__.startswith("transformers.models."))
-
-
-def _agree(call: _Call, stock: Any, own: Any, paths: Sequence[str]) -> list[str]:
-    """Those of ``paths`` on which our model gives what stock's does; one that fails does not."""
-    return [path for path, found in _results(call, stock, own, paths) if found]
-
-
-def _results(call: _Call, stock: Any, own: Any, paths: Sequence[str]) -> Iterator[tuple[str, bool]]:
+def _fastest(call: _Call, stock: Any, own: Any, paths: Sequence[str]) -> str:
+    """The first of ``paths`` on which our model gives what stock's does; failing is not that."""
     expected = None
     for path in paths:
         own._engine_options = replace(_OPTIONS, fast_loop=path == PATHS[0])
         try:
             expected = call(stock) if expected is None else expected
-            yield path, all(map(_equal, expected, call(own)))
+            if all(map(_equal, expected, call(own))):
+                return path
         except MissingRuntimeError:
             raise
         except Exception:  # whatever it is, torch alone has it not
-            yield path, False
+            continue
+    return "torch"
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -18,12 +18,20 @@ from transformers.models.bart.modeling_bart import BartDecoder, BartEncoder
 from fastgen.fallback import Asked
 from fastgen.graphs.decoder import DecoderRoot, Step
 from fastgen.graphs.shape import Shape
-from fastgen.modeling_seq2seq import FastSeq2SeqLM
 from fastgen.models.layers import Embedding, LayerNorm, Linear, Named
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
-from fastgen.pretrained import FastTask
-from fastgen.stacks import FastDecoder, FastEncoder
+from fastgen.tasks.decoder import FastDecoder
+from fastgen.tasks.encoder import FastEncoder
+from fastgen.tasks.heads import FastTask
+from fastgen.tasks.seq2seq import FastSeq2SeqLM
+
+__all__ = [
+    "FastBartForConditionalGeneration",
+    "FastBartForQuestionAnswering",
+    "FastBartForSequenceClassification",
+    "FastBartModel",
+]
 
 _OFFSET = 2  # rows of a table of positions before that of position 0
 _EPS = 1e-5  # of torch.nn.LayerNorm

@@ -18,13 +18,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from fastgen.errors import UnsupportedConfigError
 from fastgen.fallback import Asked
-from fastgen.hf.forward import forward_like
+from fastgen.hf.loading import FastPreTrained
 from fastgen.models.layers import Embedding, LayerNorm, Linear, Named
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
-from fastgen.pretrained import FastPreTrained, FastTask
-from fastgen.refusals import form_refusal
-from fastgen.stacks import FastEncoder
+from fastgen.tasks.encoder import FastEncoder
+from fastgen.tasks.heads import FastTask
+from fastgen.tasks.refusals import form_refusal
+
+__all__ = [
+    "FastBertForMaskedLM",
+    "FastBertForMultipleChoice",
+    "FastBertForNextSentencePrediction",
+    "FastBertForQuestionAnswering",
+    "FastBertForSequenceClassification",
+    "FastBertForTokenClassification",
+    "FastBertModel",
+]
 
 MOST_TOKENS_ON_A_GPU = 2048
 """Up to here launches cost most, which a captured graph saves; beyond it ONNX Runtime's attention
@@ -157,7 +167,6 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
     """BertModel on a compiled engine; its pooler is stock code."""
 
     trial_config = TRIAL_CONFIG
-    forward = forward_like(BertModel.forward)
     pooler: Any
     _more_ids = ("token_type_ids",)
     _packs = True

@@ -7,10 +7,12 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from fastgen.errors import UnsupportedConfigError
 from fastgen.graphs.decoder import DecoderRoot, Step
 from fastgen.graphs.shape import Shape
-from fastgen.modeling_causal import FastCausalLM
 from fastgen.models.layers import Conv1D, Embedding, LayerNorm, Linear
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
+from fastgen.tasks.causal import FastCausalLM
+
+__all__ = ["FastGPT2LMHeadModel"]
 
 
 class Attention(nn.Module):

@@ -10,10 +10,20 @@ from transformers import (
 )
 from transformers.models.mt5.modeling_mt5 import MT5Stack
 
-from fastgen.modeling_seq2seq import FastSeq2SeqLM
 from fastgen.models.t5 import TRIAL_CONFIG, Decoder, DecoderStack, Encoder
-from fastgen.pretrained import FastTask
-from fastgen.stacks import FastDecoder, FastEncoder
+from fastgen.tasks.decoder import FastDecoder
+from fastgen.tasks.encoder import FastEncoder
+from fastgen.tasks.heads import FastTask
+from fastgen.tasks.seq2seq import FastSeq2SeqLM
+
+__all__ = [
+    "FastMT5EncoderModel",
+    "FastMT5ForConditionalGeneration",
+    "FastMT5ForQuestionAnswering",
+    "FastMT5ForSequenceClassification",
+    "FastMT5ForTokenClassification",
+    "FastMT5Model",
+]
 
 
 class FastMT5Stack(FastEncoder, MT5Stack):

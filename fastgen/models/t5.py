@@ -23,12 +23,23 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from fastgen.errors import UnsupportedConfigError
 from fastgen.graphs.decoder import DecoderRoot, Step
 from fastgen.graphs.shape import Shape
-from fastgen.modeling_seq2seq import FastSeq2SeqLM
 from fastgen.models.layers import Embedding, Linear, RMSNorm, WideLinear
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
-from fastgen.pretrained import FastTask
-from fastgen.stacks import FastDecoder, FastEncoder
+from fastgen.tasks.decoder import FastDecoder
+from fastgen.tasks.encoder import FastEncoder
+from fastgen.tasks.heads import FastTask
+from fastgen.tasks.seq2seq import FastSeq2SeqLM
+
+__all__ = [
+    "FastT5",
+    "FastT5EncoderModel",
+    "FastT5ForConditionalGeneration",
+    "FastT5ForQuestionAnswering",
+    "FastT5ForSequenceClassification",
+    "FastT5ForTokenClassification",
+    "FastT5Model",
+]
 
 
 class Attention(nn.Module):

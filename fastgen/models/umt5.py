@@ -13,10 +13,20 @@ from transformers import (
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
 from fastgen.hf import contract
-from fastgen.modeling_seq2seq import FastSeq2SeqLM
 from fastgen.models.t5 import TRIAL_CONFIG, Decoder, DecoderStack, Encoder
-from fastgen.pretrained import FastTask
-from fastgen.stacks import FastDecoder, FastEncoder
+from fastgen.tasks.decoder import FastDecoder
+from fastgen.tasks.encoder import FastEncoder
+from fastgen.tasks.heads import FastTask
+from fastgen.tasks.seq2seq import FastSeq2SeqLM
+
+__all__ = [
+    "FastUMT5EncoderModel",
+    "FastUMT5ForConditionalGeneration",
+    "FastUMT5ForQuestionAnswering",
+    "FastUMT5ForSequenceClassification",
+    "FastUMT5ForTokenClassification",
+    "FastUMT5Model",
+]
 
 
 class FastUMT5Stack(FastEncoder, UMT5Stack):

@@ -1,29 +1,32 @@
-import pytest
 import torch
 
-from fastgen.bench.contenders import Contender
-from fastgen.bench.measure import WARM_UPS, Agreement, alternate
-from fastgen.bench.workload import Workload
+from fastgen.bench.contender import Contender
+from fastgen.bench.measure import WARM_UPS, alternate
+from fastgen.bench.workload import Encoding, Workload
 
 
 class Recorder(Contender):
-    """Writes down each call as (name, new tokens)."""
+    """Writes down each call as (name, new tokens), or an encoder's as its name."""
 
     package = "torch"
 
     def __init__(self, name, log):
-        super().__init__("cpu", torch.float32, vocab_size=16)
+        super().__init__("causal", "cpu", torch.float32, vocab_size=16)
         self.label, self.log = name, log
 
     def load(self, path):
         raise AssertionError("the stopwatch loads nothing")
 
-    def generate(self, inputs, workload):
-        assert inputs.shape == (1, 32)
-        self.log.append((self.label, workload.new_tokens))
+    def inputs(self, workload):
+        return "inputs"
 
-    def tokens(self, output):
-        raise AssertionError("the stopwatch reads no tokens")
+    def call(self, inputs, workload):
+        assert inputs == "inputs"
+        new = getattr(workload, "new_tokens", None)
+        self.log.append((self.label, new) if new else self.label)
+
+    def result(self, output):
+        raise AssertionError("the stopwatch reads no results")
 
 
 def test_contenders_take_turns_after_warm_up():
@@ -54,13 +57,11 @@ def test_no_contenders_no_rounds():
     assert nothing == {}
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"), [([1, 2, 3], None), ([1, 9, 3], 1), ([1, 2], 2), ([1, 2, 3, 4], 3)]
-)
-def test_agreement_finds_the_first_difference(row, expected):
-    agreement = Agreement.of([row, [5]], [[1, 2, 3], [5]])
-    assert agreement.first_difference == [expected, None]
-    assert agreement.equal is (expected is None)
-    assert agreement.summary == ("equal" if expected is None else "1 of 2 rows")
-    if expected is not None:
-        assert f"row 0 from new token {expected}" in str(agreement)
+def test_calls_of_an_encoder_have_no_first_token():
+    log = []
+    timings = alternate(
+        {"a": Recorder("a", log)}, Encoding(), repeats=2, min_seconds=0, progress=lambda doing: None
+    )
+    assert log == ["a"] * (WARM_UPS + 2)
+    assert len(timings["a"].calls_s) == 2
+    assert timings["a"].ttft_s is None

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from fastgen.bench import Session, Workload, run
-from fastgen.bench.contenders import CONTENDERS, HuggingFace, HuggingFaceStatic
+from fastgen.bench import Encoding, Session, Workload, run
+from fastgen.bench.generators import CONTENDERS, HuggingFace, HuggingFaceStatic
 
 SMALL = {"repeats": 1, "min_seconds": 0.0}
 
@@ -24,9 +24,40 @@ def test_entries_follow_from_the_measured_calls(tiny):
         assert entry.ms_per_token == pytest.approx(entry.calls_s[0] / 5 * 1e3)
         assert entry.tokens_per_s == pytest.approx(10 / entry.calls_s[0])
         assert entry.load_s is None
+        assert entry.floor_bytes > 0
+        assert entry.gb_per_s == pytest.approx(entry.floor_bytes / entry.ms_per_token / 1e6)
+        assert entry.share_of_floor == pytest.approx(entry.floor_ms / entry.ms_per_token)
     assert stock.ratio == pytest.approx(stock.ms_per_token / ours.ms_per_token)
     assert ours.agreement.equal
     assert stock.agreement is None
+    assert (ours.engine, stock.engine) == ("fast loop", None)
+
+
+@pytest.mark.parametrize("model", ["bert-tiny@random", "t5-tiny-encoder@random"])
+def test_an_encoder_is_measured_by_the_call(model):
+    workload = Encoding(batch=3, prompt_tokens=24, ragged=True)
+    with Session(model, peers=["hf", "hf-static"], threads=1) as session:
+        entries = session.measure(workload, fresh=False, **SMALL)
+        with pytest.raises(ValueError, match="Workload: no workload of"):
+            session.measure(Workload())
+    ours, stock = entries
+    assert (ours.name, stock.name) == ("fastgen", "hf")
+    assert ours.engine == "engine"
+    assert ours.agreement.equal
+    for entry in entries:
+        assert entry.reason is None
+        assert entry.ms_per_token is None
+        assert entry.ms_per_call == pytest.approx(entry.calls_s[0] * 1e3)
+        assert entry.tokens_per_s == pytest.approx(sum(workload.lengths) / entry.calls_s[0])
+        assert entry.share_of_floor == pytest.approx(entry.floor_ms / entry.ms_per_call)
+
+
+def test_a_model_without_an_encoder_generates_behind_its_prompt():
+    with Session("gpt2-tiny@random", peers=["hf"], threads=1) as session:
+        ours, stock = session.measure(Workload(batch=2, new_tokens=4), fresh=False, **SMALL)
+    assert (ours.reason, stock.reason) == (None, None)
+    assert (ours.new_tokens, stock.new_tokens) == (4, 4)
+    assert ours.agreement.equal
 
 
 def test_fresh_process_reports_load_time_and_memory(tiny):
@@ -47,21 +78,21 @@ def test_a_failing_contender_is_a_reason_and_the_others_are_measured(monkeypatch
         package = "no-such-package-at-all"
 
     class Failing(HuggingFace):
-        name = "failing"
+        name = "ctranslate2"
 
-        def generate(self, inputs, workload):
+        def call(self, inputs, workload):
             raise RuntimeError("boom")
 
     monkeypatch.setitem(CONTENDERS, "hf-static", Absent)
-    monkeypatch.setitem(CONTENDERS, "failing", Failing)
-    with Session("t5-tiny@random", peers=["hf", "hf-static", "failing"], threads=1) as session:
+    monkeypatch.setitem(CONTENDERS, "ctranslate2", Failing)
+    with Session("t5-tiny@random", peers=["hf", "hf-static", "ctranslate2"], threads=1) as session:
         entries = session.measure(Workload(new_tokens=2), fresh=False, **SMALL)
     reasons = {entry.name: entry.reason for entry in entries}
     assert reasons == {
         "fastgen": None,
         "hf": None,
         "hf-static": "not installed: pip install no-such-package-at-all",
-        "failing": "RuntimeError: boom",
+        "ctranslate2": "RuntimeError: boom",
     }
     assert [entry.name for entry in entries if entry.ms_per_token] == ["fastgen", "hf"]
 
@@ -71,7 +102,7 @@ def test_a_failing_contender_is_a_reason_and_the_others_are_measured(monkeypatch
     [
         ({"device": "tpu"}, "device 'tpu': allowed here are cpu"),
         ({"dtype": "int8"}, "dtype 'int8': allowed here are float32, float16, bfloat16"),
-        ({"peers": ["hff"]}, "peer 'hff': allowed here are hf, hf-static, ctranslate2"),
+        ({"peers": ["hff"]}, "peer 'hff': allowed here are hf, hf-static, hf-compile, c"),
     ],
 )
 def test_wrong_options_name_the_allowed_ones(options, message):

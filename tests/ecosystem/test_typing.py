@@ -1,6 +1,7 @@
 """The package as type checkers see it: real classes, and options by their names and types."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from importlib import resources
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastgen
+from fastgen import registry
 
 ROOT = Path(fastgen.__file__).parent.parent
 
@@ -68,13 +70,12 @@ def test_a_program_is_type_checked(tmp_path: Path) -> None:
 
 def test_type_checkers_see_every_public_name() -> None:
     assert resources.files("fastgen").joinpath("py.typed").is_file()
-    tree = ast.parse(Path(fastgen.__file__).read_text())
-    seen = {
-        alias.asname: node.module
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastgen.")
-        for alias in node.names
-        if alias.asname == alias.name  # or it were not exported
-    }
-    assert seen == fastgen._HOMES
+    seen = {}
+    for node in ast.walk(ast.parse(Path(fastgen.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom) and (home := node.module or "").startswith("fastgen."):
+            names = [alias.name for alias in node.names if alias.asname == alias.name]
+            if node.names[0].name == "*":
+                names = importlib.import_module(home).__all__
+            seen |= dict.fromkeys(names, home)
+    assert seen == registry.HOMES
     assert all(getattr(fastgen, name) for name in fastgen.__all__)

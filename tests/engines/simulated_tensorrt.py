@@ -20,8 +20,9 @@ import onnxruntime
 import pytest
 import torch
 
-from fastgen import cuda, modeling
+from fastgen import cuda
 from fastgen.engines import tensorrt, tensorrt_build
+from fastgen.hf import building
 from fastgen.target import tensorrt as tensorrt_target
 from tests.engines.strict_tensorrt import Module
 
@@ -316,7 +317,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, version: str = RTX) -> Module:
     monkeypatch.setattr(tensorrt_build, "make_logger", lambda trt: logger)
     monkeypatch.setattr(tensorrt, "ALIGNMENT", 1)  # the CPU's memory is aligned less
     monkeypatch.setattr(tensorrt, "_scratches", {})
-    monkeypatch.setattr(modeling, "choose_target", choose)
+    monkeypatch.setattr(building, "choose_target", choose)
     monkeypatch.setattr(cuda, "on_engine_stream", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     stream = SimpleNamespace(cuda_stream=1)

@@ -20,7 +20,7 @@ def on_the_graphs_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(options: Any, device: torch.device, dtype: torch.dtype) -> Target:
         return TARGET
 
-    monkeypatch.setattr("fastgen.modeling.choose_target", choose)
+    monkeypatch.setattr("fastgen.hf.building.choose_target", choose)
 
 
 @functools.cache

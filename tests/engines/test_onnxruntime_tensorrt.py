@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen import EngineOptions, cuda, engines, runtime
-from fastgen.engines import onnxruntime, onnxruntime_tensorrt
+from fastgen import EngineOptions, cuda, runtime
+from fastgen.engines import choice, onnxruntime, onnxruntime_tensorrt
 from fastgen.engines.onnxruntime import OnnxRuntimeEngine
 from fastgen.engines.recording import Recorder
 from fastgen.errors import MissingRuntimeError
@@ -48,14 +48,14 @@ def test_what_is_missing_is_named_with_the_command(
     fake = None if tensorrt is None else SimpleNamespace(__version__=tensorrt)
     module(monkeypatch, providers, fake)
     with pytest.raises(MissingRuntimeError, match=message) as error:
-        engines.backend("onnxruntime-tensorrt").check(DEVICE)
+        choice.backend("onnxruntime-tensorrt").check(DEVICE)
     assert 'pip install "fastgen[onnxruntime-tensorrt]"' in str(error.value)
 
 
 def test_a_machine_with_both_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     tensorrt = SimpleNamespace(__version__="10.16.1.11")
     module(monkeypatch, ["TensorrtExecutionProvider"], tensorrt)
-    engines.backend("onnxruntime-tensorrt").check(DEVICE)
+    choice.backend("onnxruntime-tensorrt").check(DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_weights_are_inputs_and_the_partition_is_told(monkeypatch: pytest.Monkey
     model: Any = build_pair("t5-1.1").fast
     target = replace(provider_target("float32"), device="cpu")
     recorder = Recorder()
-    monkeypatch.setattr(engines, "backend", lambda name: recorder)
+    monkeypatch.setattr(choice, "backend", lambda name: recorder)
     model.encoder._build_engine(target)
     parameters = dict(model.encoder.named_parameters(remove_duplicate=False))
     engine = OnnxRuntimeEngine(recorder.graphs["encoder"], target, parameters, EngineOptions())

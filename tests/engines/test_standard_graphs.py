@@ -14,8 +14,8 @@ import onnx
 import pytest
 import torch
 
-from fastgen import engines
 from fastgen.engine_cache import Artifact
+from fastgen.engines import choice
 from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.graphs.graph import Graph
 from fastgen.hf.contract import CACHE
@@ -37,10 +37,10 @@ def on_standard_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(options: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return cpu_target(str(dtype).removeprefix("torch."))
 
-    real = engines.backend
+    real = choice.backend
     choices = {"onnx reference": Reference()}
-    monkeypatch.setattr("fastgen.modeling.choose_target", choose)
-    monkeypatch.setattr(engines, "backend", lambda name: choices.get(name) or real(name))
+    monkeypatch.setattr("fastgen.hf.building.choose_target", choose)
+    monkeypatch.setattr(choice, "backend", lambda name: choices.get(name) or real(name))
 
 
 @functools.cache
@@ -180,7 +180,7 @@ def test_attention_as_products_gives_the_same_tokens(
 ) -> None:
     """As ONNX Runtime's TensorRT provider gets it."""
     target = replace(onnxruntime_tensorrt("float32"), device="cpu", backend="onnxruntime")
-    monkeypatch.setattr("fastgen.modeling.choose_target", lambda *_: target)
+    monkeypatch.setattr("fastgen.hf.building.choose_target", lambda *_: target)
     models = Pair(build_pair(name).stock, copy.deepcopy(build_pair(name).fast))
     found, _ = decode(models.fast, (PROMPT,) + (1,) * STEPS)
     torch.testing.assert_close(found, decode(models.stock, (1,) * (PROMPT + STEPS))[0], **CLOSE)
@@ -202,8 +202,8 @@ def graphs_of(model: Any, target: Target, monkeypatch: pytest.MonkeyPatch) -> di
             found[title] = weights_as_inputs(graph)
             return super().compile(graph)
 
-    monkeypatch.setattr("fastgen.modeling.choose_target", lambda *_: target)
-    monkeypatch.setattr(engines, "backend", lambda name: Kept())
+    monkeypatch.setattr("fastgen.hf.building.choose_target", lambda *_: target)
+    monkeypatch.setattr(choice, "backend", lambda name: Kept())
     model = copy.deepcopy(model)
     model.engine_options = {"disk_cache": False, "fused_kernels": False}
     model.compile_engine()

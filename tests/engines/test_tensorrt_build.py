@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fastgen import EngineOptions, engines
-from fastgen.decoder import Decoder
-from fastgen.engines import tensorrt_build
+from fastgen import EngineOptions
+from fastgen.engines import choice, tensorrt_build
 from fastgen.engines.recording import Recorder
 from fastgen.engines.tensorrt_build import FLAVOURS, Build, Range
 from fastgen.engines.weight_inputs import in_place, weights_as_inputs
 from fastgen.errors import EngineError, MissingRuntimeError
+from fastgen.execution.decoder import Decoder
 from fastgen.graphs.graph import Graph
-from fastgen.modeling import EngineModule
+from fastgen.hf.module import EngineModule
 from fastgen.target import Target, tensorrt
 from tests.configs import VARIANTS, build_pair
 
@@ -54,7 +54,7 @@ def recorded(
     model.engine_options = OPTIONS
     recorder, target = Recorder(), target or tensorrt(dtype, "tensorrt-rtx")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "backend", lambda name: recorder)
+        patch.setattr(choice, "backend", lambda name: recorder)
         parts = [m for m in model.modules() if isinstance(m, EngineModule) and not m._waits]
         built = [part._build_engine(target) for part in parts]
     return recorder.graphs, next(engine for engine in built if isinstance(engine, Decoder))

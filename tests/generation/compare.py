@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from fastgen import EngineOptions
-from fastgen.generation import beam, loop
+from fastgen.generation import beam_loop, loop
 from tests.configs import build_pair
 from tests.generation.calls import GenerateCall, keywords, outcome
 
@@ -66,7 +66,7 @@ def loops_run() -> Iterator[list[str]]:
 
     with (
         mock.patch.object(loop, "sample", spy("sample", loop.sample)),
-        mock.patch.object(beam, "beam_search", spy("beam_search", beam.beam_search)),
+        mock.patch.object(beam_loop, "beam_search", spy("beam_search", beam_loop.beam_search)),
     ):
         yield ran
 

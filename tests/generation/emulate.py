@@ -10,15 +10,15 @@ from unittest import mock
 
 import torch
 
-from fastgen import cuda
+from fastgen import cuda_graph
 from fastgen.capturable import RefuseDraws
-from fastgen.capturing import Capturing
-from fastgen.decoder import Decoder
+from fastgen.execution.capturing import Capturing
+from fastgen.execution.decoder import Decoder
 from fastgen.generation.loop import RUN_AHEAD, Loop
 
 
 class EagerGraph:
-    """In place of ``cuda.CapturedGraph``: the runs before a capture, then plain calls."""
+    """In place of ``cuda_graph.CapturedGraph``: the runs before a capture, then plain calls."""
 
     def __init__(
         self,
@@ -68,9 +68,9 @@ def gpu_paths(run_ahead: bool = False) -> Iterator[list[Any]]:
         for patch in (
             mock.patch.object(Capturing, "captures", property(lambda self: True)),
             mock.patch.object(Decoder, "step_with", spy),
-            mock.patch.object(cuda, "CapturedGraph", EagerGraph),
-            mock.patch.object(cuda, "GraphPool", lambda device: None),
-            mock.patch.object(cuda, "restorer", _restorer),
+            mock.patch.object(cuda_graph, "CapturedGraph", EagerGraph),
+            mock.patch.object(cuda_graph, "GraphPool", lambda device: None),
+            mock.patch.object(cuda_graph, "restorer", _restorer),
         ):
             stack.enter_context(patch)
         if run_ahead:

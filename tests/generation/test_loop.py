@@ -12,8 +12,8 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from fastgen import EngineOptions
-from fastgen.decoder import Decoder
 from fastgen.errors import FastgenError
+from fastgen.execution.decoder import Decoder
 from fastgen.generation import loop
 from tests.configs import build_pair, prompts
 from tests.generation.calls import GenerateCall, outcome

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen.bucket import Bucket
+from fastgen.execution.bucket import Bucket
 from tests.generation.emulate import gpu_paths
 from tests.helpers import copies
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen.capturing import CAPTURED_TOKENS
-from fastgen.encoder import Encoder
+from fastgen.execution.capturing import CAPTURED_TOKENS
+from fastgen.execution.encoder import Encoder
 from tests.gpu.models import DEVICE, DTYPES, error, fast_of, ids, mask, medium_stock, reference
 
 pytestmark = pytest.mark.cuda

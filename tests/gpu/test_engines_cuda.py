@@ -130,7 +130,7 @@ def test_the_first_call_may_be_in_a_side_stream() -> None:
 
 def test_cupy_arrays_go_in_and_come_out_without_a_copy() -> None:
     cupy = pytest.importorskip("cupy")
-    from fastgen.generation import as_torch
+    from fastgen.hf.forward import as_torch
 
     pair = cuda_pair("t5-1.1")
     source, prefix = ids(3, 12), ids(3, 5, seed=2)

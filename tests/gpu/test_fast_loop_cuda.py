@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from fastgen import EngineOptions, cuda
+from fastgen import EngineOptions, cuda_graph
 from tests.configs import build_pair, prompts
 from tests.generation.calls import GenerateCall, calls, outcome
 from tests.generation.compare import (
@@ -82,12 +82,12 @@ def captures() -> Iterator[list[Any]]:
     """The CUDA graphs that the body captures."""
     made: list[Any] = []
 
-    class Spy(cuda.CapturedGraph):
+    class Spy(cuda_graph.CapturedGraph):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             made.append(self)
             super().__init__(*args, **kwargs)
 
-    with mock.patch.object(cuda, "CapturedGraph", Spy):
+    with mock.patch.object(cuda_graph, "CapturedGraph", Spy):
         yield made
 
 

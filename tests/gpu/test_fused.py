@@ -8,9 +8,9 @@ import torch
 from transformers import T5Config, UMT5Config
 
 from fastgen import FastT5ForConditionalGeneration, FastUMT5ForConditionalGeneration
-from fastgen.bucket import Bucket, BucketSize
 from fastgen.engines.fused.engine import FusedEngine, supports
 from fastgen.engines.fused.ops import NotFused
+from fastgen.execution.bucket import Bucket, BucketSize
 from fastgen.target import onnxruntime_cuda
 from tests.gpu.torch_ops import TorchOps
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen.cuda import CapturedGraph
+from fastgen.cuda_graph import CapturedGraph
 from fastgen.hf.contract import CACHE
 from tests.gpu.memory import MIB, at_most, used
 from tests.gpu.models import DEVICE, cuda_copies, decoded, fast_of, ids, medium_stock

@@ -16,14 +16,14 @@ from transformers import MaxLengthCriteria
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from fastgen import EngineOptions
-from fastgen.bucket import Bucket, BucketSize
-from fastgen.generation.beam import Advance
+from fastgen.execution.bucket import Bucket, BucketSize
+from fastgen.generation.advance import Advance
 from fastgen.generation.call import Call
+from fastgen.generation.choose import Choose
 from fastgen.generation.kernels import Selection, selects_as_torch, top_places
-from fastgen.generation.loop import Choose
 from fastgen.generation.state import BeamState, SampleState
 from fastgen.graphs.shape import Shape
-from fastgen.kv_cache import StaticKVCache
+from fastgen.hf.cache import StaticKVCache
 from fastgen.target import onnxruntime_cuda
 
 pytestmark = pytest.mark.cuda

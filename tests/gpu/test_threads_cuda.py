@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fastgen import EngineOptions, cuda
+from fastgen import EngineOptions, cuda_graph
 from fastgen.generation import draws
 from tests.configs import build_pair
 from tests.gpu.models import DEVICE, cuda_pair, ids
@@ -164,7 +164,7 @@ def test_models_come_and_go_while_others_capture() -> None:
 
 def test_broken_captures_are_mended() -> None:
     """The stream is waited for in the middle of a capture, as no mode allows."""
-    capture, broken = cuda._capture, []
+    capture, broken = cuda_graph._capture, []
 
     def breaking(gpu: Any, function: Callable[[], None]) -> Any:
         def middle() -> None:
@@ -178,7 +178,7 @@ def test_broken_captures_are_mended() -> None:
     model = fast(MODELS[0])
     expected = [answer([model], number) for number in range(20)]
     model.invalidate_engine()
-    with mock.patch.object(cuda, "_capture", breaking):
+    with mock.patch.object(cuda_graph, "_capture", breaking):
         found = [answer([model], number) for number in range(20)]
     assert len(broken) > 8
     assert all(map(same, found, expected))

@@ -7,8 +7,8 @@ import torch
 
 from fastgen.engines import NotFused
 from fastgen.engines.fused.ops import FusedOps
+from fastgen.execution.packing import Packing
 from fastgen.ops.standard import Ops
-from fastgen.packing import Packing
 from tests.ops.test_standard import attend, check, random
 
 MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 1], [1, 1, 1, 1]])

@@ -1,0 +1,175 @@
+"""How a module's engine is made: its Target, the parts that no graph knows, the engine cache."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from onnxscript import nn as graph_nn
+
+from fastgen.engine_cache import Artifact, EngineCache
+from fastgen.engines import Engine, NoEngine, Unloadable, choice
+from fastgen.engines.choice import choose_target
+from fastgen.graphs import graph as graphs
+from fastgen.graphs.graph import TensorSpec
+from fastgen.hf.engine_key import engine_key
+from fastgen.hf.standing import Standing
+from fastgen.hf.stock import stock_class
+from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of
+from fastgen.target import Target
+
+_QUANTISED = "quantised or sharded, which only torch runs: load the model without that"
+
+_KNOWN_LIBRARIES = ("torch", "transformers", "fastgen")
+
+
+class BuildsEngines(torch.nn.Module):
+    """Mixin of a Hugging Face module that makes engines of its parameters."""
+
+    config: Any
+    device: torch.device
+    engine_options: Any
+    _copies: tuple[Fingerprint, ...] = ()
+    """What the weights were that engines hold a second time."""
+
+    def _called(self) -> tuple[type, ...]:
+        """Classes of the modules whose forward the engine's user calls, replaced or not."""
+        return (BuildsEngines,)
+
+    def _choose_target(self) -> Target:
+        parameters = tensors_of(self)
+        name, first = next(iter(parameters.items()))
+        try:
+            target = choose_target(self.engine_options, first.device, first.dtype)
+        except NoEngine as error:
+            raise self._while_as_it_is(name, first, str(error)) from error
+        kept = tuple(getattr(self, "_keep_in_fp32_modules", None) or ())
+        for name, parameter in parameters.items():
+            if type(parameter.data) is not torch.Tensor or parameter.layout != torch.strided:
+                reason = f"weights are no plain tensors ({name} is a {_kind(parameter)}): "
+                raise self._while_as_it_is(name, parameter, reason + _QUANTISED)
+            if not parameter.is_floating_point():
+                reason = f"weights are integers ({name} is {parameter.dtype}): "
+                raise self._while_as_it_is(name, parameter, reason + _QUANTISED)
+            if parameter.device != first.device:
+                raise NoEngine(f"{name} is on {parameter.device}, other weights on {first.device}")
+            wide = parameter.dtype == torch.float32 and any(k in name.split(".") for k in kept)
+            if parameter.dtype != first.dtype and not wide:
+                refuse_adapters(self)
+                raise NoEngine(f"{name} is {parameter.dtype}, other weights {first.dtype}")
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        return target
+
+    def _while_as_it_is(self, name: str, parameter: torch.Tensor, reason: str) -> Standing:
+        """A refusal that stands while the parameter is of its kind."""
+        path, _, leaf = name.rpartition(".")
+        kind = _kind(parameter), parameter.dtype, parameter.device
+
+        def still(part: torch.nn.Module) -> bool:
+            found = part._parameters.get(leaf)
+            return found is not None and (_kind(found), found.dtype, found.device) == kind
+
+        return Standing(reason, self.get_submodule(path), still)
+
+    def _engine_for(
+        self,
+        name: str,
+        root: graph_nn.Module,
+        target: Target,
+        method: str,
+        specs: tuple[Sequence[TensorSpec], Sequence[TensorSpec]],
+    ) -> Engine:
+        """Load graph ``name`` from the engine cache, or build and store it, and compile it.
+
+        Args:
+            root: graph modules with this module's parameter names, used for one graph only.
+            method: name of the method of ``root`` that builds the computation.
+            specs: the graph's inputs and outputs.
+        """
+        own = tensors_of(self)
+        wanted = {n for n, _ in root.named_parameters()}
+        if missing := sorted(wanted - own.keys()):
+            raise NoEngine(f"parameters were replaced: {missing[0]} is gone")
+        types = {n: (str(own[n].dtype).removeprefix("torch."), tuple(own[n].shape)) for n in wanted}
+        options, backend = self.engine_options, choice.backend(target.backend)
+        device = next(iter(own.values())).device
+        backend.check(device)
+
+        def build() -> Artifact:
+            graph = graphs.build(root, target, types, getattr(root, method), *specs)
+            return backend.compile(graph, name, options, device)
+
+        def load(artifact: Artifact) -> Engine:
+            return backend.load(artifact, target, own, options)
+
+        if kept := self._engine_cache():
+            fast = type(self).__qualname__
+            key = {"graph": name, "parameters": types, **engine_key(fast, self.config, target)}
+            key |= {"inputs": [asdict(spec) for spec in specs[0]]}
+            key |= {"backend": backend.key(target, options, device)}
+            where = f"({target.backend}, {target.device}, {target.dtype})"
+            engine = _kept(kept, key, build, load, title=f"{fast} {name} {where}")
+        else:
+            engine = load(build())
+        if copied := getattr(engine, "copied", ()):
+            self._copies += (Fingerprint(own[n] for n in copied),)
+        return engine
+
+    def _engine_cache(self) -> EngineCache | None:
+        options = self.engine_options
+        return EngineCache(options.cache_dir) if options.disk_cache else None
+
+    def _refuse_foreign_parts(self, roots: Sequence[graph_nn.Module], ignore: str) -> None:
+        """Adapters and the like add modules and parameters that no graph knows: torch runs them.
+
+        Args:
+            ignore: prefixes of the names of parts that ``roots`` do not stand for.
+        """
+        others = tuple(ignore.split())
+        refuse_adapters(self, others)
+        known = {name for root in roots for name, _ in root.named_parameters()}
+        for name, _ in self.named_parameters(remove_duplicate=False):
+            if name not in known and not name.startswith(others):
+                raise NoEngine(f"parameter {name} is not part of the {type(self).__name__} graph")
+        for name, module in self.named_modules():
+            home = type(module).__module__.partition(".")[0]
+            own = home in _KNOWN_LIBRARIES or isinstance(module, self._called())
+            if not own and not name.startswith(others):
+                kind = f"{type(module).__module__}.{type(module).__name__}"
+                raise NoEngine(f"module {name} is a {kind}, which no graph knows")
+        if changed := changed_part(self, self._twin(), others):
+            raise NoEngine(changed)
+
+    def _twin(self) -> torch.nn.Module:
+        """The stock module as its config makes it, without weights."""
+        with torch.device("meta"):
+            twin: torch.nn.Module = stock_class(type(self))(self.config)
+        return twin
+
+
+def _kept(
+    cache: EngineCache,
+    key: Mapping[str, object],
+    build: Callable[[], Artifact],
+    load: Callable[[Artifact], Engine],
+    title: str,
+) -> Engine:
+    """What the engine cache holds, loaded; one that its backend refuses is built anew, once."""
+    built = []
+
+    def noted() -> Artifact:
+        built.append(title)
+        return build()
+
+    try:
+        return load(cache.load_or_build(key, noted, title=title))
+    except Unloadable as error:
+        if built:  # again would be no other
+            raise
+        cache.discard(key, str(error))
+        return load(cache.load_or_build(key, build, title=title))
+
+
+def _kind(parameter: torch.Tensor) -> str:
+    return type(parameter.data).__name__

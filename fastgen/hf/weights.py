@@ -1,0 +1,319 @@
+"""Whether a module's weights are still those that its engines were built for."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
+from operator import contains, is_, itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.modules import module as modules
+from transformers import PreTrainedModel
+
+from fastgen.hf.standing import Standing
+
+# transformers leaves these on a model once output_attentions was asked for; they only listen
+_RECORDING_HOOKS = "transformers.utils.output_capturing"
+
+# gradient_checkpointing_enable() leaves this one on the embeddings: it asks for gradients of their
+# output, which no call without gradients computes
+INPUT_GRADIENT_HOOK = ("transformers.modeling_utils", "make_inputs_require_grads")
+
+# A new head or resized embeddings start in training mode, where these compute the same
+_SAME_IN_TRAINING = (
+    *(torch.nn.Linear, torch.nn.Embedding),
+    *(torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential),
+)
+
+# The modules of torch.ao.quantization, whose Linear is no torch.nn.Linear
+_QUANTISED = "torch.ao.nn."
+
+_NOT_COMPUTED = ("training", "gradient_checkpointing", "dropout", "dropout_rate")
+
+# What a forward may compute with, besides weights
+_PLAIN = (bool, int, float, str)
+
+# Parts of torch whose numbers are the sizes of their weights, or count in training only
+_ONLY_WEIGHTS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.dropout._DropoutNd)
+
+
+def tensors_of(root: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a graph may read, by name: parameters, and the buffers that are computed with."""
+    found: dict[str, torch.Tensor] = dict(root.named_parameters(remove_duplicate=False))
+    for path, module in root.named_modules(remove_duplicate=False):
+        for name in _computed_with(module):
+            found[f"{path}.{name}" if path else name] = module._buffers[name]
+    return found
+
+
+_LOOKED_AT = itemgetter(
+    "training", "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"
+)
+
+
+class Glance:
+    """What a module looks like; tells in a microsecond a layer's part that nothing has changed.
+
+    It looks at all that ``weights_state`` does, but at whole lists instead of module by module. No
+    weight is read: its memory may have moved since.
+    """
+
+    def __init__(self, root: torch.nn.Module, versions: bool) -> None:
+        """``root`` itself is not kept: it keeps its Glance. See ``weights_state``."""
+        self.descendants = [*_walk(root)][1:]
+        self._attributes = [*map(vars, self.descendants)]
+        self._root_plain = _plain_getter(root)
+        plain = ((_plain_getter(module), vars(module)) for module in self.descendants)
+        self._plain = [(getter, attributes) for getter, attributes in plain if getter is not None]
+        self._versions = versions
+        modules = [root, *self.descendants]
+        self._buffers = [(m._buffers, name) for m in modules for name in _computed_with(m)]
+        self._tensors = [*root.parameters(), *(table[name] for table, name in self._buffers)]
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._objects, self._values = self._look(root)
+
+    def same(self, root: torch.nn.Module) -> bool:
+        """Whether everything is as it was when the Glance was made."""
+        try:
+            objects, values = self._look(root)
+        except KeyError:  # an attribute is gone
+            return False
+        # identities, as comparing two tensors gives a tensor; the lengths are among the values
+        return values == self._values and all(map(is_, objects, self._objects))
+
+    def in_place(self) -> bool:
+        """Whether the parameters' memory is where it was: of all things the one that engines must
+        know of before each of their runs."""
+        return [tensor.data_ptr() for tensor in self._tensors] == self._places
+
+    def _look(self, root: torch.nn.Module) -> tuple[list[Any], list[Any]]:
+        attributes = [vars(root), *self._attributes]
+        training, children, parameters, *hooks = zip(*map(_LOOKED_AT, attributes), strict=True)
+        buffers = [table[name] for table, name in self._buffers]
+        tensors = [p for p in _entries(parameters) if p is not None] + buffers
+        objects = [*_entries(children), *_entries(parameters), *_entries(chain(*hooks)), *buffers]
+        for getter, part in self._plain:
+            objects += getter(part)
+        if self._root_plain is not None:
+            objects += self._root_plain(vars(root))
+        values = [
+            len(objects),
+            training,
+            *([*map(len, tables)] for tables in (children, parameters)),
+            [type(root), *map(type, self.descendants)],
+            [*map(contains, attributes, repeat("forward"))],
+            [tensor.data_ptr() for tensor in tensors],
+            [tensor.shape for tensor in tensors],
+            [tensor.stride() for tensor in tensors],
+        ]
+        if self._versions:
+            values.append([t._version for t in tensors if not t.is_inference()])
+        values.append((_config_fields(root), _global_hooks()))
+        return objects, values
+
+
+class Fingerprint:
+    """What matrices held when it was made, as sums of their bits along both axes.
+
+    It tells of edits that torch keeps no count of, for as long as a pass over the memory takes.
+    """
+
+    def __init__(self, matrices: Iterable[torch.Tensor]) -> None:
+        """``matrices`` are fp32, on the CPU."""
+        unique = {matrix.data_ptr(): matrix.detach() for matrix in matrices}
+        self._matrices = [*unique.values()]
+        self._sums = self._look()
+
+    def same(self) -> bool:
+        """Whether the matrices, which must be where they were, still hold the same."""
+        return all(map(np.array_equal, self._look(), self._sums))
+
+    def _look(self) -> list[np.ndarray]:
+        # NumPy: after torch's parallel sums its threads would spin where the engine's are to run
+        sums = []
+        for matrix in self._matrices:
+            bits = matrix.numpy().view(np.int32 if matrix.shape[-1] % 2 else np.int64)
+            sums += [np.add.reduce(bits, axis, dtype=bits.dtype) for axis in (0, 1)]
+        return sums
+
+
+def _computed_with(module: torch.nn.Module) -> list[str]:
+    """Names of the buffers that a graph may compute with: what a checkpoint holds, but for whole
+    numbers, which are positions and masks."""
+    buffers = module._buffers.items() if module._buffers else ()
+    passing = module._non_persistent_buffers_set
+    return [n for n, b in buffers if b is not None and b.is_floating_point() and n not in passing]
+
+
+def _plain_getter(module: torch.nn.Module) -> Callable[[dict[str, Any]], tuple[Any, ...]] | None:
+    """What takes from a module's attributes those that a forward may compute with."""
+    names = _plain_attributes(module)
+    return itemgetter("training", *names) if names else None  # of one name it gives no tuple
+
+
+def _plain_attributes(module: torch.nn.Module) -> list[str]:
+    if isinstance(module, _ONLY_WEIGHTS):
+        return []
+    attributes = vars(module)
+    names: Iterable[str] = attributes
+    if isinstance(module, PreTrainedModel):  # on which programs put attributes of their own
+        names = [name for name in _stock_attributes.get(type(module), ()) if name in attributes]
+    return [
+        name
+        for name in names
+        if type(attributes[name]) in _PLAIN
+        and not name.startswith("_")
+        and name not in _NOT_COMPUTED
+    ]
+
+
+_stock_attributes: dict[type, list[str]] = {}
+"""Numbers that Hugging Face's own class gives its models, by class; known with the first engine."""
+
+
+def _global_hooks() -> int:
+    return len(modules._global_forward_hooks) + len(modules._global_forward_pre_hooks)
+
+
+def _config_fields(root: torch.nn.Module) -> list[tuple[str, Any]]:
+    """What a config says of the computation, in as far as it may be compared."""
+    config = getattr(root, "config", None)
+    return [] if config is None else [(n, _frozen(v)) for n, v in vars(config).items()]
+
+
+def _frozen(value: Any) -> Any:
+    """A config's value as it is now; of what is no plain data, its type."""
+    if type(value) in _PLAIN or value is None:
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_frozen(item) for item in value]
+    if isinstance(value, dict):
+        return [(key, _frozen(item)) for key, item in value.items() if type(key) in _PLAIN]
+    return type(value)
+
+
+def changed_part(
+    module: torch.nn.Module, twin: torch.nn.Module, ignore: tuple[str, ...]
+) -> str | None:
+    """What about the parts of ``module`` is not as in ``twin``, which its config alone made."""
+    twins = dict(twin.named_modules())
+    for name, part in module.named_modules():
+        other = twins.get(name)
+        if other is None or (name and name.startswith(ignore)):
+            continue
+        if name and not isinstance(part, type(other)):
+            kinds = [type(part), type(other)]
+            same = kinds[0].__name__ == kinds[1].__name__
+            found, made = (f"{k.__module__}." * same + k.__name__ for k in kinds)
+            return f"{name} is a {found}, not a {made}"
+        if getattr(part, "max_norm", None) is not None:
+            return f"{name} has a max_norm: it edits its weights while it runs"
+        if isinstance(other, PreTrainedModel):
+            numbers = [
+                key for key, value in vars(other).items() if type(value) in (int, float, bool)
+            ]
+            _stock_attributes[type(other)] = _stock_attributes[type(part)] = numbers
+        for field in _plain_attributes(other):
+            value, found = vars(other)[field], vars(part).get(field)
+            if found != value:
+                where = f"{name}.{field}" if name else field
+                return f"{where}={found}, where the config makes it {value}"
+    return None
+
+
+def _entries(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, filter(None, tables)))
+
+
+def weights_state(
+    root: torch.nn.Module, versions: bool, own: type | tuple[type, ...]
+) -> tuple[Any, ...]:
+    """Types of all modules, place and layout of all parameters, in a fixed order.
+
+    Args:
+        versions: adds how often each parameter was edited in place, for engines that copy them.
+        own: classes of the modules that may replace a forward.
+
+    Raises:
+        NoEngine: a module does what only torch can do; the message says what.
+    """
+    state: list[Any] = []
+    if _global_hooks():
+        reason = "torch has hooks for the forward of all modules, which only torch runs: remove"
+        raise Standing(f"{reason} them", root, lambda _: bool(_global_hooks()))
+    for module in _walk(root):
+        kind = type(module)
+        if (module._forward_hooks or module._forward_pre_hooks) and _has_hooks(module):
+            reason = "a module has forward hooks, which only torch runs: remove them"
+            raise Standing(f"{reason} (of a {kind.__name__})", module, _has_hooks)
+        if "forward" in module.__dict__ and not isinstance(module, own):
+            reason = f"the forward of a {kind.__name__} was replaced, which only torch runs"
+            raise Standing(reason, module, lambda part: "forward" in part.__dict__)
+        if kind.__module__.startswith(_QUANTISED):
+            reason = "weights are quantised by torch.ao.quantization (quantize_dynamic, say)"
+            raise Standing(f"{reason}, which only torch runs: leave that out", module, _is_a(kind))
+        if module.training and not isinstance(module, _SAME_IN_TRAINING):
+            part = "the model" if module is root else f"a {kind.__name__}"
+            reason = f"{part} is in training mode: call model.eval()"
+            raise Standing(reason, module, lambda part: part.training)
+        state.append(type(module))
+        state += [(name, vars(module)[name]) for name in _plain_attributes(module)]
+        buffers = [module._buffers[name] for name in _computed_with(module)]
+        for parameter in (*module._parameters.values(), *buffers):
+            if parameter is not None:
+                state += (parameter.data_ptr(), parameter.shape, parameter.stride())
+                if versions and not parameter.is_inference():
+                    state.append(parameter._version)
+    return (*state, *_config_fields(root))
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a module has hooks that may change what it computes."""
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        home, name = (getattr(hook, key, "") for key in ("__module__", "__name__"))
+        if home != _RECORDING_HOOKS and (home, name) != INPUT_GRADIENT_HOOK:
+            return True
+    return False
+
+
+def _is_a(kind: type) -> Callable[[torch.nn.Module], bool]:
+    return lambda part: type(part) is kind
+
+
+def refuse_adapters(root: torch.nn.Module, others: tuple[str, ...] = ()) -> None:
+    """Adapters of PEFT's kind compute beside the weights until they are merged into them.
+
+    Raises:
+        NoEngine: there is one, outside of the parts whose names begin with ``others``.
+    """
+    for name, part in root.named_modules():
+        kind = type(part)
+        if "base_layer" in part._modules and not name.startswith(others or ("\0",)):
+            where = f"{name} is a {kind.__module__}.{kind.__name__}"
+            raise Standing(
+                f"an adapter (LoRA, say) is not merged into the weights ({where}): call "
+                "merge_and_unload() of its PeftModel",
+                part,
+                _is_a(kind),
+            )
+
+
+def asks_for_gradients(root: torch.nn.Module) -> bool:
+    """Whether a call with gradients enabled may be asked for some; by far quicker than
+    ``root.parameters()`` where all are frozen."""
+    for module in _walk(root):
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                return True
+        if module._forward_hooks and isinstance(module, torch.nn.Embedding):
+            return True  # one that asks for gradients of what it returns
+    return False
+
+
+def _walk(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Like ``root.modules()``, several times faster."""
+    stack = [root]
+    while stack:
+        module = stack.pop()
+        yield module
+        stack.extend(child for child in module._modules.values() if child is not None)

@@ -1,0 +1,117 @@
+"""The bytes of a step's launches, recorded on the CPU: only addresses are looked at."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import T5Config
+
+from benchmarks.kernels import kinds
+from fastgen import FastT5ForConditionalGeneration
+from fastgen.engines.fused.engine import FusedEngine
+from fastgen.engines.fused.ops import FusedOps
+from fastgen.engines.fused.wide import WideOps
+from fastgen.execution.bucket import Bucket, BucketSize
+from fastgen.target import onnxruntime_cuda
+
+E, HEADS, D, F, V, LAYERS = 32, 4, 16, 96, 128, 3
+KV = HEADS * D
+FILLED = 9  # slots before the step
+
+
+@pytest.fixture
+def model(monkeypatch):
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    sizes = {"d_model": E, "num_heads": HEADS, "d_kv": D, "d_ff": F, "vocab_size": V}
+    config = T5Config(**sizes, num_layers=LAYERS, decoder_start_token_id=0)
+    return FastT5ForConditionalGeneration(config)
+
+
+def recorded(model, vocabulary, size):
+    """What a step over a bucket of this size is recorded as, and the bucket."""
+    root, target = model._decoder_root(), onnxruntime_cuda("float32")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    engine = FusedEngine(root, root.decode, target, parameters)
+    bucket = Bucket(root.shape, target, torch.device("cpu"), size)
+    bucket.tensors["first_slot"].fill_(FILLED)
+    ops = vocabulary(target, engine._parameters, bucket.tensors)
+    inputs = {name: tensor for name, tensor in bucket.tensors.items() if name != "logits"}
+    results = root.decode(ops, **inputs)
+    ops.store(results["logits"], bucket.tensors["logits"])
+    return kinds(ops, [lambda stream: None] * len(ops.launches)), ops, bucket
+
+
+def attention_bytes(found, own):
+    """Bytes of each attention: the step's own slots', or the source's."""
+    (size,) = {
+        kind.bytes / len(kind.runs)
+        for name, kind in found.items()
+        if name.startswith("attention") and (f", {str(own).lower()}, " in name)
+    }
+    return size
+
+
+def test_all_launches_have_a_kind(model):
+    found, ops, _ = recorded(model, FusedOps, BucketSize(1, 1, 64, 32))
+    assert sum(len(kind.runs) for kind in found.values()) == len(ops.launches)
+    assert len(found["embedding"].runs) == 1
+    kinds_of_layers = [kind for kind in found.values() if len(kind.runs) % LAYERS == 0]
+    assert len(kinds_of_layers) >= 5
+
+
+def test_self_attention_reads_filled_slots_and_writes_new_ones(model):
+    batch, queries, slots = 2, 2, 64
+    found, _, bucket = recorded(model, FusedOps, BucketSize(batch, queries, slots, 32))
+    rows, seen = batch * queries, FILLED + queries
+    kv = 2 * batch * seen * KV + 2 * rows * KV
+    attended = 3 * rows * KV + rows * KV  # q, k, v in, the result out
+    mask = batch * queries * seen
+    table = next(bucket.tensors[name] for name in bucket.shape.tables)
+    integers = 8 * (seen + queries + batch)  # positions of slots and queries, first slots
+    expected = 4 * (kv + attended + mask) + table.nbytes + integers
+    assert attention_bytes(found, own=True) == expected
+
+
+def test_cross_attention_reads_all_of_the_source(model):
+    batch, sources = 2, 32
+    found, _, _ = recorded(model, FusedOps, BucketSize(batch, 1, 64, sources))
+    elements = 2 * batch * sources * KV + 2 * batch * KV + batch * sources  # k, v; q, y; mask
+    assert attention_bytes(found, own=False) == 4 * elements
+
+
+def test_embedding_reads_a_row_for_each_token(model):
+    found, _, _ = recorded(model, FusedOps, BucketSize(3, 1, 64, 32))
+    assert found["embedding"].bytes == 3 * (8 + 4 * E + 4 * E)  # id, its row, the residual stream
+
+
+@pytest.mark.parametrize(("vocabulary", "rows"), [(FusedOps, 2), (WideOps, 20)])
+def test_products_read_each_weight_once(model, vocabulary, rows):
+    found, _, _ = recorded(model, vocabulary, BucketSize(rows, 1, 64, 32))
+    inside = vocabulary is FusedOps  # norms are part of the products that read them
+
+    def product(inputs, outputs, count=1, normed=False, added=False):
+        norm = inputs if normed and inside else 0
+        reads = inputs if inside else inputs * count  # together, or one after the other
+        written = outputs * (2 if added else 1)
+        return count * inputs * outputs + norm + rows * (reads + count * written)
+
+    layer = product(E, KV, 3, normed=True) + 2 * product(KV, E, added=True)
+    layer += product(E, KV, normed=True) + product(E, F, normed=True) + product(F, E, added=True)
+    expected = LAYERS * layer + product(E, V, normed=True)
+    products = [k.bytes for n, k in found.items() if n.startswith(("linear", "cuBLAS"))]
+    assert sum(products) == 4 * expected
+    norms = [kind for name, kind in found.items() if name.startswith("norm")]
+    assert sum(kind.bytes for kind in norms) == (not inside) * 4 * (3 * LAYERS + 1) * (
+        2 * rows * E + E
+    )
+
+
+def test_what_is_added_is_read_and_written(model):
+    found, _, _ = recorded(model, WideOps, BucketSize(20, 1, 64, 32))
+    added = found[f"cuBLAS<{KV}, {E}, ADD>"]
+    assert len(added.runs) == 2 * LAYERS  # of self- and of cross-attention
+    assert added.bytes == 2 * LAYERS * 4 * (20 * KV + KV * E + 2 * 20 * E)
+    stored = found[f"cuBLAS<{E}, {V}, STORE>"]
+    assert stored.bytes == 4 * (20 * E + E * V + 20 * V)
