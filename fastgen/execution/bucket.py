@@ -44,6 +44,8 @@ class Bucket:
         self.cross_kv = self._empty(kv, *target.kv_shape(batch, *self._heads(sources)))
         self.prefix = 0
         """Slots of a prompt that all query tokens of a row share; behind it, each has its own."""
+        self.prefix_slots = torch.zeros(1, dtype=torch.int64, device=device)
+        """The same, where captured graphs read it."""
         self.tensors = {
             "input_ids": torch.zeros(batch, queries, dtype=torch.int64, device=device),
             "slot_positions": (torch.arange(slots, device=device) // queries).view(1, slots),
@@ -107,6 +109,7 @@ class Bucket:
         self.tensors["slot_positions"].copy_(places[None])
         self.owners.copy_(torch.where(slots < length, -1, (slots - length) % queries))
         self.prefix = length
+        self.prefix_slots.fill_(length)
 
     def slots_of(self, length: int) -> int:
         """How many slots hold ``length`` tokens of each sequence."""

@@ -10,8 +10,11 @@ from typing import Any, Protocol
 import torch
 
 from fastgen.engines import Binding, Engine, NotFused
+from fastgen.engines.fused.engine import FusedEngine
+from fastgen.engines.fused.prompt import KERNEL_ROWS
 from fastgen.execution.bucket import Bucket, BucketPool, BucketSize, Leases
 from fastgen.execution.capturing import Capturing, SourceBuffers, source_mask
+from fastgen.execution.prompt import Prompt
 from fastgen.graphs.shape import LAST_STATE, Shape, state_names
 from fastgen.options import EngineOptions
 from fastgen.target import Target
@@ -54,7 +57,7 @@ class Decoder(Capturing):
         device: torch.device,
         cross: Engine | None,
         decoder: DecoderEngines,
-        fused: Engine | None,
+        fused: FusedEngine | None,
         options: EngineOptions,
     ) -> None:
         """
@@ -274,6 +277,8 @@ class Decoder(Capturing):
             last = max(1, last)
         outputs = self._outputs(batch, queries, last, states)
         bucket.tensors["first_slot"].fill_(length)
+        if last == 0 and not states and self._runs_prompt(bucket, input_ids, length):
+            return outputs
         tensors = bucket.tensors | {
             "input_ids": input_ids.contiguous(),
             "query_positions": positions[:, None],
@@ -288,6 +293,31 @@ class Decoder(Capturing):
             tensors["slot_mask"] = torch.zeros(shape, dtype=bucket.dtype, device=self.device)
         self.decoder(False, bucket.size.slots, states).bind(tensors).run()
         return outputs
+
+    def _runs_prompt(self, bucket: Bucket, input_ids: torch.Tensor, length: int) -> bool:
+        """Run tokens [B, Q] of a prompt by fused kernels, if they serve it: as one captured graph
+        for each padded size, where launching takes longest."""
+        if self.fused is None or self.shape.source:
+            return False
+        batch, queries = input_ids.shape
+        padded = self.sources_for(queries)
+        captured = self.captures and batch * padded <= KERNEL_ROWS
+        if not captured:
+            padded = queries
+        key = "prompt", padded, None if captured else length
+        fused = self.fused
+
+        def make() -> Prompt:
+            prompt = Prompt(fused, bucket, padded, length)
+            return prompt.with_run(self._captured(prompt.run)) if captured else prompt
+
+        try:
+            prompt = self._step(bucket, key, make)
+        except NotFused:  # a size, say: the decoder engine serves all
+            return False
+        prompt.fill(input_ids, length)
+        prompt.run()
+        return True
 
     def step(self, bucket: Bucket) -> Callable[[], None]:
         """The function that runs one step over the bucket's tensors: a graph replay on a GPU."""

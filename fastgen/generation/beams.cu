@@ -3,7 +3,7 @@
 // The reference is advance.py's Advance: the results are equal bit for bit. So products and sums must
 // not become one instruction where torch rounds both.
 //
-// Axes: B rows, N beams, C candidates, T capacity in tokens, P cached positions.
+// Axes: B rows, N beams, C candidates, T capacity in tokens.
 
 constexpr int MAX_BEAMS = 16, MAX_CANDIDATES = 256;
 constexpr float NEVER = -1.0e9f;  // transformers' score of what must not be chosen
@@ -20,9 +20,10 @@ struct BeamArgs {
     int64 *index, *count, *steps;               // [1]
     bool *done, *seen;                          // [1]; seen in host memory
     int64 *input_ids, *positions, *first_slot;  // [B, N], [N], [B]
-    T* slot_mask;                               // [B, 1, N, P * N]
+    T* slot_mask;                               // [B, 1, N, slots]
+    const int64* prefix;                        // [1]: slots of a prompt that all beams share
     uint64* arrived;                            // [1]: 0 between launches
-    int vocabulary, beams, candidates, capacity, cached, ends, early;
+    int vocabulary, beams, candidates, capacity, slots, ends, early;
 };
 
 // One row's candidates, and which of them the next beams are.
@@ -67,18 +68,19 @@ INLINE void store(E* running, E* kept, const int* added, int offset, int at, boo
     }
 }
 
-// Ancestors, and the mask that shows each beam the slots of its own.
+// Ancestors, and the mask that shows each beam the slots of its own: N of each position behind the
+// prefix, which every beam sees.
 INLINE void store_ancestors(int64* ancestors, T* mask, int at, const Candidates& row,
                             const Columns& c, int t, const BeamArgs& a) {
     if (t >= c.count) return;
+    const int64 prefix = *a.prefix, slot = prefix + (t - prefix) * a.beams;
 #pragma unroll 1
     for (int n = 0; n < a.beams; n++) {
         const int owner = t == at ? n : c.first[row.beam[row.chosen[n]] * c.stride];
         ancestors[n * a.capacity + t] = owner;
-        if (t >= a.cached) continue;
+        if (t < prefix || slot + a.beams > a.slots) continue;
 #pragma unroll 1
-        for (int m = 0; m < a.beams; m++)
-            mask_out(owner != m, mask[((int64)n * a.cached + t) * a.beams + m]);
+        for (int m = 0; m < a.beams; m++) mask_out(owner != m, mask[(int64)n * a.slots + slot + m]);
     }
 }
 
@@ -194,7 +196,7 @@ extern "C" __global__ void advance(BeamArgs a) {
         sums += __shfl_sync(~0u, before, 0);
         if ((sums & 0xffff) == gridDim.x) move_on(sums, at, count, done, a);
     }
-    T* mask = a.slot_mask + (int64)b * a.beams * a.cached * a.beams;
+    T* mask = a.slot_mask + (int64)b * a.beams * a.slots;
     for (int t = column; t < c.count; load_column(t += stride)) {
         if (table == 0)
             store(a.running + first, a.sequences + first, row.token, 0, at, done, row, c, t, a);

@@ -5,7 +5,7 @@
 constexpr int MAX_ENDS = 32, LOADS = 4;  // 16-byte loads of a thread that are under way at once
 
 struct GreedyArgs {
-    const T* logits;    // [rows, vocabulary], rows 16-byte aligned if ``packs``
+    const T* logits;    // [rows, vocabulary], the first 16-byte aligned
     const int64* pad;   // [1]: with ``pads``, what finished rows continue with
     const int64* eos;   // [ends]
     int64* sequences;   // [rows, capacity]
@@ -17,7 +17,7 @@ struct GreedyArgs {
     bool* seen;         // [rows]: the same in host memory
     uint64* best;       // [rows, gridDim.x]
     unsigned* arrived;  // [1]: 0 between launches
-    int rows, vocabulary, packs, capacity, ends, pads, stops;
+    int rows, vocabulary, capacity, ends, pads, stops;
 };
 
 // A value and its place as one number that is greatest for torch.argmax's choice: NaN before all,
@@ -39,20 +39,25 @@ INLINE uint64 block_argmax(const T* logits, const GreedyArgs& args) {
         const float x = to_float(logit);
         if (!(x <= best) && best == best) best = x, place = i;
     };
-    for (int start = first; start < args.packs; start += LOADS * stride) {
+    // A row begins anywhere between 16-byte boundaries: in front of the first and behind the last
+    // are up to COUNT - 1 logits on their own
+    const int head = (int)(-(int64)blockIdx.y * args.vocabulary & (COUNT - 1));
+    const int packs = max(args.vocabulary - head, 0) / COUNT;
+    if (first < min(head, args.vocabulary)) look(logits[first], first);
+    for (int start = first; start < packs; start += LOADS * stride) {
         Pack pack[LOADS];
 #pragma unroll
         for (int i = 0; i < LOADS; i++)
-            if (start + i * stride < args.packs)
-                pack[i] = ((const Pack*)logits)[start + i * stride];
+            if (start + i * stride < packs)
+                pack[i] = ((const Pack*)(logits + head))[start + i * stride];
 #pragma unroll
         for (int i = 0; i < LOADS; i++)
-            if (start + i * stride < args.packs)
+            if (start + i * stride < packs)
 #pragma unroll
                 for (int e = 0; e < COUNT; e++)
-                    look(pack[i].element[e], (start + i * stride) * COUNT + e);
+                    look(pack[i].element[e], head + (start + i * stride) * COUNT + e);
     }
-    for (int i = args.packs * COUNT + first; i < args.vocabulary; i += stride) look(logits[i], i);
+    for (int i = head + packs * COUNT + first; i < args.vocabulary; i += stride) look(logits[i], i);
 
     __shared__ uint64 bests[32];
     uint64 all = ranked(best, place);

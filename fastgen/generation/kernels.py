@@ -39,7 +39,7 @@ def _fields(pointers: str, numbers: str) -> list[tuple[str, type]]:
 class GreedyArgs(ctypes.Structure):
     _fields_ = _fields(
         "logits pad eos sequences index input_ids position first_slot unfinished seen best arrived",
-        "rows vocabulary packs capacity ends pads stops",
+        "rows vocabulary capacity ends pads stops",
     )
 
 
@@ -47,8 +47,8 @@ class BeamArgs(ctypes.Structure):
     _fields_ = _fields(
         "top indices limit eos final_divisor best_divisor running sequences ancestors "
         "running_parents parents running_scores scores finished improvable index count steps "
-        "done seen input_ids positions first_slot slot_mask arrived",
-        "vocabulary beams candidates capacity cached ends early",
+        "done seen input_ids positions first_slot slot_mask prefix arrived",
+        "vocabulary beams candidates capacity slots ends early",
     )
 
 
@@ -99,8 +99,6 @@ def beam_obstacle(
     state: BeamState, bucket: Bucket, options: EngineOptions, candidates: int
 ) -> str | None:
     """Why ``BeamTail`` cannot serve these beams; None if it can."""
-    if bucket.prefix:
-        return "beams share the prompt's slots"
     if state.beams > MAX_BEAMS or candidates > MAX_CANDIDATES:
         return f"{state.beams} beams, {candidates} candidates: more than the kernel serves"
     obstacle = _obstacle(bucket, options, state.eos.numel())
@@ -152,7 +150,6 @@ class GreedyTail(_Tail):
         state, bucket, address = self._state, self._bucket, self._address
         tensors, logits = bucket.tensors, bucket.tensors["logits"]
         rows, vocabulary = bucket.size.batch, logits.shape[-1]
-        per_pack = 16 // logits.element_size()
         shares = min(-(-vocabulary // _SHARE), _MAX_SHARES)
         arguments = GreedyArgs(
             logits=address(logits, bucket.dtype),
@@ -169,7 +166,6 @@ class GreedyTail(_Tail):
             arrived=self._scratch(1),
             rows=rows,
             vocabulary=vocabulary,
-            packs=0 if vocabulary % per_pack else vocabulary // per_pack,
             capacity=state.sequences.shape[1],
             ends=state.eos.numel(),
             pads=self._pads,
@@ -289,12 +285,13 @@ class BeamTail(_Tail):
             count=address(state.new),
             positions=address(tensors["query_positions"]),
             slot_mask=address(tensors["slot_mask"], bucket.dtype),
+            prefix=address(bucket.prefix_slots),
             arrived=self._scratch(1),
             vocabulary=tensors["logits"].shape[-1],
             beams=state.beams,
             candidates=self._candidates,
             capacity=state.capacity,
-            cached=bucket.size.slots // state.beams,
+            slots=bucket.size.slots,
             ends=state.eos.numel(),
             early=self._early,
         )

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import (
 )
 
 from fastgen.engines import Engine, NoEngine, too_large
+from fastgen.engines.fused.engine import FusedEngine
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
 from fastgen.fallback import Asked
@@ -21,6 +22,7 @@ from fastgen.hf import contract
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import StockForward
 from fastgen.hf.module import EngineModule
+from fastgen.hf.weights import tensors_of
 from fastgen.target import Target
 from fastgen.tasks.outputs import as_stock, introduce, wants_dict
 from fastgen.tasks.refusals import (
@@ -150,14 +152,11 @@ class FastDecoder(StockForward, EngineModule):
         return output if wants_dict(self, return_dict) else output.to_tuple()
 
 
-def build_decoder(
-    module: Any, target: Target, shape: Shape, name: str, fused: Engine | None = None
-) -> Decoder:
+def build_decoder(module: Any, target: Target, shape: Shape, name: str) -> Decoder:
     """The decoder over the parameters of a module that has a ``_decoder_root``.
 
     Args:
         name: of its decoder graphs.
-        fused: runs most steps; the decoder engine is then built when it is needed.
     """
     root, options = module._decoder_root(), module.engine_options
     cross = None
@@ -177,9 +176,20 @@ def build_decoder(
         count = slots if target.static_slots else None
         return build(slot_mask or target.always_masked, count, states)
 
+    fused = None
+    if shape.vocab_size is not None and target.contrib and options.fused_kernels:
+        fused = _fused_engine(module, target)
     if fused is None:  # else it serves long prompts and large batches only, and can wait
         decoder(False, options.min_bucket)
     return Decoder(shape, target, module.device, cross, decoder, fused, options)
+
+
+def _fused_engine(module: Any, target: Target) -> FusedEngine | None:
+    """What runs most steps on a GPU, and prompts of a decoder without a source."""
+    if target.device != "cuda":
+        return None
+    step = module._decoder_root()
+    return FusedEngine(step, step.decode, target, tensors_of(module), module._engine_cache())
 
 
 def decode(

@@ -8,7 +8,6 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastgen.engines import NoEngine, too_large
-from fastgen.engines.fused.engine import FusedEngine
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
 from fastgen.fallback import Asked
@@ -17,7 +16,6 @@ from fastgen.graphs.decoder import DecoderRoot
 from fastgen.hf import contract
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import StockForward
-from fastgen.hf.weights import tensors_of
 from fastgen.target import Target
 from fastgen.tasks.decoder import FastDecoder, build_decoder, decode, length_refusal
 from fastgen.tasks.encoder import FastEncoder
@@ -70,11 +68,7 @@ class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
         # a head that was replaced may have another size than the config says
         vocabulary = self.get_output_embeddings().weight.shape[0]
         shape = replace(root.shape, vocab_size=vocabulary, positions=self._decoder.positions)
-        fused = None
-        if target.device == "cuda" and target.contrib and self.engine_options.fused_kernels:
-            step = self._decoder_root()
-            fused = FusedEngine(step, step.decode, target, tensors_of(self), self._engine_cache())
-        return build_decoder(self, target, shape, "decoder", fused)
+        return build_decoder(self, target, shape, "decoder")
 
     def _new_cache(self) -> StaticKVCache:
         return StaticKVCache(*contract.cache_layers(self.config))

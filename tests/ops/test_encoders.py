@@ -5,8 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen.engines import NotFused
-from fastgen.engines.fused.ops import FusedOps
 from fastgen.execution.packing import Packing
 from fastgen.ops.standard import Ops
 from tests.ops.test_standard import attend, check, random
@@ -28,12 +26,6 @@ def test_attention_is_scaled_before_its_bias(scale: float, masked: bool) -> None
 
     inputs = {"q": q, "k": k, "v": v, "mask": MASK, "positions": torch.arange(4)[:, None]}
     check(call, inputs, attend(scale * q, *heads, bias))
-
-
-def test_the_fused_kernels_leave_scaled_attention_to_the_engine() -> None:
-    q: Any = random(1, 1, 12)
-    with pytest.raises(NotFused, match="scale"):
-        FusedOps.attention(object.__new__(FusedOps), q, q, q, q, 3, scale=0.5)
 
 
 def test_packed_rows_are_spread_and_packed_again() -> None:

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 from torch.nn.functional import layer_norm
 
-from fastgen.engines import NotFused
-from fastgen.engines.fused.ops import FusedOps
 from fastgen.models.layers import LayerNorm
 from fastgen.ops.standard import Ops
 from fastgen.target import Target, onnxruntime_cuda, tensorrt
@@ -84,8 +82,3 @@ def test_a_bias_is_added_within_the_standard_product() -> None:
     assert [nodes[name].op_type for name in gemm.input] == ["Cast", "Cast", "Cast"]
     graph = build(call, {"x": X}, y, weights, onnxruntime_cuda("bfloat16"))
     assert names(graph) == ["FusedMatMul", "Add"]
-
-
-def test_the_fused_kernels_leave_a_product_with_a_bias_to_the_engine() -> None:
-    with pytest.raises(NotFused, match="bias"):
-        FusedOps.linear(object.__new__(FusedOps), random(2, 6), "weight", "bias")

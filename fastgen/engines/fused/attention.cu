@@ -1,35 +1,50 @@
 // Attention over KV buffers, and the embedding (see linear.cu for the definitions in front).
 
 // ---------------------------------------------------------------------------------------------
-// Embedding: the rows of the token ids start the residual stream
+// Embedding: the rows of the token ids, and of their positions, start the residual stream
 
 struct EmbeddingArgs {
-    const long long* ids;  // [ROWS]
-    const T* weight;       // [V, E]
-    float* residual;       // [ROWS, E]
-    int width;
+    const long long* ids;        // [ROWS]
+    const T* weight;             // [V, E]
+    const T* places;             // [P, E], rows by position; or null
+    const long long* positions;  // [QUERIES], in the order of slots
+    const long long* row_start;  // [B], where position 0 is; null: at 0
+    float* residual;             // [ROWS, E]
+    float scale;                 // of the tokens' rows
+    int width, offset;           // offset: of positions in the table
+    int known, queries;          // rows of that table; QUERIES
 };
 
 INLINE void embedding(const EmbeddingArgs& args) {
     launch_dependents();
     const T* row = args.weight + args.ids[blockIdx.x] * args.width;
-    for (int e = threadIdx.x; e < args.width; e += blockDim.x)
-        args.residual[(long long)blockIdx.x * args.width + e] = to_float(row[e]);
+    const T* place = args.places;
+    if (place) {
+        const long long start = args.row_start ? args.row_start[blockIdx.x / QUERIES] : 0;
+        const long long position = max(args.positions[blockIdx.x % QUERIES] - start, 0ll);
+        place += min(position + args.offset, args.known - 1ll) * args.width;  // padding lies beyond
+    }
+    for (int e = threadIdx.x; e < args.width; e += blockDim.x) {
+        const float x = args.scale * to_float(row[e]);
+        args.residual[(long long)blockIdx.x * args.width + e] = place ? x + to_float(place[e]) : x;
+    }
 }
 
 // ---------------------------------------------------------------------------------------------
-// Attention of one head and one row's queries, unscaled: one pass, the softmax kept as maximum and sum
+// Attention of one head and one row's queries: one pass, the softmax kept as maximum and sum
 
 struct AttentionArgs {
     const T* q;                        // [ROWS, stride]; SELF: new keys and values lie behind it
     T *key, *value;                    // [B, slots, H * D]
-    const T* table;                    // SELF: [H, span], bias by key minus query position
+    const T* table;                    // SELF: [H, span], bias by key minus query position; or null
     const T* mask;                     // [B, 1, QUERIES, slots] to add, or null
     const long long* query_positions;  // SELF: [QUERIES]
     const long long* slot_positions;   // SELF: [slots]
     const long long* first_slot;       // SELF: [B], where the new keys and values go
+    const long long* row_start;        // SELF: [B], the first position that is seen; or null
     T* y;                              // [ROWS, H * D]
-    int heads, slots, stride, span, low, high;
+    int heads, slots, stride, span, reach, queries;
+    float scale;  // of the products of queries and keys
 };
 
 INLINE Pack<T, 8> load8(const T* x) { return *(const Pack<T, 8>*)x; }
@@ -39,13 +54,19 @@ INLINE void unpack(const Pack<T, 8>& from, float (&x)[8]) {
     for (int e = 0; e < 8; e++) x[e] = to_float(from.element[e]);
 }
 
-// What is added to the score of a slot: a bias by distance, indexed as Python lists are, and a mask.
+// What is added to the score of a slot: a mask, and without a source a bias by distance, at most
+// 1 ahead and indexed as Python lists are; or nothing, for slots from the row's start to the query.
 template <bool SELF> INLINE float bias_of(const AttentionArgs& args, int h, int row, int slot) {
     float bias = args.mask ? to_float(args.mask[(long long)row * args.slots + slot]) : 0.f;
     if constexpr (SELF) {
-        const long long far = args.slot_positions[slot] - args.query_positions[row % QUERIES];
-        const int distance = (int)max((long long)args.low, min((long long)args.high, far));
-        bias += to_float(args.table[h * args.span + distance + (distance < 0 ? args.span : 0)]);
+        const long long place = args.slot_positions[slot];
+        const long long ahead = place - args.query_positions[row % QUERIES];
+        if (args.table) {
+            const int distance = (int)max((long long)-args.reach, min(1ll, ahead));
+            bias += to_float(args.table[h * args.span + distance + (distance < 0 ? args.span : 0)]);
+        } else if (ahead > 0 || (args.row_start && place < args.row_start[row / QUERIES])) {
+            bias = negative_infinity();
+        }
     }
     return bias;
 }
@@ -135,13 +156,19 @@ INLINE int list_seen(const float* bias, int stride, int count, unsigned short* s
     return total;
 }
 
+INLINE constexpr int lanes_of(int head_size) {  // eight elements each, as many as shuffles can sum
+    int lanes = 1;
+    while (8 * lanes < head_size) lanes *= 2;
+    return lanes;
+}
+
 constexpr int WINDOW = 64;  // slots that a block has on their way to L2, which all blocks share
 
 // A block computes TOGETHER queries of one row: they share its keys and values. With MASKED it
 // reads only the slots that one of them sees: of beams, each sees one slot of every position.
 template <int D, int WARPS, int SPLITS, int UNROLL, int TOGETHER, bool SELF, bool MASKED>
 INLINE void attention(const AttentionArgs& args) {
-    constexpr int LANES = D / 8, GROUPS = WARPS * 32 / LANES;  // LANES hold one slot's key
+    constexpr int LANES = lanes_of(D), GROUPS = WARPS * 32 / LANES;  // LANES hold one slot's key
     extern __shared__ float bias[];  // [TOGETHER, slots of this block]; MASKED: the slots seen
     __shared__ float warp_parts[WARPS][D + 2], block_parts[SPLITS][D + 2];
 
@@ -150,6 +177,7 @@ INLINE void attention(const AttentionArgs& args) {
     const int split = blockIdx.x % SPLITS, h = blockIdx.x / SPLITS, row = blockIdx.y * TOGETHER;
     const int b = row / QUERIES, width = args.heads * D, lane = threadIdx.x % 32;
     const int part = threadIdx.x % LANES * 8, group = threadIdx.x / LANES;
+    const bool holds = part < D;  // lanes beyond the head size are idle
     const int old = SELF ? (int)args.first_slot[b] : args.slots;
     const int total = SELF ? min(old + QUERIES, args.slots) : args.slots;
     const int share = (total + SPLITS - 1) / SPLITS;
@@ -191,7 +219,9 @@ INLINE void attention(const AttentionArgs& args) {
             key[slot_of_own * width + threadIdx.x] = mine[width];
             value[slot_of_own * width + threadIdx.x] = mine[2 * width];
         }
-        unpack(load8(own + r * args.stride + part), q[r]);
+        unpack(holds ? load8(own + r * args.stride + part) : Pack<T, 8>{}, q[r]);
+#pragma unroll
+        for (int e = 0; e < 8; e++) q[r][e] *= args.scale;
     }
     Softmax softmax[TOGETHER];
     for (int base = 0; base < count; base += UNROLL * GROUPS) {  // all lanes of a warp stay in the loop
@@ -202,11 +232,12 @@ INLINE void attention(const AttentionArgs& args) {
             const int slot = slot_at(min(base + i * GROUPS + group, count - 1));
             const bool stored = !SELF || slot < old;
             const T* new_row = fresh + (long long)(slot - old) * args.stride;
-            k[i] = load8((stored ? key + (long long)slot * width : new_row + width) + part);
-            v[i] = load8((stored ? value + (long long)slot * width : new_row + 2 * width) + part);
+            k[i] = v[i] = Pack<T, 8>{};
+            if (holds) k[i] = load8((stored ? key + (long long)slot * width : new_row + width) + part);
+            if (holds) v[i] = load8((stored ? value + (long long)slot * width : new_row + 2 * width) + part);
             place[i] = slot - begin;
             const int later = base + i * GROUPS + group + WINDOW;
-            if (part * (int)sizeof(T) % 128 == 0 && later < count) prefetch(slot_at(later), part);
+            if (holds && part * (int)sizeof(T) % 128 == 0 && later < count) prefetch(slot_at(later), part);
         }
         float score[TOGETHER][UNROLL], x[8];
 #pragma unroll
@@ -240,7 +271,7 @@ INLINE void attention(const AttentionArgs& args) {
         if (r > 0) __syncthreads();  // the parts of the query before were read
 #pragma unroll
         for (int o = LANES; o < 32; o *= 2) softmax[r].merge(o);
-        if (lane < LANES) {
+        if (lane < LANES && holds) {
             float* mine = warp_parts[threadIdx.x / 32];
 #pragma unroll
             for (int e = 0; e < 8; e++) mine[part + e] = softmax[r].y[e];

@@ -7,7 +7,9 @@ import torch
 
 from fastgen.engine_cache import EngineCache
 from fastgen.engines import NotFused, nvrtc
-from fastgen.engines.fused.ops import HEAD_SIZES, MAX_SLOTS, TILE_ROWS, FusedOps
+from fastgen.engines.fused.ops import MAX_HEAD_SIZE, MAX_SLOTS, FusedOps, head_size_served
+from fastgen.engines.fused.products import TILE_ROWS
+from fastgen.engines.fused.prompt import PromptOps
 from fastgen.engines.fused.wide import MAX_ROWS, WideOps
 from fastgen.engines.nvrtc import Launch, Program
 from fastgen.target import Target
@@ -22,8 +24,8 @@ def supports(
         return f"fused kernels need a GPU and BLHD buffers, not {target.device} {target.kv_layout}"
     if batch * queries > MAX_ROWS:
         return f"{batch} rows of {queries} queries: fused kernels serve {MAX_ROWS} in all"
-    if head_size not in HEAD_SIZES:
-        return f"head size {head_size}: fused kernels serve {HEAD_SIZES}"
+    if not head_size_served(head_size):
+        return f"head size {head_size}: fused kernels serve 16 to {MAX_HEAD_SIZE} by 8"
     if slots > MAX_SLOTS:
         return f"{slots} slots: fused kernels serve {MAX_SLOTS}"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -75,6 +77,25 @@ class FusedEngine:
         inputs = {name: tensor for name, tensor in tensors.items() if name != "logits"}
         results = self._call(ops, **inputs)
         ops.store(results["logits"], tensors["logits"])
+        return self._compiled(ops)
+
+    def bind_prompt(self, tensors: Mapping[str, torch.Tensor], filled: int) -> "FusedBinding":
+        """``bind`` for tokens [B, Q] of a prompt, behind ``filled`` slots, that give keys and
+        values and nothing else.
+
+        Raises:
+            NotFused: some size or operation is not served.
+        """
+        slots, device = tensors["slot_positions"].shape[1], tensors["input_ids"].device
+        head_size = self._call.__self__.shape.head_size  # type: ignore[attr-defined]
+        if reason := supports(self.target, device, 1, 1, slots, head_size):
+            raise NotFused(reason)
+        ops = PromptOps(self.target, self._parameters, tensors, filled)
+        self._call(ops, **tensors)
+        ops.trim()
+        return self._compiled(ops)
+
+    def _compiled(self, ops: FusedOps) -> "FusedBinding":
         return FusedBinding(ops, nvrtc.program(ops.source(), ops.device, self._engine_cache))
 
 

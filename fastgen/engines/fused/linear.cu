@@ -1,71 +1,7 @@
-// Kernels of one decoder step for few rows: what a layer computes in eight launches.
-//
-// The engine puts these definitions in front of this file:
-//   T        type of activations: bf16, fp16 or float
-//   ROWS     activation rows, batch * queries, 1 to 16
-//   QUERIES  query tokens that share one row's KV buffer
-// and behind it one extern "C" kernel for each instantiation a model needs.
-//
-// Programmatic dependent launch: a kernel starts while the ones before it still run. Until
-// wait_for_inputs() it may only touch what no kernel of the step writes: weights, positions,
-// masks, and KV slots of earlier steps.
-
-struct bf16 { unsigned short bits; };
-struct fp16 { unsigned short bits; };
-
-#define INLINE __device__ __forceinline__
-
-constexpr int PAD = 32;  // elements behind a row in shared memory: rows fall on different banks
-
-INLINE float to_float(bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }
-INLINE float to_float(fp16 x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-    return y;
-}
-INLINE float to_float(float x) { return x; }
-
-INLINE void from_float(float x, bf16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
-INLINE void from_float(float x, fp16& y) {  // finite, as stock T5 clamps: inf - inf would be NaN
-    x = fminf(fmaxf(x, -65504.f), 65504.f);
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-}
-INLINE void from_float(float x, float& y) { y = x; }
-
-INLINE float finite(fp16 x) { return fminf(fmaxf(to_float(x), -65504.f), 65504.f); }
-INLINE float finite(bf16 x) { return to_float(x); }
-INLINE float finite(float x) { return x; }
-
-// Four or eight consecutive elements, 16-byte aligned where there are 16 bytes.
-template <class E, int COUNT> struct alignas(COUNT * sizeof(E) < 16 ? COUNT * sizeof(E) : 16) Pack {
-    E element[COUNT];
-};
-
-INLINE void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-INLINE void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-INLINE float negative_infinity() { return __int_as_float(0xff800000); }
-
-// ---------------------------------------------------------------------------------------------
-// Linear layers: y[ROWS, N] = x[ROWS, K] W[N, K]^T
+// Linear layers of few rows: y[ROWS, N] = x[ROWS, K] W[N, K]^T + bias, with the norm in front and what
+// follows in the same launch (see common.cu for the definitions in front).
 
 enum Epilogue { STORE, ADD, ACTIVATE, GATE };
-enum Activation { RELU, GELU_TANH, GELU_ERF, SILU };
-
-template <int ACTIVATION> INLINE float activate(float x) {
-    if constexpr (ACTIVATION == RELU) return fmaxf(x, 0.f);
-    if constexpr (ACTIVATION == GELU_ERF) return 0.5f * x * (1.f + erff(x * 0.70710678f));
-    if constexpr (ACTIVATION == SILU) return x / (1.f + expf(-x));
-    return 0.5f * x * (1.f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-}
 
 // A lane's share of an 8 x 32 tile of W: row lane / 4, columns 8 * (lane % 4) and the next seven.
 template <class W> struct Fragment { uint4 part[sizeof(W) / 2]; };
@@ -83,6 +19,55 @@ template <class W> INLINE Fragment<W> load_weights(const W* row, int k, int colu
                          : "l"((const char*)(row + k) + 16 * i));
     }
     return f;
+}
+
+// The same tiles of a W[K, N] that lies the other way round. Of TILES tiles, an even number, a lane
+// loads its eight columns' rows, TILES outputs next to each other of each: tile t has the outputs
+// TILES * column + t. Tensor cores want two columns of an output in one register: turn() pairs them.
+INLINE unsigned& part_of(uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+template <int BYTES> INLINE void load_bytes(const void* from, unsigned* to) {
+    if constexpr (BYTES == 4)
+        asm volatile("ld.global.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+    else if constexpr (BYTES == 8)
+        asm volatile("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+                     : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+    else
+        asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+}
+template <int K, int N, int TILES, class W>
+INLINE void load_across(const W* weight, int first, int k0, int lane, Fragment<W> (&w)[TILES]) {
+    const int n = first + lane / 4 * TILES;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        unsigned two[TILES / 2] = {};
+        if (k0 + j < K && n < N) load_bytes<2 * TILES>(weight + (long long)(k0 + j) * N + n, two);
+#pragma unroll
+        for (int t = 0; t < TILES / 2; t++) part_of(w[2 * t + j % 2].part[0], j / 2) = two[t];
+    }
+}
+template <int K, int N, int TILES>  // float: a lane's columns of output lane / 4, one by one
+INLINE void load_across(const float* weight, int first, int k0, int lane, Fragment<float> (&w)[TILES]) {
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            const int n = first + 8 * t + lane / 4;
+            unsigned one = 0;
+            if (k0 + e < K && n < N) load_bytes<4>(weight + (long long)(k0 + e) * N + n, &one);
+            part_of(w[t].part[e / 4], e % 4) = one;
+        }
+}
+template <int TILES> INLINE void turn(Fragment<float> (&)[TILES]) {}
+template <int TILES, class W> INLINE void turn(Fragment<W> (&w)[TILES]) {
+#pragma unroll
+    for (int t = 0; t < TILES; t += 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            unsigned &x = part_of(w[t].part[0], i), &y = part_of(w[t + 1].part[0], i);
+            const unsigned low = __byte_perm(x, y, 0x5410), high = __byte_perm(x, y, 0x7632);
+            x = low, y = high;
+        }
 }
 
 // What a lane holds of eight columns of x: of row lane / 4, and of the row eight further on.
@@ -156,61 +141,29 @@ template <> struct Product<float> {
     }
 };
 
-// Root-mean-square norm of COUNT rows of the residual stream, float [COUNT, K], with four columns a
-// thread; normed has rows of STRIDE. Waits for the residual stream itself.
-template <int K, int WARPS, int COUNT, int STRIDE>
-INLINE void normalize(const float* residual, const T* weight, float eps, T* normed) {
-    static_assert(WARPS * 128 >= K, "four columns a thread");
-    __shared__ float squares[WARPS][COUNT];
-    const int k = threadIdx.x * 4;
-    float4 x[COUNT];
-    Pack<T, 4> scale = {};
-    if (k < K) scale = *(const Pack<T, 4>*)(weight + k);
-    wait_for_inputs();
-#pragma unroll
-    for (int r = 0; r < COUNT; r++)
-        x[r] = k < K ? *(const float4*)(residual + r * K + k) : make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-    for (int r = 0; r < COUNT; r++) {
-        float sum = x[r].x * x[r].x + x[r].y * x[r].y + x[r].z * x[r].z + x[r].w * x[r].w;
-#pragma unroll
-        for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-        if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32][r] = sum;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < COUNT; r++) {
-        float sum = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += squares[w][r];
-        const float factor = rsqrtf(sum / K + eps);
-        Pack<T, 4> y;
-        from_float(x[r].x * factor * to_float(scale.element[0]), y.element[0]);
-        from_float(x[r].y * factor * to_float(scale.element[1]), y.element[1]);
-        from_float(x[r].z * factor * to_float(scale.element[2]), y.element[2]);
-        from_float(x[r].w * factor * to_float(scale.element[3]), y.element[3]);
-        if (k < K) *(Pack<T, 4>*)(normed + r * STRIDE + k) = y;
-    }
-    __syncthreads();
-}
-
 struct LinearArgs {
-    const void* x;         // T [ROWS, K], or with NORM the float residual stream
-    const T* norm;         // T [K], with NORM
-    const void* weight[3]; // W [N, K]: one a segment; GATE: wi_0 and wi_1
-    void* y;               // T [ROWS, SEGMENTS * N]; ADD: the float residual stream [ROWS, N]
-    float eps, scale;
+    const void* x;          // T [ROWS, K], or with a norm the float residual stream
+    const void* weight[3];  // W [N, K], ACROSS: [K, N]; one a segment; GATE: wi_0 and wi_1
+    const void* bias[3];    // W [N], with BIAS
+    void* y;                // T [ROWS, SEGMENTS * N]; ADD: the float residual stream [ROWS, N]
+    float scale;
+    NormArgs norm;
 };
 
+template <class P> INLINE P which(P const (&pointers)[3], int i) {
+    return i == 0 ? pointers[0] : i == 1 ? pointers[1] : pointers[2];
+}
+
 // A block computes 8 * TILES outputs (of each of two weights with GATE); its warps share out K.
-template <class W, int K, int N, int SEGMENTS, int TILES, int WARPS, bool NORM, int EPILOGUE, int ACT>
+template <class W, int K, int N, int SEGMENTS, int TILES, int WARPS, int NORM, int EPILOGUE, int ACT,
+          bool BIAS, bool ACROSS>
 INLINE void linear(const LinearArgs& args) {
     constexpr int WEIGHTS = EPILOGUE == GATE ? 2 : 1, ALL = TILES * WEIGHTS;
     constexpr int STEPS = (K + 32 * WARPS - 1) / (32 * WARPS);
     constexpr int FIT = 16 / (ALL * (int)sizeof(W));  // 32 registers of weights ahead
     constexpr int AHEAD = FIT < 1 ? 1 : FIT < STEPS ? FIT : STEPS;
     constexpr int BLOCKS = (N + 8 * TILES - 1) / (8 * TILES), OUTPUTS = 8 * TILES * ROWS;
-    static_assert(OUTPUTS <= WARPS * 32, "one output a thread");
+    constexpr int EACH = (OUTPUTS + WARPS * 32 - 1) / (WARPS * 32);  // outputs of a thread
     __shared__ alignas(16) T normed[NORM ? ROWS * (K + PAD) : 1];
     __shared__ float sums[WARPS][ALL * 8 * ROWS];
 
@@ -219,29 +172,49 @@ INLINE void linear(const LinearArgs& args) {
     const int segment = blockIdx.x / BLOCKS, first = blockIdx.x % BLOCKS * 8 * TILES;
     const int k0 = warp * 32 + lane % 4 * 8;
     const W* rows[ALL];
-    Fragment<W> w[ALL][AHEAD];
+    Fragment<W> w[AHEAD][ALL];
 #pragma unroll
     for (int a = 0; a < ALL; a++) {
-        const int which = EPILOGUE == GATE ? a % 2 : segment;
-        const void* weight = which == 0 ? args.weight[0] : which == 1 ? args.weight[1] : args.weight[2];
-        rows[a] = (const W*)weight + (long long)min(first + a / WEIGHTS * 8 + lane / 4, N - 1) * K;
+        rows[a] = (const W*)which(args.weight, EPILOGUE == GATE ? a % 2 : segment);
+        if (!ACROSS) rows[a] += (long long)min(first + a / WEIGHTS * 8 + lane / 4, N - 1) * K;
     }
+    const auto load = [&](Fragment<W> (&w)[ALL], int k) {
+        if constexpr (ACROSS) load_across<K, N, ALL>(rows[0], first, k, lane, w);
+        else
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++)
+            for (int a = 0; a < ALL; a++) w[a] = load_weights<W>(rows[a], k, K);
+    };
 #pragma unroll
-        for (int a = 0; a < ALL; a++) w[a][i] = load_weights<W>(rows[a], k0 + i * WARPS * 32, K);
+    for (int i = 0; i < AHEAD; i++) load(w[i], k0 + i * WARPS * 32);
 
-    if constexpr (NORM) normalize<K, WARPS, ROWS, K + PAD>((const float*)args.x, args.norm, args.eps, normed);
+    // Output o is that of column o % (8 * TILES) and row o / (8 * TILES).
+    const auto gives = [&](int o) { return o < OUTPUTS && first + o % (8 * TILES) < N; };
+    const auto place = [&](int o) {
+        return (long long)(o / (8 * TILES)) * SEGMENTS * N + segment * N + first + o % (8 * TILES);
+    };
+    float bias[EACH][WEIGHTS] = {}, before[EACH] = {};
+    if (BIAS)
+#pragma unroll
+        for (int e = 0; e < EACH; e++)
+#pragma unroll
+            for (int i = 0; i < WEIGHTS; i++) {
+                const int o = threadIdx.x + e * WARPS * 32;
+                const W* from = (const W*)which(args.bias, segment + i);
+                if (gives(o) && from) bias[e][i] = to_float(from[first + o % (8 * TILES)]);
+            }
+
+    if constexpr (NORM != NONE)
+        normalize<NORM, K, WARPS, ROWS, K + PAD>((const float*)args.x, args.norm, blockIdx.x == 0, normed);
     else wait_for_inputs();
     const T* x = NORM ? normed : (const T*)args.x;
     const int stride = NORM ? K + PAD : K;
 
-    // Thread o gives output o % (8 * TILES) of row o / (8 * TILES).
-    const int row = threadIdx.x / (8 * TILES), n = threadIdx.x % (8 * TILES);
-    const bool gives = threadIdx.x < OUTPUTS && first + n < N;
-    const long long place = (long long)row * SEGMENTS * N + segment * N + first + n;
-    float before = 0.f;
-    if (EPILOGUE == ADD && gives) before = ((const float*)args.y)[place];
+    if (EPILOGUE == ADD)
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int o = threadIdx.x + e * WARPS * 32;
+            if (gives(o)) before[e] = ((const float*)args.y)[place(o)];
+        }
 
     Product<W> product[ALL];
 #pragma unroll
@@ -252,56 +225,48 @@ INLINE void linear(const LinearArgs& args) {
             if (base + i < STEPS)
                 input[i] = Product<W>::load(x, stride, k0 + (base + i) * WARPS * 32, K, lane);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++)
+        for (int i = 0; i < AHEAD; i++) {
+            const bool more = base + i + AHEAD < STEPS;
+            const int later = k0 + (base + i + AHEAD) * WARPS * 32;
+            if constexpr (ACROSS) turn(w[i]);
 #pragma unroll
             for (int a = 0; a < ALL; a++) {
-                if (base + i < STEPS) product[a].add(input[i], w[a][i]);
-                if (base + i + AHEAD < STEPS)
-                    w[a][i] = load_weights<W>(rows[a], k0 + (base + i + AHEAD) * WARPS * 32, K);
+                if (base + i < STEPS) product[a].add(input[i], w[i][a]);
+                if (!ACROSS && more) w[i][a] = load_weights<W>(rows[a], later, K);
             }
+            if (ACROSS && more) load(w[i], later);
+        }
     }
 #pragma unroll
     for (int a = 0; a < ALL; a++) product[a].store(&sums[warp][a * 8 * ROWS], lane);
     __syncthreads();
-    if (!gives) return;
-    float y[WEIGHTS] = {};
+    // Where the tiles hold output n: side by side, or as load_across dealt them out
+    constexpr bool DEALT = ACROSS && sizeof(W) == 2;
 #pragma unroll
-    for (int i = 0; i < WEIGHTS; i++)
+    for (int e = 0; e < EACH; e++) {
+        const int o = threadIdx.x + e * WARPS * 32, row = o / (8 * TILES), n = o % (8 * TILES);
+        if (!gives(o)) continue;
+        const int tile = DEALT ? n % TILES : n / 8, column = DEALT ? n / TILES : n % 8;
+        float y[WEIGHTS] = {};
 #pragma unroll
-        for (int v = 0; v < WARPS; v++)
-            y[i] += sums[v][((n / 8 * WEIGHTS + i) * 8 + n % 8) * ROWS + row];
-    if constexpr (EPILOGUE == ADD) ((float*)args.y)[place] = before + y[0];
-    else if constexpr (EPILOGUE == STORE) from_float(y[0] * args.scale, ((T*)args.y)[place]);
-    else if constexpr (EPILOGUE == ACTIVATE) from_float(activate<ACT>(y[0]), ((T*)args.y)[place]);
-    else from_float(activate<ACT>(y[0]) * y[WEIGHTS - 1], ((T*)args.y)[place]);
+        for (int i = 0; i < WEIGHTS; i++) {
+#pragma unroll
+            for (int v = 0; v < WARPS; v++)
+                y[i] += sums[v][((tile * WEIGHTS + i) * 8 + column) * ROWS + row];
+            y[i] = y[i] * args.scale + bias[e][i];
+        }
+        if constexpr (EPILOGUE == ADD) ((float*)args.y)[place(o)] = before[e] + y[0];
+        else if constexpr (EPILOGUE == STORE) from_float(y[0], ((T*)args.y)[place(o)]);
+        else if constexpr (EPILOGUE == ACTIVATE) from_float(activate<ACT>(y[0]), ((T*)args.y)[place(o)]);
+        else from_float(activate<ACT>(y[0]) * y[WEIGHTS - 1], ((T*)args.y)[place(o)]);
+    }
 }
 
 // The norm alone, one block a row: for many rows, whose norms cost more to repeat in every block.
-template <int K, int WARPS> INLINE void norm(const LinearArgs& args) {
+template <int NORM, int K, int WARPS> INLINE void norm(const LinearArgs& args) {
     launch_dependents();
     const long long row = (long long)blockIdx.x * K;
-    normalize<K, WARPS, 1, K>((const float*)args.x + row, args.norm, args.eps, (T*)args.y + row);
-}
-
-struct ActivateArgs {
-    const T *x, *gate;  // gate: of GATED
-    T* y;
-    long long count;  // elements, a multiple of eight; all T [count]
-};
-
-// An activation alone, for products of many rows: y = activate(x), or activate(x) * gate.
-template <int ACT, bool GATED> INLINE void activation(const ActivateArgs& args) {
-    launch_dependents();
-    wait_for_inputs();
-    const long long i = 8 * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
-    if (i >= args.count) return;
-    const Pack<T, 8> x = *(const Pack<T, 8>*)(args.x + i);
-    Pack<T, 8> gate = x, y;
-    if (GATED) gate = *(const Pack<T, 8>*)(args.gate + i);
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-        const float activated = activate<ACT>(finite(x.element[e]));
-        from_float(GATED ? activated * finite(gate.element[e]) : activated, y.element[e]);
-    }
-    *(Pack<T, 8>*)(args.y + i) = y;
+    NormArgs own = args.norm;
+    if (own.stream) own.stream += row;
+    normalize<NORM, K, WARPS, 1, K>((const float*)args.x + row, own, true, (T*)args.y + row);
 }

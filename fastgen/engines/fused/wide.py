@@ -3,7 +3,8 @@
 import torch
 
 from fastgen.engines import NotFused
-from fastgen.engines.fused.ops import ACTIVATIONS, FusedOps
+from fastgen.engines.fused.ops import FusedOps
+from fastgen.engines.fused.products import ACTIVATIONS
 from fastgen.engines.fused.values import ActivateArgs, Normed, Product
 
 MAX_ROWS = 512
@@ -20,9 +21,9 @@ class WideOps(FusedOps):
     def _linear(
         self, y: torch.Tensor, products: list[Product], epilogue: str, activation: str = "relu"
     ) -> None:
-        x, weight = products[0].x, products[0].weight
+        x = products[0].x
         if isinstance(x, Normed):
-            x = self._norm(x, weight.shape[1], self._warps(weight.shape[1]))
+            x = self._norm(x, products[0].sizes[0])
         if epilogue == "STORE":
             for product, outputs in zip(products, self._parts(y, len(products)), strict=True):
                 self._product(outputs, x, product)
@@ -41,17 +42,23 @@ class WideOps(FusedOps):
         weight, scale, addmm = product.weight, product.scale, torch.ops.aten.addmm
         if weight.dtype not in (torch.float32, self._dtype) or y.dtype.itemsize < weight.itemsize:
             raise NotFused(f"weights in {weight.dtype}, activations in {self._dtype}")
-        rows = x
+        rows, bias = x, None if product.bias is None else product.bias.flatten()
         if x.dtype != weight.dtype:
             rows = self._buffer("float32", x.shape[1], weight.dtype)
+        factor = weight if product.across else weight.T
+        inside = beta == 0.0 and y.dtype == weight.dtype  # then cuBLAS adds the bias
 
         def launch(stream: int) -> None:
             if rows is not x:
                 rows.copy_(x)
-            if y.dtype == weight.dtype:
-                torch.addmm(y, rows, weight.T, beta=beta, alpha=scale, out=y)
+            if inside and bias is not None:
+                torch.addmm(bias, rows, factor, alpha=scale, out=y)
+            elif y.dtype == weight.dtype:
+                torch.addmm(y, rows, factor, beta=beta, alpha=scale, out=y)
             else:
-                addmm.dtype_out(y, rows, weight.T, y.dtype, beta=beta, alpha=scale, out=y)
+                addmm.dtype_out(y, rows, factor, y.dtype, beta=beta, alpha=scale, out=y)
+            if bias is not None and not inside:
+                y.add_(bias)
 
         self.launches.append(launch)
 

@@ -1,0 +1,153 @@
+"""Products, and the norms in front of them, as launches for few rows (see linear.cu)."""
+
+from typing import Any
+
+import torch
+
+from fastgen.engines import NotFused
+from fastgen.engines.fused.recorder import ELEMENTS, Recorder
+from fastgen.engines.fused.values import LinearArgs, Normed, Product, Residual, pointer
+
+TILE_ROWS = 16  # one side of a tensor core product
+MAX_WIDTH = 8192  # of a norm
+_FUSED_NORM_ROWS = 4  # of more rows, the norm is a launch of its own
+_FUSED_LAYER_NORM_ROWS = 1  # the same, with a mean to subtract
+STATIC_SHARED = 48 * 1024  # bytes a block may have without asking
+ACTIVATIONS = {
+    "relu": "RELU",
+    "gelu_new": "GELU_TANH",
+    "gelu_pytorch_tanh": "GELU_TANH",
+    "gelu": "GELU_ERF",
+    "silu": "SILU",
+    "swish": "SILU",
+}
+
+
+class Products(Recorder):
+    """Records products; lazy norms become part of them, or launches of their own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._additions: dict[int, int] = {}  # to each residual stream, by its address
+
+    def _linear(
+        self, y: torch.Tensor, products: list[Product], epilogue: str, activation: str = "relu"
+    ) -> None:
+        """Launch products that share their input; ``y`` takes their outputs side by side."""
+        self._check_products(products, epilogue)
+        product = products[0]
+        x, weight, (inputs, outputs) = product.x, product.weight, product.sizes
+        args = LinearArgs(y=y.data_ptr(), scale=product.scale)
+        args.weight[: len(products)] = [product.weight.data_ptr() for product in products]
+        args.bias[: len(products)] = [pointer(product.bias) for product in products]
+        gated = epilogue == "GATE"
+        segments, weights = (1, 2) if gated else (len(products), 1)
+        warps = self._warps(inputs)
+        tiles = self._tiles(outputs * segments, warps, weights, product.across)
+        norm = "NONE"
+        blocks = -(-outputs // (8 * tiles)) * segments
+        if isinstance(x, Normed) and not self._norms_inside(x, inputs, warps, tiles * weights):
+            x = self._norm(x, inputs)
+        if isinstance(x, Normed):
+            norm = self._begin_norm(x, args)
+        else:
+            args.x = x.data_ptr()
+        sizes = f"{inputs}, {outputs}, {segments}, {tiles}, {warps}"
+        biased = any(product.bias is not None for product in products)
+        flags = f"{str(biased).lower()}, {str(product.across).lower()}"
+        kind = f"{norm}, {epilogue}, {ACTIVATIONS[activation]}, {flags}"
+        body = f"linear<{ELEMENTS[weight.dtype]}, {sizes}, {kind}>"
+        self._launch(body, (blocks, 1), 32 * warps, args)
+
+    def _check_products(self, products: list[Product], epilogue: str) -> None:
+        weight = products[0].weight
+        if weight.dtype not in (torch.float32, self._dtype):
+            raise NotFused(f"weights in {weight.dtype}, activations in {self._dtype}")
+        kinds = {(p.weight.dtype, p.weight.shape, p.scale, p.across) for p in products}
+        if len(kinds) > 1:
+            raise NotFused("products of one input that differ in shape, dtype or scale")
+        if epilogue == "GATE" and products[0].across:
+            raise NotFused("gated products of [in, out] weights")
+
+    def _warps(self, inputs: int) -> int:
+        """Warps that share out a row of weights: four loads each, if a block holds so many."""
+        return min(max(-(-inputs // 128), 8), 32)
+
+    def _tiles(self, outputs: int, warps: int, weights: int, across: bool) -> int:
+        """Tiles of eight outputs that one block computes. Several read the input less often, which
+        counts with many rows, and weights that lie across in longer pieces; few leave processors
+        without work. The bounds are measured ones."""
+        if across:
+            sums = 4 * warps * 8 * self._rows  # bytes of a tile: floats of every warp
+            for tiles in (8, 4):
+                if 4 * outputs // (8 * tiles) >= 3 * self._processors and tiles * sums <= 2**15:
+                    return tiles
+            return 2
+        least = self._processors // (1 if self._rows == 1 else 2)
+        for tiles in (4, 2):
+            outputs_held = 8 * tiles * self._rows  # one a thread, and float sums of every warp
+            fits = outputs_held <= 32 * warps and 4 * warps * weights * outputs_held <= 2**14
+            if fits and tiles * weights <= 4 and outputs // (8 * tiles) >= least:
+                return tiles
+        return 1
+
+    # Norms
+
+    def _norms_inside(self, x: Normed, width: int, warps: int, tiles: int) -> bool:
+        """Whether a product's blocks norm their input themselves: few rows, which fit them."""
+        row_bytes = (width + 32) * self._dtype.itemsize + 4 * warps * (8 * tiles + 2)
+        fits = width <= 128 * warps and self._rows * row_bytes <= STATIC_SHARED
+        return fits and self._rows <= (
+            _FUSED_NORM_ROWS if x.bias is None else _FUSED_LAYER_NORM_ROWS
+        )
+
+    def _norm(self, x: Normed, width: int) -> torch.Tensor:
+        """Launch a norm; gives its rows."""
+        if width > MAX_WIDTH:
+            raise NotFused(f"a norm of width {width}: fused kernels serve {MAX_WIDTH}")
+        y = self._buffer("normed", width)
+        args = LinearArgs(y=y.data_ptr())
+        warps = self._warps(width)
+        body = f"norm<{self._begin_norm(x, args)}, {width}, {warps}>"
+        self._launch(body, (self._rows, 1), 32 * warps, args)
+        return y
+
+    def _begin_norm(self, x: Normed, args: LinearArgs) -> str:
+        """Let a launch norm its input; gives the norm's kind."""
+        self._check_current(x.residual)
+        args.x = x.residual.tensor.data_ptr()
+        args.norm.weight, args.norm.bias = pointer(x.weight), pointer(x.bias)
+        args.norm.eps = x.eps
+        x.launched.append(args)
+        return "RMS" if x.bias is None else "LAYER"
+
+    def _check_current(self, residual: Residual) -> None:
+        if residual.additions != self._additions.get(residual.tensor.data_ptr(), 0):
+            raise NotFused("a residual stream that has moved on")
+
+    def _stream(self, width: int, other: torch.Tensor | None = None) -> Residual:
+        """A residual stream to write anew: of two that take turns the one that is not ``other``."""
+        tensor = self._buffer("residual", width, torch.float32)
+        if other is tensor:
+            tensor = self._buffer("residual, in turn", width, torch.float32)
+        address = tensor.data_ptr()
+        self._additions[address] = self._additions.get(address, 0) + 1
+        return Residual(tensor, self._additions[address])
+
+    def _as_stream(self, x: Normed) -> Residual:
+        """What was normed as the next residual stream: whoever computes it first stores it."""
+        if x.bias is None:
+            raise NotFused("a root-mean-square norm that is the next residual stream")
+        stream = self._stream(x.residual.tensor.shape[1], x.residual.tensor)
+        if not x.launched:
+            self._norm(x, x.residual.tensor.shape[1])
+        x.launched[0].norm.stream = stream.tensor.data_ptr()
+        return stream
+
+    def _add(self, residual: Residual, x: Product) -> Residual:
+        """Launch a product that is added to a residual stream."""
+        self._check_current(residual)
+        self._linear(residual.tensor, [x], "ADD")
+        address = residual.tensor.data_ptr()
+        self._additions[address] = additions = residual.additions + 1
+        return Residual(residual.tensor, additions)

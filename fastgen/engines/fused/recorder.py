@@ -1,0 +1,118 @@
+"""What a step is recorded as: launches in their order, their scratch and the source they need."""
+
+import ctypes
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from fastgen.engines import NotFused
+from fastgen.engines.nvrtc import Launch
+from fastgen.target import Target
+
+ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_SOURCES = ("common.cu", "linear.cu", "attention.cu")
+_REGISTERS = 2**16  # of a processor
+_LEAST_REGISTERS = 64  # that a thread needs, about
+
+
+class _Builder:
+    """What onnxscript's modules tell which of them is at work; nothing here depends on it."""
+
+    def push_module(self, name: str, class_name: str) -> None: ...
+
+    def pop_module(self) -> None: ...
+
+
+class Recorder:
+    """The launches of one step over given tensors."""
+
+    def __init__(
+        self,
+        target: Target,
+        parameters: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.builder = _Builder()
+        self.target = target
+        self.device = tensors["input_ids"].device
+        self.launches: list[Launch | Callable[[int], None]] = []
+        """In their order; a function queues work on torch's current stream, given its handle."""
+        self._parameters = parameters
+        self._tensors = dict(tensors)  # launches hold only pointers to them
+        self._dtype = getattr(torch, target.dtype)
+        self._batch, self._queries = tensors["input_ids"].shape
+        self._rows = self._batch * self._queries
+        self._names: dict[tuple[str, str], str] = {}  # of kernels, by instantiation and bounds
+        self._kernels: list[str] = []
+        self._scratch: dict[tuple[str, int], torch.Tensor] = {}
+        self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    @property
+    def _tile_rows(self) -> int:
+        """Rows of the products that kernels compute."""
+        return self._rows
+
+    @property
+    def query_count(self) -> int | str:
+        """Query tokens that share a row's KV buffer, as kernels read it."""
+        return self._queries
+
+    def source(self) -> str:
+        """CUDA source of every kernel that the recorded launches name."""
+        head = {"T": ELEMENTS[self._dtype], "ROWS": self._tile_rows, "QUERIES": self.query_count}
+        lines = [f"#define {name} {value}" for name, value in head.items()]
+        folder = files("fastgen.engines.fused")
+        lines += [folder.joinpath(name).read_text() for name in _SOURCES]
+        return "\n".join([*lines, *self._kernels])
+
+    def _launch(
+        self, body: str, grid: tuple[int, int], threads: int, args: ctypes.Structure, **more: int
+    ) -> None:
+        """Launch an instantiation of a kernel template."""
+        together = self._together(grid[0] * grid[1], threads)
+        bounds = f"{threads}, {together}" if together > 1 else f"{threads}"
+        if (body, bounds) not in self._names:
+            name = f"{body.split('<')[0]}_{len(self._names)}"
+            self._names[body, bounds] = name
+            self._kernels.append(
+                f'extern "C" __global__ void __launch_bounds__({bounds}) {name}'
+                f"(const __grid_constant__ {type(args).__name__} args) {{ {body}(args); }}"
+            )
+        overlaps = bool(self.launches)  # what ran before this step knows nothing of overlapping
+        launch = Launch(self._names[body, bounds], grid, threads, args, overlaps=overlaps, **more)
+        self.launches.append(launch)
+
+    def _together(self, blocks: int, threads: int) -> int:
+        """Blocks that a processor should hold: with one less some would wait until all others have
+        ended. More of them leave each thread fewer registers."""
+        wanted = -(-blocks // self._processors)
+        fits = _REGISTERS // (threads * _LEAST_REGISTERS)
+        return wanted if 1 < wanted <= min(fits, 4) else 1
+
+    def _buffer(self, role: str, width: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Scratch [rows, width]: one for all layers, since a reader ends before the next writer."""
+        key = role, width
+        if key not in self._scratch:
+            dtype = dtype or self._dtype
+            self._scratch[key] = torch.empty(self._rows, width, dtype=dtype, device=self.device)
+        return self._scratch[key]
+
+    def _parameter(self, value: Any) -> torch.Tensor:
+        return self._parameters[value.name]
+
+    def _weight(self, value: Any) -> torch.Tensor:
+        weight = self._parameter(value)
+        if weight.data_ptr() % 16 or not weight.is_contiguous() or weight.shape[-1] % 8:
+            raise NotFused(
+                f"{value.name} {tuple(weight.shape)}: rows must be multiples of 8 elements"
+            )
+        return weight
+
+    def _narrow(self, value: Any) -> torch.Tensor:
+        """A weight that must be in the activations' dtype."""
+        weight = self._weight(value)
+        if weight.dtype != self._dtype:
+            raise NotFused(f"{value.name} in {weight.dtype}, activations in {self._dtype}")
+        return weight

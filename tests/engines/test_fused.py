@@ -1,0 +1,128 @@
+"""What the fused kernels record, without a GPU: launches hold addresses, and nothing runs."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+import fastgen
+from fastgen.bench.shapes import SHAPES, shape_config
+from fastgen.bench.workload import Workload, standard_grid
+from fastgen.engines import NotFused
+from fastgen.engines.fused.ops import FusedOps
+from fastgen.engines.fused.products import TILE_ROWS
+from fastgen.engines.fused.prompt import PromptOps
+from fastgen.engines.fused.wide import WideOps
+from fastgen.execution.bucket import Bucket, BucketSize
+from fastgen.target import onnxruntime_cuda
+
+META = torch.device("meta")
+TARGET = onnxruntime_cuda("bfloat16")
+PUBLISHED = [
+    name for name, shape in SHAPES.items() if shape.kind != "encoder" and "tiny" not in name
+]
+
+
+@pytest.fixture(autouse=True)
+def an_h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the recording asks of a GPU."""
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    yield
+
+
+def made(stock: str, config: Any) -> Any:
+    """A Fast model without memory, in bfloat16."""
+    with META:
+        return getattr(fastgen, f"Fast{stock}")(config).eval().to(torch.bfloat16)
+
+
+def root_of(model: Any) -> Any:
+    """The decoder's graph modules, whose parameters carry the model's names."""
+    root = model._decoder_root()
+    for name, parameter in root.named_parameters():
+        parameter.name, parameter._realized = name, True
+    return root
+
+
+def parameters(model: Any) -> dict[str, torch.Tensor]:
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    return {name: value.detach() for name, value in own.items()}
+
+
+def record(model: Any, size: BucketSize) -> FusedOps:
+    """A step over a bucket."""
+    root = root_of(model)
+    tensors = Bucket(root.shape, TARGET, META, size).tensors
+    vocabulary = FusedOps if size.batch * size.queries <= TILE_ROWS else WideOps
+    ops = vocabulary(TARGET, parameters(model), tensors)
+    results = root.decode(ops, **{n: t for n, t in tensors.items() if n != "logits"})
+    ops.store(results["logits"], tensors["logits"])
+    return ops
+
+
+def size_of(workload: Workload, causal: bool) -> BucketSize:
+    length = workload.new_tokens + (workload.prompt_tokens if causal else 1)
+    slots = workload.beams * (1 << (length - 1).bit_length())
+    return BucketSize(
+        workload.batch, workload.beams, slots, 0 if causal else workload.prompt_tokens
+    )
+
+
+@pytest.mark.parametrize("workload", standard_grid(), ids=lambda workload: workload.title)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_step_of_the_benchmark_runs_fused(name: str, workload: Workload) -> None:
+    """Recorded without a refusal; the layers of a family take as many launches each."""
+    shape, config = SHAPES[name], shape_config(name)
+    for field in ("num_decoder_layers", "decoder_layers", "n_layer"):
+        if hasattr(config, field):
+            setattr(config, field, 2)
+    ops = record(made(shape.stock, config), size_of(workload, shape.kind == "causal"))
+    each = {"causal": 5, "seq2seq": 8}[shape.kind]
+    if size_of(workload, False)[:2] == (1, 1):
+        assert len(ops.launches) == 2 * each + 2  # and the embedding, and the head
+    assert len(ops.launches) >= 2 * each + 2
+
+
+def gpt2(**fields: Any) -> Any:
+    return made("GPT2LMHeadModel", GPT2Config(n_layer=2, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"n_embd": 96, "n_head": 12}, "head size 8"),
+        ({"n_embd": 100, "n_head": 5}, "multiples of 8"),
+        ({"activation_function": "tanh"}, "activation 'tanh'"),
+    ],
+)
+def test_refusals(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(NotFused, match=reason):
+        record(gpt2(**fields), BucketSize(1, 1, 64, 0))
+
+
+@pytest.mark.parametrize(("rows", "queries"), [(1, 32), (2, 512), (16, 256)])
+def test_a_prompt_ends_with_its_last_keys_and_values(rows: int, queries: int) -> None:
+    model = gpt2()
+    root = root_of(model)
+    tensors = Bucket(root.shape, TARGET, META, BucketSize(rows, 1, 1024, 0)).tensors
+    own = {
+        "input_ids": torch.zeros(rows, queries, dtype=torch.int64, device=META),
+        "query_positions": torch.zeros(queries, 1, dtype=torch.int64, device=META),
+    }
+    ops = PromptOps(TARGET, parameters(model), tensors | own, filled=0)
+    root.decode(ops, **{n: t for n, t in (tensors | own).items() if n not in ("logits", "kept")})
+    recorded = len(ops.launches)
+    ops.trim()
+    assert len(ops.launches) == recorded - 5  # attention's product, the norm and the feed-forward
+    assert "args.queries" in ops.source()
+
+
+def test_float32_prompts_of_many_tokens_are_left_to_the_engine() -> None:
+    tensors = {"input_ids": torch.zeros(4, 256, dtype=torch.int64, device=META)}
+    with pytest.raises(NotFused, match="float32"):
+        PromptOps(onnxruntime_cuda("float32"), {}, tensors, filled=0)
