@@ -67,7 +67,9 @@ class Glance:
         self._plain = [(getter, attributes) for getter, attributes in plain if getter is not None]
         self._versions = versions
         modules = [root, *self.descendants]
-        self._buffers = [(m._buffers, name) for m in modules for name in _computed_with(m)]
+        self._buffers: list[tuple[dict[str, Any], str]] = [
+            (m._buffers, name) for m in modules for name in _computed_with(m)
+        ]
         self._tensors = [*root.parameters(), *(table[name] for table, name in self._buffers)]
         self._places = [tensor.data_ptr() for tensor in self._tensors]
         self._objects, self._values = self._look(root)

@@ -250,7 +250,7 @@ class FastBartForConditionalGeneration(FastSeq2SeqLM, BartForConditionalGenerati
     def _decoder_root(self) -> Decoder:
         return Decoder(self.config)
 
-    def _run(self, **arguments: Any) -> Any:
+    def _forward(self, **arguments: Any) -> Any:
         if arguments.get("labels") is not None:  # in training there are no further tokens
             arguments["use_cache"] = False
-        return super()._run(**arguments)
+        return super()._forward(**arguments)
