@@ -124,18 +124,17 @@ def compile_model(
 
 
 def _fast_class(checkpoint: str) -> Any:
-    """The Fast class of the class that a checkpoint was saved from; where there is none, the auto
-    class of those that generate, or else of all, that has one for its model_type."""
+    """The Fast class of the class that a checkpoint was saved from; where there is none, the one
+    that stands for its family."""
     from transformers import AutoConfig
 
     import fastgen
 
     config = AutoConfig.from_pretrained(checkpoint)
-    saved = [f"Fast{name.removeprefix('Fast')}" for name in config.architectures or []]
-    autos = "FastAutoModelForSeq2SeqLM", "FastAutoModelForCausalLM"
-    usable = [auto for auto in autos if config.model_type in registry.classes_for(auto)]
-    # FastAutoModel's error says which families there are
-    name = next(name for name in (*saved, *usable, "FastAutoModel") if name in registry.HOMES)
+    saved = (f"Fast{name.removeprefix('Fast')}" for name in config.architectures or ())
+    if (name := next((name for name in saved if name in registry.HOMES), None)) is None:
+        family = registry.FAMILIES.get(config.model_type)
+        name = family.class_name() if family else "FastAutoModel"  # whose error names them all
     return getattr(fastgen, name)
 
 

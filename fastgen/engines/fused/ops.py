@@ -292,10 +292,12 @@ class FusedOps(Products):
 
 def _side_by_side(q: Product | Part, k: Product | Part, v: Product | Part) -> list[Product]:
     """The products that give query, key and value next to each other."""
-    if isinstance(q, Part):
+    if isinstance(q, Part) and isinstance(k, Part) and isinstance(v, Part):
         parts = [(part.product, part.index, part.count) for part in (q, k, v)]
         if parts == [(q.product, index, 3) for index in range(3)]:
             return [q.product]
-    elif q.x is k.x is v.x:
-        return [q, k, v]
+    if isinstance(q, Product) and isinstance(k, Product) and isinstance(v, Product):
+        products = [q, k, v]
+        if all(product.x is q.x for product in products):
+            return products
     raise NotFused("query, key and value are products of different inputs")

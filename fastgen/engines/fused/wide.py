@@ -46,12 +46,12 @@ class WideOps(FusedOps):
         if x.dtype != weight.dtype:
             rows = self._buffer("float32", x.shape[1], weight.dtype)
         factor = weight if product.across else weight.T
-        inside = bias is not None and beta == 0.0 and y.dtype == weight.dtype  # cuBLAS adds it
+        inside = beta == 0.0 and y.dtype == weight.dtype  # then cuBLAS adds the bias
 
         def launch(stream: int) -> None:
             if rows is not x:
                 rows.copy_(x)
-            if inside:
+            if inside and bias is not None:
                 torch.addmm(bias, rows, factor, alpha=scale, out=y)
             elif y.dtype == weight.dtype:
                 torch.addmm(y, rows, factor, beta=beta, alpha=scale, out=y)
