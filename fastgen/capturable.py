@@ -18,8 +18,9 @@ class RefuseDraws(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if torch.Tag.nondeterministic_seeded in function.tags:
-            name = function.overloadpacket.__name__
+        name = function.overloadpacket.__name__
+        dropout = args[_DROPOUT[name]] if name in _DROPOUT else 1.0
+        if torch.Tag.nondeterministic_seeded in function.tags and dropout:
             raise NotCapturable(f"torch.{name} draws from the generator that all threads share")
         return function(*args, **(kwargs or {}))
 
@@ -35,6 +36,9 @@ class RefuseWaits(RefuseDraws):
             raise NotCapturable(f"torch.{name} gives the host a value of the GPU")
         return super().__torch_dispatch__(function, types, args, kwargs)
 
+
+# Which argument of attention is its dropout, without which it draws nothing
+_DROPOUT = {"_flash_attention_forward": 7, "_efficient_attention_forward": 8}
 
 # What .item(), bool(), boolean indexing and unique() come down to
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")

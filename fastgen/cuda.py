@@ -101,7 +101,7 @@ def gpu_of(device: torch.device) -> Gpu:
     if found is None:
         with _making:
             _shield_synchronize()
-            found = _gpus.get(index) or Gpu(index, _private_stream(index))
+            found = _gpus.get(index) or Gpu(index, private_stream(index))
             _gpus[index] = found
     return found
 
@@ -126,7 +126,7 @@ def _shield_synchronize() -> None:
         module.synchronize = shielded(module.synchronize)  # type: ignore[attr-defined]
 
 
-def _private_stream(index: int) -> torch.cuda.Stream:
+def private_stream(index: int) -> torch.cuda.Stream:
     """A stream that only fastgen has: torch hands out its 32 streams again and again, so that a
     program's own work would land on the engine stream, and in a graph that is being captured."""
     if missing() is not None:

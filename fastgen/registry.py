@@ -28,7 +28,7 @@ FAMILIES = {
     "t5": Family("T5", _T5),
     "mt5": Family("MT5", _T5),
     "umt5": Family("UMT5", _T5),
-    "gpt2": Family("GPT2", ("LMHeadModel",)),
+    "gpt2": Family("GPT2", ("LMHeadModel", "Model", *_ENCODER_HEADS[:2])),
     "bert": Family("Bert", ("Model", *_BERT)),
     "bart": Family("Bart", _BART),
 }

@@ -1,6 +1,7 @@
 """What is checked before a CUDA graph is captured."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -32,6 +33,25 @@ def test_code_that_does_not_gives_what_it_gives() -> None:
     with RefuseWaits():
         found = TopPLogitsWarper(0.5)(IDS, SCORES)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_draws_for_its_dropout_only(dropout: float) -> None:
+    """Of kernels that the CPU does not have: by their shapes."""
+    q, starts = (
+        torch.empty(9, 2, 8, device="meta"),
+        torch.zeros(3, dtype=torch.int32, device="meta"),
+    )
+    flash, efficient = (
+        getattr(torch.ops.aten, f"_{name}_attention_forward") for name in ("flash", "efficient")
+    )
+    for attend in (
+        lambda: flash(q, q, q, starts, starts, 5, 5, dropout, False, False),
+        lambda: efficient(*[q[None]] * 3, None, starts, starts, 5, 5, dropout, 0),
+    ):
+        refused = pytest.raises(NotCapturable, match="draws") if dropout else nullcontext()
+        with refused, RefuseWaits():
+            attend()
 
 
 @pytest.mark.parametrize("refuse", [RefuseDraws, RefuseWaits])

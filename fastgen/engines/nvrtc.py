@@ -95,9 +95,15 @@ class PreparedLaunch:
         self._config, self._function = config, function
         self._parameters = ctypes.addressof(pointers)
 
-    def __call__(self, stream: int) -> None:
-        """Queue the kernel on a CUDA stream given by its handle."""
+    def __call__(self, stream: int, blocks: int | None = None) -> None:
+        """Queue the kernel on a CUDA stream given by its handle.
+
+        Args:
+            blocks: of the grid's first axis, if not those of the Launch.
+        """
         self._config.hStream = stream
+        if blocks is not None:
+            self._config.gridDimX = blocks
         _checked(self._launch(self._config, self._function, self._parameters, 0))
 
 

@@ -2,15 +2,36 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from fastgen.engines import Engine
-from fastgen.execution.capturing import Capturing, SourceBuffers, source_mask
+from fastgen.engines.fused.encoder import PackedBinding, PackedEngine, pieces, side_streams
+from fastgen.engines.fused.packed_values import Call
+from fastgen.execution.capturing import (
+    CAPTURED_TOKENS,
+    Capturing,
+    SourceBuffers,
+    lasting,
+    source_mask,
+)
 from fastgen.execution.packing import Packing
 from fastgen.graphs.shape import LAST_STATE, state_names
 from fastgen.options import EngineOptions
 from fastgen.target import Target
+
+_TOKEN_STEP = 256  # of the sizes of graphs of many tokens
+_SEEN_SIZES = 64
+
+
+class _Size(NamedTuple):
+    """What the fused kernels run over."""
+
+    tokens: int
+    rows: int
+    longest: int
+    """Tokens of a row, at most."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +48,7 @@ class Encoder(Capturing):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Callable[[], Engine],
         target: Target,
         device: torch.device,
         width: int,
@@ -36,19 +57,33 @@ class Encoder(Capturing):
         states: Callable[[], Engine],
         more_ids: tuple[str, ...] = (),
         packed: Callable[[], Engine] | None = None,
+        fused: PackedEngine | None = None,
     ) -> None:
         """
         Args:
+            engine: gives the engine of rows with their padding.
             layers: how many blocks there are.
             states: gives the engine whose outputs are what they read, too.
             more_ids: names of what the graph reads beside token ids, one for each.
             packed: gives the engine of rows without their padding, on the CPU; None computes it.
+            fused: serves all calls but those for hidden states of all layers, on a GPU.
         """
         super().__init__(target, device, options)
-        self.engine, self._width = engine, width
+        self._engine, self._width, self.fused = engine, width, fused
         self._layers, self._states = layers, states
         self._more_ids, self._packed = more_ids, packed
-        self._replays: dict[tuple[int, int], _Replay] = {}
+        self.pooling: Engine | None = None
+        """What a family's pooler is, if that has a graph."""
+        self._replays: dict[tuple[int, ...], Any] = {}
+        self._seen: dict[_Size, int] = {}
+        """How often calls of a size came; the last one to come is last."""
+        self._counted: PackedBinding | None = None
+        """What runs calls whose tokens the host knows the number of."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of rows with their padding."""
+        return self._engine()
 
     def run(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, **more: torch.Tensor | int
@@ -65,6 +100,10 @@ class Encoder(Capturing):
         hidden, seen = self._empty(batch, sources), source_mask(mask)
         size = batch, self.sources_for(sources)
         if not hidden.numel():
+            return hidden
+        if self.fused is not None:
+            with self.stream():
+                self._run_fused(self.fused, self.fused.call(input_ids, mask, hidden, **more))
             return hidden
         if self.captures_sources(*size):
             # one stream for all threads: they share the buffers
@@ -94,6 +133,61 @@ class Encoder(Capturing):
             source = self._filled(input_ids, attention_mask=source_mask(mask), **more)
             self._bound_to(self._states(), source, states)()
         return list(states.values())
+
+    def _run_fused(self, fused: PackedEngine, call: Call) -> None:
+        """Small calls run over as many tokens as there are places: to know the number of those that
+        the mask leaves, the host would wait for the GPU. What is behind them is computed for
+        nothing, and where launching takes longest that costs little."""
+        batch, sources = call.rows.shape
+        padded = self.sources_for(sources)
+        small = self.captures_sources(batch, padded)
+        if small:
+            size = _Size(batch * padded, batch, padded)
+            if self._pays_to_capture(size, first=1):
+                self._replay_fused(fused, call, size)
+                return
+        lengths = [sources] * batch
+        if call.mask is not None and not call.padding and batch * sources > CAPTURED_TOKENS:
+            lengths = call.lengths.tolist()  # the one time that the host waits
+        for start, stop, tokens in pieces(lengths):
+            size = _Size(tokens, stop - start, max(lengths[start:stop]))
+            self._run_piece(fused, call.piece(start, stop, tokens), size, small)
+
+    def _run_piece(self, fused: PackedEngine, call: Call, size: _Size, small: bool) -> None:
+        if self.captures and not small:
+            tokens = -(-size.tokens // _TOKEN_STEP) * _TOKEN_STEP
+            padded = _Size(tokens, size.rows, self.sources_for(size.longest))
+            if self._pays_to_capture(padded, first=4):
+                self._replay_fused(fused, call, padded)
+                return
+        found = self._counted
+        if found is None or size.tokens > found.tokens or size.rows > found.rows:
+            self._counted = None  # its memory serves the new one
+            with lasting():
+                sizes = (1 << (count - 1).bit_length() for count in (size.tokens, size.rows))
+                found = self._counted = fused.bind(*sizes)
+        found.run(call, found.size(*size))
+
+    def _pays_to_capture(self, size: _Size, first: int) -> bool:
+        """Whether a size is captured, or came as often as ``first`` says, a power of two; as a
+        capture takes as long as many calls, one that was dropped must have come twice as often
+        to be captured again."""
+        count = self._seen[size] = self._seen.pop(size, 0) + 1
+        if len(self._seen) > _SEEN_SIZES:
+            del self._seen[next(iter(self._seen))]
+        return size in self._replays or (count >= first and count & (count - 1) == 0)
+
+    def _replay_fused(self, fused: PackedEngine, call: Call, size: _Size) -> None:
+        """Run a call by the captured graph of its size."""
+
+        def make() -> tuple[PackedBinding, Callable[[], None]]:
+            binding = fused.bind(size.tokens, size.rows)
+            side = side_streams(self.device, size.tokens)
+            return binding, self._captured(binding.layers(binding.size(*size), side))
+
+        limit = self.options.max_cached_graphs
+        binding, layers = self._once(self._replays, size, make, limit)
+        binding.run(call, binding.size(*size), layers)
 
     def _run_packed(
         self,

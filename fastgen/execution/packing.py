@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -31,6 +32,7 @@ class Packing:
 
     def spread(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, T, E] -> [B, S, E], zeros at padding."""
-        spread = packed.new_zeros(self.places.numel(), packed.shape[-1])
-        spread[self.tokens] = packed[0]
-        return spread.view(*self.places.shape, -1)
+        # NumPy: torch's threads would spin on where the engine's are to run next
+        spread = np.zeros((self.places.numel(), packed.shape[-1]), np.float32)
+        spread[self.tokens.numpy()] = packed[0].numpy()
+        return torch.from_numpy(spread).view(*self.places.shape, -1)

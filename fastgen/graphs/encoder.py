@@ -1,10 +1,16 @@
-"""The tensors of the encoder graph, as it is and over packed tokens."""
+"""The tensors of the encoder graph, as it is and over packed tokens, and what a family without an
+encoder writes its layers with where they run as one."""
 
 from collections.abc import Sequence
 
 from fastgen.graphs.graph import TensorSpec
 from fastgen.graphs.shape import LAST_STATE, state_names
+from fastgen.ops.standard import Ops
+from fastgen.ops.values import Value
 from fastgen.target import Target
+
+POOLED = "pooler_output"
+"""What a pooler makes of each row."""
 
 
 def encoder_specs(
@@ -42,3 +48,46 @@ def packed_specs(
         TensorSpec("tokens", "int64", ("T",)),
     ]
     return inputs, [TensorSpec(LAST_STATE, target.dtype, (1, "T", width))]
+
+
+def pooler_specs(target: Target, width: int) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of the graph of an encoder's pooler."""
+    inputs = [TensorSpec(LAST_STATE, target.dtype, ("B", "S", width))]
+    return inputs, [TensorSpec(POOLED, target.dtype, ("B", 1, width))]
+
+
+class WholeRows:
+    """All tokens of rows at once, each of which sees those before it: in place of a Step, where no
+    keys and values are kept."""
+
+    def __init__(
+        self,
+        op: Ops,
+        input_ids: Value,
+        query_positions: Value,
+        key_positions: Value,
+        attention_mask: Value,
+        places: Value | None = None,
+        tokens: Value | None = None,
+    ) -> None:
+        """The arguments are the inputs of ``encoder_specs``, or of ``packed_specs``."""
+        self.ids, self.positions = input_ids, key_positions
+        self.results: dict[str, Value] = {}
+        """Hidden states of the layers, by name."""
+        mask = op.for_queries(op.mask_bias(attention_mask), query_positions)
+        columns = op.row_positions(query_positions, None)
+        self._bias = op.add(op.causal_bias(query_positions, columns), mask)
+        self._places, self._tokens = places, tokens
+
+    def reads(self, residual: Value) -> None:
+        """Say what the next block reads: its hidden state."""
+        self.results[f"hidden_state.{len(self.results)}"] = residual
+
+    def attend(
+        self, op: Ops, q: Value, k: Value, v: Value, heads: int, scale: float = 1.0
+    ) -> Value:
+        """A layer's attention of [B, S, H*D] queries over what is before them, and themselves."""
+        if self._places is not None:
+            q, k, v = (op.spread(x, self._places) for x in (q, k, v))
+        y = op.attention(q, k, v, self._bias, heads, scale)
+        return y if self._tokens is None else op.pack(y, self._tokens)

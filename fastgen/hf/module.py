@@ -112,6 +112,15 @@ class EngineModule(Explained, BuildsEngines):
         finally:
             _steady.modules, _steady.refused = outer
 
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Take the weights as unchanged until the end of the body; a look at them must follow."""
+        outer, _steady.modules = _steady.modules, _steady.modules | {id(self)}
+        try:
+            yield
+        finally:
+            _steady.modules = outer
+
     def standing_refusal(self) -> str | None:
         """Why no engine serves the model, where that takes no look at all its weights."""
         reason = _steady.refused.get(id(self))

@@ -111,7 +111,7 @@ def _try(fast: type) -> dict[str, str]:
         decodes, calls = hasattr(fast, "_sample"), [_forward]
         if decodes:
             calls.append(_continued)
-        elif stock.config.is_decoder:
+        elif getattr(stock.config, "is_decoder", False):  # not every config says
             calls = [_stack]
         right = all(_fastest(call, stock, own, PATHS[1:2]) != "torch" for call in calls)
         verdict = {"forward": PATHS[0] if right else "torch"}

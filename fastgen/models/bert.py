@@ -15,16 +15,18 @@ from transformers import (
     BertModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.models.bert.modeling_bert import BertPooler
 
 from fastgen.errors import UnsupportedConfigError
 from fastgen.fallback import Asked
+from fastgen.graphs.encoder import POOLED
 from fastgen.hf.loading import FastPreTrained
 from fastgen.models.layers import Embedding, LayerNorm, Linear, Named
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
 from fastgen.tasks.encoder import FastEncoder
 from fastgen.tasks.heads import FastTask
-from fastgen.tasks.refusals import form_refusal
+from fastgen.tasks.refusals import empty_row_refusal, form_refusal
 
 __all__ = [
     "FastBertForMaskedLM",
@@ -37,9 +39,9 @@ __all__ = [
 ]
 
 MOST_TOKENS_ON_A_GPU = 2048
-"""Up to here launches cost most, which a captured graph saves; beyond it ONNX Runtime's attention
-takes longer than torch's (BERT-large in bfloat16 on an H100: 16 x 128 5.7 against 7.7 ms, 24 x 128
-8.6 against 7.9, 64 x 128 18.6 against 11.5)."""
+"""Of ONNX Runtime, where the fused kernels do not run. Up to here launches cost most, which a
+captured graph saves; beyond it its attention takes longer than torch's (BERT-large in bfloat16 on
+an H100: 16 x 128 5.7 against 7.7 ms, 24 x 128 8.6 against 7.9, 64 x 128 18.6 against 11.5)."""
 
 
 class Embeddings(nn.Module):
@@ -156,6 +158,20 @@ class Encoder(nn.Module):
         return results | {"last_hidden_state": x}
 
 
+class Pooler(nn.Module):
+    """BertPooler, over the model's own parameters."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.pooler = Named(dense=Linear(width, width, bias=True))
+
+    def pool(self, op: Ops, last_hidden_state: Value) -> dict[str, Value]:
+        """Hidden states [B, S, E] -> what is pooled, [B, 1, E]."""
+        first = op.rows_kept(last_hidden_state, op.constant([0], torch.int64))
+        return {POOLED: op.activation(self.pooler.dense(op, first), "tanh")}
+
+
 TRIAL_CONFIG = {
     **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"intermediate_size": 32, "max_position_embeddings": 32},
@@ -164,7 +180,7 @@ TRIAL_CONFIG = {
 
 
 class FastBertModel(FastEncoder, FastPreTrained, BertModel):
-    """BertModel on a compiled engine; its pooler is stock code."""
+    """BertModel on a compiled engine; on a GPU its pooler is stock code."""
 
     trial_config = TRIAL_CONFIG
     pooler: Any
@@ -175,6 +191,14 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
     def _encoder_root(self) -> Encoder:
         return Encoder(self.config)
 
+    def _pooler_root(self) -> Pooler | None:
+        if type(self.pooler) is not BertPooler:
+            return None
+        dense, width = self.pooler.dense, self.config.hidden_size
+        kinds = type(dense), type(self.pooler.activation)
+        stock = kinds == (torch.nn.Linear, torch.nn.Tanh) and dense.weight.shape == (width, width)
+        return Pooler(self.config) if stock and dense.bias is not None else None
+
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""
         names = "input_ids", "attention_mask", "token_type_ids"
@@ -183,9 +207,11 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
             return reason
         if ids.shape[1] > (most := self.config.max_position_embeddings):
             return Asked(f"{ids.shape[1]} tokens, where there are {most} positions")
-        if mask is not None and mask.device.type == "cpu" and not mask.any(dim=1).all():
-            return "attention_mask hides all of a row, which only torch serves"
-        if reason := faster_on_torch(self.device, *ids.shape):
+        if reason := empty_row_refusal(mask):
+            return reason
+        engine = self._engine
+        fused = engine is not None and engine.fused is not None
+        if not fused and (reason := faster_on_torch(self.device, *ids.shape)):
             return reason
         return None if types is None else self._types_refusal(types, ids)
 
@@ -201,7 +227,9 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
         return None
 
     def _output(self, hidden: torch.Tensor) -> Any:
-        pooled = None if self.pooler is None else self.pooler(hidden)
+        pooled = self._pooled(hidden)
+        if pooled is None and self.pooler is not None:
+            pooled = self.pooler(hidden)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden, pooler_output=pooled
         )

@@ -168,9 +168,11 @@ class Ops:
             return self.onnx.Gelu(x)
         if name in ("silu", "swish"):
             return self.onnx.Mul(x, self.onnx.Sigmoid(x))
+        if name == "tanh":
+            return self.onnx.Tanh(x)
         raise UnsupportedConfigError(
             f"dense_act_fn={name!r}: the engine knows relu, gelu, gelu_new, gelu_pytorch_tanh, "
-            "silu and swish."
+            "silu, swish and tanh."
         )
 
     def multiply(self, x: Value, y: Value) -> Value:

@@ -1,6 +1,7 @@
 """Encoders: which calls the engine serves."""
 
 import weakref
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -9,10 +10,12 @@ from transformers.modeling_outputs import (
     BaseModelOutput,
 )
 
-from fastgen.engines import Engine, NoEngine, too_large
+from fastgen.engines import Engine, NoEngine, NotFused, too_large
+from fastgen.engines.fused.encoder import PackedEngine
 from fastgen.execution.encoder import Encoder
 from fastgen.fallback import Asked
-from fastgen.graphs.encoder import encoder_specs, packed_specs
+from fastgen.graphs.encoder import POOLED, encoder_specs, packed_specs, pooler_specs
+from fastgen.graphs.shape import LAST_STATE
 from fastgen.hf.forward import StockForward
 from fastgen.hf.module import EngineModule
 from fastgen.target import Target
@@ -47,6 +50,10 @@ class FastEncoder(StockForward, EngineModule):
         """The family's graph module with a method ``encode``, and its ``depth`` in blocks."""
         raise NotImplementedError
 
+    def _pooler_root(self) -> Any:
+        """The graph module of its pooler, with a method ``pool``; None: stock code pools."""
+        return None
+
     def _build_engine(self, target: Target) -> Encoder:
         root, width, more = self._encoder_root(), self.config.hidden_size, self._more_ids
         self._refuse_foreign_parts([root], ignore=self._beside)
@@ -65,13 +72,37 @@ class FastEncoder(StockForward, EngineModule):
         def packed() -> Engine:
             return build("encoder-packed", packed_specs(target, width, more), stack._encoder_root())
 
+        @cache
+        def engine() -> Engine:
+            specs = encoder_specs(target, width, 0, more)
+            return build("encoder", specs, stack._encoder_root())
+
         options = self.engine_options
-        packs = self._packs and options.skip_padding and target.device == "cpu"
-        engine = build("encoder", encoder_specs(target, width, 0, more), root)
-        return Encoder(
+        packs = self._packs and options.skip_padding and not self.reads_padding
+        fused = self._fused_engine(target, padding=not packs)
+        if fused is None:  # else it serves hidden states of all layers only, and can wait
+            engine()
+        encoder = Encoder(
             *(engine, target, self.device, width, options, layers, states, more),
-            packed if packs and not self.reads_padding else None,
+            packed if packs and target.device == "cpu" else None,
+            fused,
         )
+        if target.device == "cpu" and (pooler := self._pooler_root()) is not None:
+            # by torch it would be the one thing to wake torch's threads, which then spin on where
+            # the engine's are to run next
+            specs = pooler_specs(target, width)
+            encoder.pooling = self._engine_for("pooler", pooler, target, "pool", specs)
+        return encoder
+
+    def _fused_engine(self, target: Target, padding: bool) -> PackedEngine | None:
+        served = self._packs and target.device == "cuda" and target.contrib
+        if not served or not self.engine_options.fused_kernels:
+            return None
+        root, own = self._encoder_root(), dict(self.named_parameters(remove_duplicate=False))
+        kept = self._engine_cache()
+        with suppress(NotFused):  # another dtype of some weight, say
+            return PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
+        return None
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""
@@ -93,22 +124,57 @@ class FastEncoder(StockForward, EngineModule):
             return str(error)
         return None
 
+    def _forward(self, **arguments: Any) -> Any:
+        found = self._run_ahead(arguments)
+        return super()._forward(**arguments) if found is None else self._given(found, arguments)
+
+    def _run_ahead(self, arguments: dict[str, Any]) -> Any:
+        """``_compute``, if the look at the weights that follows finds the engine to be of now: a
+        GPU computes meanwhile. None if it is not, or where nothing would be gained."""
+        encoder: Encoder | None = self._engine
+        if encoder is None or encoder.fused is None:
+            return None
+        with self.unseen():
+            if self.refusal(**arguments) or arguments["input_ids"].device != encoder.device:
+                return None
+            found = self._compute(encoder, arguments)
+        with suppress(NoEngine):
+            return found if self._current_engine() is encoder else None
+        return None
+
     def _by_torch(self, **arguments: Any) -> Any:
         introduce(type(self), self.config)
         return super()._by_torch(**arguments)
 
     def _run(self, **arguments: Any) -> Any:
         """``forward`` on the engine: token ids [B, S] to hidden states [B, S, E]."""
-        encoder: Encoder = self._current_engine()
+        # refusal() has looked; unless another thread dropped the engine since
+        encoder: Encoder = self._engine or self._current_engine()
+        return self._given(self._compute(encoder, arguments), arguments)
+
+    def _compute(self, encoder: Encoder, arguments: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        """Hidden states [B, S, E], and those of all layers if they are wanted."""
         ids, mask = arguments["input_ids"].to(torch.int64), arguments.get("attention_mask")
         given = {name: arguments.get(name) for name in self._more_ids}
         more = {name: 0 if value is None else value for name, value in given.items()}
-        states = None
-        if states_wanted(self, arguments):
-            states = as_stock(self, encoder.run_with_states(ids, mask, **more))
-        output = self._output(encoder.run(ids, mask, **more) if states is None else states[-1])
-        output.hidden_states = states
+        if not states_wanted(self, arguments):
+            return encoder.run(ids, mask, **more), None
+        states = as_stock(self, encoder.run_with_states(ids, mask, **more))
+        return states[-1], states
+
+    def _given(self, found: tuple[torch.Tensor, Any], arguments: dict[str, Any]) -> Any:
+        output = self._output(found[0])
+        output.hidden_states = found[1]
         return output if wants_dict(self, arguments.get("return_dict")) else output.to_tuple()
+
+    def _pooled(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """What the pooler's graph makes of hidden states, [B, E]; None where there is none."""
+        encoder: Encoder | None = self._engine
+        if encoder is None or encoder.pooling is None:
+            return None
+        pooled = torch.empty(len(hidden), 1, hidden.shape[2])
+        encoder.pooling.bind({LAST_STATE: hidden, POOLED: pooled}).run()
+        return pooled[:, 0]
 
     def _output(self, hidden: torch.Tensor) -> Any:
         """The stock stack's output of these hidden states [B, S, E]."""

@@ -142,6 +142,13 @@ def mask_refusal(mask: Any, shape: torch.Size) -> str | None:
     return Asked(f"attention_mask is {list(mask.shape)}, not {list(shape[:2])}: one per token")
 
 
+def empty_row_refusal(mask: torch.Tensor | None) -> str | None:
+    """An attention_mask that hides all of a row; on a GPU a look at it would wait for it."""
+    if mask is None or mask.device.type != "cpu" or mask.any(dim=1).all():
+        return None
+    return "attention_mask hides all of a row, which only torch serves"
+
+
 def decoder_mask_refusal(mask: Any, ids: Any, past: Any) -> str | None:
     """A decoder_attention_mask that hides anything of the tokens so far: ``past`` and ``ids``."""
     if mask is None:

@@ -71,6 +71,14 @@ def mask(rows: int, length: int) -> torch.Tensor:
     return keep.long().to(DEVICE)
 
 
+def ragged(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """A mask with holes and padding on both sides; no row is empty."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, length, generator=generator) < torch.rand(rows, 1, generator=generator)
+    mask[:, length // 2] = True
+    return mask.long().to(DEVICE)
+
+
 @torch.no_grad()
 def decoded(model: Any, call: Mapping[str, torch.Tensor], prefill: int = 4) -> torch.Tensor:
     """Logits [B, Q, V] of a prefill and then one step for each further token."""

@@ -332,6 +332,25 @@ def test_without_a_pooler() -> None:
     assert assert_same(Pair(stock, fast), "Model", call("Model")).pooler_output is None
 
 
+def test_another_pooler_is_stock_code() -> None:
+    for changed in (
+        lambda pooler: setattr(pooler, "activation", torch.nn.ReLU()),
+        lambda pooler: setattr(pooler, "dense", torch.nn.Linear(32, 7)),
+        lambda pooler: setattr(pooler, "dense", torch.nn.Linear(32, 32, bias=False)),
+    ):
+        pair = copy.deepcopy(build("Model"))
+        assert_same(pair, "Model", call("Model"))
+        assert pair.fast._engine.pooling is not None
+        torch.manual_seed(0)
+        for model in (pair.stock, pair.fast):
+            changed(model.pooler)
+            model.eval()
+        pair.fast.pooler.load_state_dict(pair.stock.pooler.state_dict())
+        served(pair, call("Model"))
+        assert_same(pair, "Model", call("Model"))
+        assert pair.fast._engine.pooling is None
+
+
 def test_gradients_reach_the_weights() -> None:
     pair = copy.deepcopy(build("ForSequenceClassification"))
     arguments = call("ForSequenceClassification") | {"labels": torch.tensor([0, 1, 2])}

@@ -1,1 +1,1 @@
-"""A decoder step as a handful of CUDA launches a layer: the vocabulary, recorded."""
+"""Decoder steps and encoders as a handful of CUDA launches a layer: vocabularies, recorded."""

@@ -1,0 +1,274 @@
+// Kernels of an encoder over packed rows: all but its products and its attention.
+//
+// Behind common.cu, of which it takes the types, Pack, the two functions of programmatic dependent
+// launch and the activations. A row is one token, K elements of T: a block holds one in registers,
+// VEC neighbouring elements a load (8, or 1 where some width or address forbids it), and loops over
+// the columns. Every kernel waits for its inputs before it reads any.
+
+// Sum of one number of each thread over the block.
+template <int THREADS> INLINE float block_sum(float x) {
+    __shared__ float parts[THREADS / 32];
+#pragma unroll
+    for (int o = 16; o; o /= 2) x += __shfl_xor_sync(~0u, x, o);
+    if constexpr (THREADS == 32) return x;
+    __syncthreads();  // an earlier sum was read
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0.f;
+#pragma unroll
+    for (int w = 0; w < THREADS / 32; w++) x += parts[w];
+    return x;
+}
+
+template <int THREADS> INLINE int block_count(int x) {
+    return (int)block_sum<THREADS>((float)x);  // exact up to 2^24
+}
+
+// One row of K columns in the block's registers: thread t has the packs t, t + THREADS, ...
+template <int K, int VEC, int THREADS> struct Row {
+    static constexpr int PACKS = (K + VEC * THREADS - 1) / (VEC * THREADS);
+    float x[PACKS][VEC];
+
+    static INLINE int column(int pack) { return ((int)threadIdx.x + pack * THREADS) * VEC; }
+
+    INLINE void clear() {
+#pragma unroll
+        for (int p = 0; p < PACKS; p++)
+#pragma unroll
+            for (int e = 0; e < VEC; e++) x[p][e] = 0.f;
+    }
+    INLINE void add(const T* from, float scale = 1.f) {
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            if (column(p) >= K) continue;
+            const Pack<T, VEC> values = *(const Pack<T, VEC>*)(from + column(p));
+#pragma unroll
+            for (int e = 0; e < VEC; e++) x[p][e] += scale * to_float(values.element[e]);
+        }
+    }
+    INLINE void store(T* to) const {
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            if (column(p) >= K) continue;
+            Pack<T, VEC> values;
+#pragma unroll
+            for (int e = 0; e < VEC; e++) from_float(x[p][e], values.element[e]);
+            *(Pack<T, VEC>*)(to + column(p)) = values;
+        }
+    }
+    // Layer norm in float, of the deviations from the mean.
+    INLINE void normalize(const T* weight, const T* bias, float eps) {
+        float sum = 0.f;
+#pragma unroll
+        for (int p = 0; p < PACKS; p++)
+#pragma unroll
+            for (int e = 0; e < VEC; e++) sum += x[p][e];
+        const float mean = block_sum<THREADS>(sum) / K;
+        float squares = 0.f;
+#pragma unroll
+        for (int p = 0; p < PACKS; p++)
+#pragma unroll
+            for (int e = 0; e < VEC; e++) {
+                x[p][e] = column(p) < K ? x[p][e] - mean : 0.f;
+                squares += x[p][e] * x[p][e];
+            }
+        const float factor = rsqrtf(block_sum<THREADS>(squares) / K + eps);
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            if (column(p) >= K) continue;
+            const Pack<T, VEC> w = *(const Pack<T, VEC>*)(weight + column(p));
+            const Pack<T, VEC> b = *(const Pack<T, VEC>*)(bias + column(p));
+#pragma unroll
+            for (int e = 0; e < VEC; e++)
+                x[p][e] = x[p][e] * factor * to_float(w.element[e]) + to_float(b.element[e]);
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Packing: tokens of all rows one after the other. Each row's visible tokens come first, in their
+// order; behind them those that are computed though no query sees them.
+
+struct CountArgs {
+    const long long* mask;  // [B, S], 0: hidden; null: all are visible
+    int* lengths;           // [B] tokens that are computed
+    int* visible;           // [B]
+    int sources, padding;   // S; whether all hidden tokens are computed, or only a row's first place
+};
+
+// One block a row.
+template <int THREADS> INLINE void count(const CountArgs& args) {
+    launch_dependents();
+    wait_for_inputs();
+    const long long* mask = args.mask + (long long)blockIdx.x * args.sources;
+    int seen = 0;
+    for (int s = threadIdx.x; s < args.sources; s += THREADS) seen += !args.mask || mask[s] != 0;
+    seen = block_count<THREADS>(seen);
+    if (threadIdx.x) return;
+    const int first = args.mask && mask[0] == 0;
+    args.visible[blockIdx.x] = seen;
+    args.lengths[blockIdx.x] = args.padding ? args.sources : seen + first;
+}
+
+struct PlaceArgs {
+    const long long* mask;       // as in CountArgs
+    const int *lengths, *visible;  // [B]
+    int *starts, *keys;  // [B + 1], [B]: for attention, where rows begin, and visible tokens of each
+    int* tokens;         // [T] the place b * S + s of each token
+    int* rows;           // [B, S] the token of each place; -1: it is not computed
+    int sources, padding;
+};
+
+// One block a row.
+template <int THREADS> INLINE void place(const PlaceArgs& args) {
+    launch_dependents();
+    wait_for_inputs();
+    __shared__ int seen_by[THREADS / 32];
+    const int b = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int before = 0;
+    for (int i = threadIdx.x; i < b; i += THREADS) before += args.lengths[i];
+    const int start = block_count<THREADS>(before), visible = args.visible[b];
+    if (threadIdx.x == 0) {
+        args.starts[b] = start;
+        args.keys[b] = visible;
+        if (b + 1 == gridDim.x) args.starts[b + 1] = start + args.lengths[b];
+    }
+    const long long first = (long long)b * args.sources;
+    int seen = 0;  // visible tokens of earlier rounds
+    for (int base = 0; base < args.sources; base += THREADS) {
+        const int s = base + threadIdx.x;
+        const bool inside = s < args.sources;
+        const bool sees = inside && (!args.mask || args.mask[first + s] != 0);
+        const unsigned votes = __ballot_sync(~0u, sees);
+        __syncthreads();  // the last round's counts were read
+        if (lane == 0) seen_by[warp] = __popc(votes);
+        __syncthreads();
+        int rank = seen + __popc(votes & ((1u << lane) - 1));
+#pragma unroll
+        for (int w = 0; w < THREADS / 32; w++) {
+            if (w < warp) rank += seen_by[w];
+            seen += seen_by[w];
+        }
+        if (!inside) continue;
+        int row = -1;
+        if (sees) row = start + rank;
+        else if (args.padding) row = start + visible + s - rank;
+        else if (s == 0) row = start + visible;
+        args.rows[first + s] = row;
+        if (row >= 0) args.tokens[row] = (int)(first + s);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Embeddings: a sum over tables, normed
+
+struct Term {
+    const T* table;        // [count, K]
+    const long long* ids;  // [B, S]; null: the token's column is its id, or with ONE_ID it is 0
+    int count, offset, one_id;
+    float scale;
+};
+
+struct EmbedArgs {
+    Term term[4];
+    const int* tokens;  // [T]
+    const int* total;   // T
+    T* y;               // [T, K]
+    const T *weight, *bias;
+    float eps;
+    int sources;
+};
+
+// One block a token.
+template <int K, int VEC, int THREADS, int TERMS> INLINE void embed(const EmbedArgs& args) {
+    launch_dependents();
+    wait_for_inputs();
+    if ((int)blockIdx.x >= *args.total) return;
+    const int place = args.tokens[blockIdx.x];
+    Row<K, VEC, THREADS> row;
+    row.clear();
+#pragma unroll
+    for (int i = 0; i < TERMS; i++) {
+        const Term& term = args.term[i];
+        long long id = term.ids ? term.ids[place] : term.one_id ? 0 : place % args.sources;
+        id = max(0ll, min(id + term.offset, (long long)term.count - 1));  // never beside the table
+        row.add(term.table + id * K, term.scale);
+    }
+    row.normalize(args.weight, args.bias, args.eps);
+    row.store(args.y + (long long)blockIdx.x * K);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Between the products
+
+struct NormArguments {
+    const T *x, *residual;  // [T, K]; residual: with ADD
+    const T *weight, *bias;
+    T* y;
+    float eps;
+};
+
+// y = norm(x + residual), one block a token.
+template <int K, int VEC, int THREADS, bool ADD> INLINE void norm_rows(const NormArguments& args) {
+    launch_dependents();
+    wait_for_inputs();
+    const long long first = (long long)blockIdx.x * K;
+    Row<K, VEC, THREADS> row;
+    row.clear();
+    row.add(args.x + first);
+    if constexpr (ADD) row.add(args.residual + first);
+    row.normalize(args.weight, args.bias, args.eps);
+    row.store(args.y + first);
+}
+
+struct ActivationArgs {
+    T* x;
+    long long count;
+};
+
+// x = activate(x), VEC elements a thread; the count is a multiple of VEC.
+template <int ACT, int VEC> INLINE void activate_rows(const ActivationArgs& args) {
+    launch_dependents();
+    wait_for_inputs();
+    const long long i = VEC * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
+    if (i >= args.count) return;
+    Pack<T, VEC> x = *(const Pack<T, VEC>*)(args.x + i);
+#pragma unroll
+    for (int e = 0; e < VEC; e++) from_float(activate<ACT>(finite(x.element[e])), x.element[e]);
+    *(Pack<T, VEC>*)(args.x + i) = x;
+}
+
+struct SpreadArgs {
+    const T* x;       // [T, K]
+    const int* rows;  // [B, S]
+    T* y;             // [B, S, K]
+};
+
+// y[place] = x[rows[place]], zeros where there is none: one block a place.
+template <int K, int VEC, int THREADS> INLINE void spread(const SpreadArgs& args) {
+    launch_dependents();
+    wait_for_inputs();
+    const int from = args.rows[blockIdx.x];
+#pragma unroll
+    for (int k = threadIdx.x * VEC; k < K; k += VEC * THREADS) {
+        Pack<T, VEC> values = {};
+        if (from >= 0) values = *(const Pack<T, VEC>*)(args.x + (long long)from * K + k);
+        *(Pack<T, VEC>*)(args.y + (long long)blockIdx.x * K + k) = values;
+    }
+}
+
+struct PrefetchArgs {
+    const char* from[8];
+    long long bytes[8];
+    int count;
+};
+
+// Bring weights into the L2 cache while products before theirs run: those of few rows do not ask for
+// memory fast enough themselves.
+template <int THREADS> INLINE void prefetch(const PrefetchArgs& args) {
+    const long long first = 128ll * (blockIdx.x * THREADS + threadIdx.x);
+    const long long step = 128ll * gridDim.x * THREADS;
+    for (int i = 0; i < args.count; i++)
+        for (long long byte = first; byte < args.bytes[i]; byte += step)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(args.from[i] + byte));
+}

@@ -1,0 +1,74 @@
+"""Decided once an encoder's launches are recorded: where scratch lies, what is fetched early."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastgen.engines.fused.packed_kernels import Prefetch
+from fastgen.engines.fused.packed_ops import Products, Recorded
+from fastgen.engines.fused.packed_values import Buffer, Size
+
+
+def allocate(
+    launches: Sequence[Recorded], make: Callable[[int], torch.Tensor], kept: Sequence[Buffer]
+) -> list[Recorded]:
+    """Give buffers their memory: one whose last reader has run leaves its to the next of its width.
+
+    Args:
+        make: memory of so many columns.
+        kept: what is written or read outside of these launches.
+
+    Returns:
+        The launches, of which those that are the last to read what one of them made let it go.
+    """
+    last = {b: i for i, each in enumerate(launches) for b in (*each.reads, *each.writes)}
+    idle: dict[int, list[torch.Tensor]] = defaultdict(list)
+    for buffer in kept:
+        buffer.tensor = buffer.tensor if buffer.tensor is not None else make(buffer.width)
+    run: list[Recorded] = []
+    for i, each in enumerate(launches):
+        for buffer in each.writes:
+            if buffer.tensor is None and not buffer.made:
+                free = idle[buffer.width]
+                buffer.tensor = free.pop() if free else make(buffer.width)
+        run.append(each)
+        ended = {b for b in (*each.reads, *each.writes) if last[b] == i and b not in kept}
+        for buffer in ended:
+            if not buffer.made:
+                idle[buffer.width].append(buffer.tensor)
+        if made := [buffer for buffer in ended if buffer.made]:
+            run.append(Release(made))
+    return run
+
+
+def fetch_ahead(launches: Sequence[Recorded]) -> list[Prefetch]:
+    """Let each group of products that run side by side fetch the weights of those behind it, up to
+    the next group's."""
+    found: list[Prefetch] = []
+    group: Products | None = None
+    weights: list[torch.Tensor] = []
+    for each in [*(each for each in launches if isinstance(each, Products)), None]:
+        if each is not None:
+            weights += [product.matrix for product in each.products]
+        if each is not None and len(each.products) == 1:
+            continue
+        if group is not None and weights:
+            group.ahead = Prefetch(weights)
+            found.append(group.ahead)
+        group, weights = each, []
+    return found
+
+
+@dataclass(frozen=True)
+class Release:
+    """Gives back what a launch made, for the next one's."""
+
+    buffers: Sequence[Buffer]
+    reads: Sequence[Buffer] = ()
+    writes: Sequence[Buffer] = ()
+
+    def __call__(self, size: Size) -> None:
+        for buffer in self.buffers:
+            buffer.tensor = None

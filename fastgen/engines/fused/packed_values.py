@@ -1,0 +1,130 @@
+"""What an encoder over packed tokens works with: calls, scratch, and the parts of its kernels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.nn.functional import layer_norm
+
+VECTOR = 8  # elements of one load, where widths and addresses allow it
+THREADS = 256
+MAX_TERMS = 4
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Scratch of one row a token, [capacity, width]; several share memory where they can."""
+
+    width: int
+    tensor: Any = None
+    made: bool = False
+    """Whether the launch that writes it makes its memory, too."""
+    _rows: Any = None
+
+    def rows(self, count: int) -> torch.Tensor:
+        """Its first rows; kept, as calls of a size often follow each other."""
+        if self.made or len(self.tensor) == count:
+            found: torch.Tensor = self.tensor
+            return found
+        if self._rows is None or len(self._rows) != count:
+            self._rows = self.tensor[:count]
+        found = self._rows
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What one run over rows [B, S] reads and writes, on the device."""
+
+    ids: Mapping[str, torch.Tensor | None]
+    """int64 [B, S] each; None: zeros."""
+    mask: torch.Tensor | None
+    """int64 [B, S], 0 hides a token from queries; None: all are visible."""
+    hidden: torch.Tensor
+    """[B, S, E], what is computed."""
+    lengths: torch.Tensor
+    """int32 [B], tokens of each row that are computed."""
+    visible: torch.Tensor
+    """int32 [B], of these what queries see."""
+    tokens: torch.Tensor
+    """int32 [T], the place row * S + column of each token."""
+    rows: torch.Tensor
+    """int32 [B, S], the token of each place; -1 where none is computed."""
+    padding: bool
+    """Whether all that is hidden is computed, too; else only a row's first place is."""
+
+    @property
+    def sources(self) -> int:
+        return self.hidden.shape[1]
+
+    def piece(self, start: int, stop: int, tokens: int) -> "Call":
+        """The same of some rows, of so many tokens."""
+        part = slice(start, stop)
+        return replace(
+            self,
+            ids={name: None if t is None else t[part] for name, t in self.ids.items()},
+            mask=None if self.mask is None else self.mask[part],
+            hidden=self.hidden[part],
+            lengths=self.lengths[part],
+            visible=self.visible[part],
+            tokens=self.tokens[:tokens],
+            rows=self.rows[part],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Size:
+    """What the launches between reading and spreading are run over."""
+
+    tokens: int
+    """Rows of all buffers; what lies behind the last token is computed for nothing."""
+    longest: int
+    """Tokens of a row, at most."""
+    starts: torch.Tensor
+    """int32 [B + 1], where each row's tokens begin."""
+    keys: torch.Tensor
+    """int32 [B], how many of a row's first tokens its queries see."""
+    side: Sequence[torch.cuda.Stream] = ()
+    """Streams for what does not depend on each other, beside the current one."""
+    fetching: torch.cuda.Stream | None = None
+    """A stream that fetches weights ahead of their products."""
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """``scale * table[ids + offset]``."""
+
+    ids: str | None
+    """Which of a call's; None: the token's column in its row."""
+    table: torch.Tensor
+    scale: float = 1.0
+    offset: int = 0
+
+
+@dataclass(eq=False)
+class Norm:
+    """What a layer norm needs beside its input."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+    vector: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.vector = vector(self.weight, self.bias)
+
+    def threads(self, vector: int) -> int:
+        """Of a block that holds a row: one a load, or several loads for each of the most."""
+        most = THREADS if vector > 1 else 1024
+        return min(most, -(-len(self.weight) // (32 * vector)) * 32)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        wide = [t.float() for t in (x, self.weight, self.bias)]
+        return layer_norm(wide[0], x.shape[-1:], wide[1], wide[2], self.eps)
+
+
+def vector(*tensors: torch.Tensor) -> int:
+    """Elements of one load from rows of each of these."""
+    fits = all(t.shape[-1] % VECTOR == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+    return VECTOR if fits else 1
