@@ -232,6 +232,11 @@ RELIANCES: tuple[Reliance, ...] = (
     ),
     *_rows(
         "read",
+        "transformers.models.bert.modeling_bert",
+        BertPooler="what the engine pools as, where it does",
+    ),
+    *_rows(
+        "read",
         "transformers.models.bart.modeling_bart.BartLearnedPositionalEmbedding",
         __init__="position 0 is row 2 of its table",
     ),
