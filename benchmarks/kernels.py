@@ -138,7 +138,7 @@ def main(
     new_tokens: int = 64,
     beams: int = 1,
 ) -> None:
-    """Print the launches of the step that follows such a ``generate`` call."""
+    """Print the launches of the last step of such a ``generate`` call."""
     name = shape.removesuffix(SUFFIX)
     config = shape_config(name)
     torch.manual_seed(0)
@@ -149,9 +149,12 @@ def main(
     size = {"max_new_tokens": new_tokens, "eos_token_id": config.vocab_size, "num_beams": beams}
     model.generate(ids, attention_mask=torch.ones_like(ids), **size)
     decoder = model._current_engine()
+    if decoder.fused is None:
+        raise SystemExit(f"{shape} has no fused kernels here: see `fastgen doctor`")
     bucket = decoder.pool.idle()[-1]
     peak = measure_machine("cuda", model.dtype).bytes_per_s
     with decoder.turn():
+        bucket.seek((1 if decoder.shape.source else prompt_tokens) + new_tokens - 2)  # the last
         binding = decoder.fused.bind(bucket.tensors)
         found = kinds(binding._keep, binding._launches)
         print(f"{shape} {dtype}, {tuple(bucket.size)}: copies at {peak / 1e9:,.0f} GB/s")

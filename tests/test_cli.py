@@ -223,6 +223,7 @@ def test_compile_of_a_real_checkpoint(tmp_path: Path) -> None:
     [
         ("t5-tiny", "FastT5ForConditionalGeneration"),
         ("gpt2-tiny", "FastGPT2LMHeadModel"),
+        ("bart-tiny", "FastBartForConditionalGeneration"),
         ("bert-tiny", "FastBertModel"),
         ("t5-tiny-encoder", "FastT5Stack"),
     ],

@@ -41,8 +41,6 @@ def test_contender_generates_the_stock_tokens(family, name, workload, checkpoint
     contender, kind = generators.CONTENDERS[name], KINDS[family]
     if name == "ctranslate2":
         pytest.importorskip("ctranslate2")
-    if (family, name) == ("bart", "fastgen"):
-        pytest.importorskip("fastgen.models.bart")
     tokens = outcome(contender, kind, checkpoints[family], tmp_path, workload)
     assert [len(row) for row in tokens] == [6, 6]
     if contender.draws_with_torch or not workload.sample:

@@ -4,10 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, T5Config
+from transformers import BartConfig, GPT2Config, T5Config
 
 from benchmarks.kernels import kinds
-from fastgen import FastGPT2LMHeadModel, FastT5ForConditionalGeneration
+from fastgen import (
+    FastBartForConditionalGeneration,
+    FastGPT2LMHeadModel,
+    FastT5ForConditionalGeneration,
+)
 from fastgen.bench.floor import floor_of
 from fastgen.bench.workload import Workload
 from fastgen.engines.fused.engine import FusedEngine
@@ -40,7 +44,7 @@ def recorded(model, vocabulary, size, filled=FILLED):
     """What a step over a bucket of this size is recorded as, and the bucket."""
     root, dtype = model._decoder_root(), str(model.dtype).removeprefix("torch.")
     target = onnxruntime_cuda(dtype)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     engine = FusedEngine(root, root.decode, target, parameters)
     bucket = Bucket(root.shape, target, torch.device("cpu"), size)
     bucket.tensors["first_slot"].fill_(filled)
@@ -125,15 +129,28 @@ def test_what_is_added_is_read_and_written(model):
     assert stored.bytes == 4 * (20 * E + E * V + 20 * V)
 
 
-@pytest.mark.parametrize("beams", [1, 4])
-def test_a_step_moves_the_floor_and_its_activations(gpu, beams):
+def gpt2():
     config = GPT2Config(n_embd=256, n_head=4, n_layer=3, vocab_size=4096)
-    model = FastGPT2LMHeadModel(config).to(torch.bfloat16)
+    return FastGPT2LMHeadModel(config).to(torch.bfloat16)
+
+
+def bart():
+    both = {"layers": 3, "attention_heads": 4, "ffn_dim": 1024}
+    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in both.items()}
+    config = BartConfig(d_model=256, vocab_size=4096, **sides)
+    return FastBartForConditionalGeneration(config).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize(("make", "kind"), [(gpt2, "causal"), (bart, "seq2seq")])
+def test_a_step_moves_the_floor_and_its_activations(gpu, make, kind, beams):
+    model, source = make(), 40 if kind == "seq2seq" else 0
     workload = Workload(prompt_tokens=40, new_tokens=21, beams=beams)
-    filled = 40 + 10 * beams - beams  # before the step amid the call
-    found, ops, _ = recorded(model, FusedOps, BucketSize(1, beams, 64 * beams, 0), filled)
+    before = beams * (1 + 10) if source else 40 + beams * 10  # amid the call, its own token too
+    size = BucketSize(1, beams, 64 * beams, source)
+    found, ops, _ = recorded(model, FusedOps, size, before - beams)
     moved = sum(kind.bytes for kind in found.values())
-    floor = floor_of(model, workload, "causal").bytes
+    floor = floor_of(model, workload, kind).bytes
     assert floor < moved
     # Of a launch, rows of at most 4 * 256 elements and half as many in float32, and little more
     assert moved - floor < len(ops.launches) * beams * 4 * 256 * 6
