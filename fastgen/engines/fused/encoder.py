@@ -69,9 +69,9 @@ class PackedEngine:
                 raise NotFused(f"{name} is gone")
             self._parameters[name] = parameters[name].detach()
         self._scratch: dict[tuple[int, int], torch.Tensor] = {}
+        self._record()  # so that what is not served is known by now
         self._count, self._place = Count(), Place()
         compile_kernels((self._count, self._place), self._dtype, device, engine_cache)
-        self._record()  # so that what is not served is known by now
 
     def weight_pointers(self) -> dict[str, int]:
         return {name: p.data_ptr() for name, p in self._parameters.items()}
