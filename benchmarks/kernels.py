@@ -20,10 +20,9 @@ import typer
 
 import fastgen
 from fastgen.bench.floor import measure_machine
-from fastgen.bench.shapes import SUFFIX, kind_of, shape_config
+from fastgen.bench.shapes import SUFFIX, shape_config, shape_of
 from fastgen.engines.nvrtc import Launch
 
-AUTO = {"seq2seq": "FastAutoModelForSeq2SeqLM", "causal": "FastAutoModelForCausalLM"}
 REPLAYS = 50
 _INSTANTIATION = re.compile(r" (\w+)\(const __grid_constant__ .*\{ (.*)\(args\); \}")
 """A kernel's name in the recorded source, and the template that it is of."""
@@ -109,28 +108,24 @@ def torch_bytes(launch: Callable[[int], None]) -> tuple[str, int]:
     return name, moved + (y.nbytes if added else 0)
 
 
-def seconds(runs: Iterable[Callable[[int], None]]) -> float:
-    """Seconds of these launches, replayed as one captured graph."""
-    launches, graph = list(runs), torch.cuda.CUDAGraph()
+def seconds(decoder: Any, runs: Iterable[Callable[[int], None]]) -> float:
+    """Seconds of these launches, replayed as one graph that the decoder captures."""
+    launches = list(runs)
 
     def queue() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
         for run in launches:
-            run(torch.cuda.current_stream().cuda_stream)
+            run(stream)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        queue()  # what cuBLAS allocates, it allocates now
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=side):
-        queue()
+    replay = decoder._captured(queue)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(REPLAYS):
-        graph.replay()
+        replay()
     begin.record()
     for _ in range(REPLAYS):
-        graph.replay()
+        replay()
     end.record()
-    torch.cuda.synchronize()
+    end.synchronize()
     return begin.elapsed_time(end) / 1e3 / REPLAYS
 
 
@@ -144,29 +139,30 @@ def main(
     beams: int = 1,
 ) -> None:
     """Print the launches of the step that follows such a ``generate`` call."""
-    config = shape_config(shape.removesuffix(SUFFIX))
+    name = shape.removesuffix(SUFFIX)
+    config = shape_config(name)
     torch.manual_seed(0)
     with torch.device("cuda"):
-        auto = getattr(fastgen, AUTO[kind_of(shape)])
-        model = auto.from_config(config, dtype=getattr(torch, dtype)).eval()
+        fast = getattr(fastgen, f"Fast{shape_of(name).stock}")
+        model = fast._from_config(config, dtype=getattr(torch, dtype)).eval()
         ids = torch.randint(3, config.vocab_size, (batch, prompt_tokens))
     size = {"max_new_tokens": new_tokens, "eos_token_id": config.vocab_size, "num_beams": beams}
     model.generate(ids, attention_mask=torch.ones_like(ids), **size)
     decoder = model._current_engine()
     bucket = decoder.pool.idle()[-1]
+    peak = measure_machine("cuda", model.dtype).bytes_per_s
     with decoder.turn():
         binding = decoder.fused.bind(bucket.tensors)
         found = kinds(binding._keep, binding._launches)
-        peak = measure_machine("cuda", model.dtype).bytes_per_s
         print(f"{shape} {dtype}, {tuple(bucket.size)}: copies at {peak / 1e9:,.0f} GB/s")
         print(f"{'launches':>8} {'KiB each':>10} {'us each':>8} {'GB/s':>7} {'share':>6}  kind")
         total, everything = 0.0, sum(kind.bytes for kind in found.values())
-        for name, kind in found.items():
-            took = seconds(kind.runs)
+        for body, kind in found.items():
+            took = seconds(decoder, kind.runs)
             total += took
-            _line(len(kind.runs), kind.bytes, took, peak, name)
+            _line(len(kind.runs), kind.bytes, took, peak, body)
         _line(1, everything, total, peak, "their sum")
-        _line(1, everything, seconds(binding._launches), peak, "the whole step")
+        _line(1, everything, seconds(decoder, binding._launches), peak, "the whole step")
         _compare(decoder, bucket, binding)
 
 

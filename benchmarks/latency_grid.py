@@ -13,27 +13,28 @@ from typing import Annotated
 import torch
 import typer
 
-from fastgen import FastT5ForConditionalGeneration
-from fastgen.bench.shapes import shape_config
+import fastgen
+from fastgen.bench.shapes import shape_config, shape_of
 from fastgen.bench.workload import standard_grid
 
 NEW_TOKENS, WARM_UPS, CALLS = 64, 3, 7
 
 
 def main(
-    shapes: Annotated[list[str], typer.Argument(help="Shape names such as t5-small.")],
+    shapes: Annotated[list[str], typer.Argument(help="Shape names such as t5-small or gpt2.")],
     dtype: str = "bfloat16",
 ) -> None:
     """Print milliseconds per token (call / tokens, median) and time to first token."""
     for shape in shapes:
         torch.manual_seed(0)
         with torch.device("cuda"):
-            model = FastT5ForConditionalGeneration(shape_config(shape)).eval()
+            model = getattr(fastgen, f"Fast{shape_of(shape).stock}")(shape_config(shape)).eval()
         model = model.to(getattr(torch, dtype))
         model.generation_config.eos_token_id = model.config.vocab_size  # never chosen
         for workload in standard_grid(NEW_TOKENS):
-            ids = torch.randint(2, 32000, (workload.batch, workload.prompt_tokens), device="cuda")
+            ids = workload.prompts(model.config.vocab_size).to("cuda")
             arguments = {"num_beams": workload.beams, "do_sample": workload.sample}
+            arguments["attention_mask"] = torch.ones_like(ids)
             if workload.sample:
                 arguments |= {"top_k": 50, "top_p": 0.9}
             whole, first = (

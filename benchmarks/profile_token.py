@@ -1,6 +1,6 @@
 """What one generated token costs: device time by kernel, host time by function.
 
-python benchmarks/profile_token.py t5-small@random --dtype bfloat16
+python benchmarks/profile_token.py t5-small@random --dtype bfloat16 (or gpt2@random, say)
 """
 
 import cProfile
@@ -16,10 +16,11 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from fastgen import FastAutoModelForSeq2SeqLM
-from fastgen.bench.shapes import write_random_checkpoint
+import fastgen
+from fastgen.bench.shapes import kind_of, write_random_checkpoint
 
 TOKENS = 64
+AUTO = {"seq2seq": "FastAutoModelForSeq2SeqLM", "causal": "FastAutoModelForCausalLM"}
 
 
 def main(
@@ -36,13 +37,15 @@ def main(
         if model.endswith("@random"):
             name, source = model.removesuffix("@random"), folder
             write_random_checkpoint(name, Path(folder), dtype=kind, device="cuda")
-        fast = FastAutoModelForSeq2SeqLM.from_pretrained(source, dtype=kind)
+        auto = getattr(fastgen, AUTO[kind_of(model)])
+        fast = auto.from_pretrained(source, dtype=kind)
     fast = fast.to("cuda").eval()
     fast.generation_config.eos_token_id = fast.config.vocab_size  # never chosen: exact length
     ids = torch.randint(2, fast.config.vocab_size, (batch, prompt_tokens), device="cuda")
 
     def call() -> None:
-        fast.generate(ids, max_new_tokens=TOKENS, num_beams=beams)
+        mask = torch.ones_like(ids)
+        fast.generate(ids, attention_mask=mask, max_new_tokens=TOKENS, num_beams=beams)
         torch.cuda.synchronize()
 
     for _ in range(3):

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from fastgen import __version__
+from fastgen import __version__, registry
 from fastgen.bench.cli import bench
 from fastgen.engine_cache import EngineCache
 from fastgen.errors import FastgenError
@@ -124,21 +124,18 @@ def compile_model(
 
 
 def _fast_class(checkpoint: str) -> Any:
-    """The Fast class of the class that a checkpoint was saved from; where there is none, one that
-    generates, or else one of its model_type at all."""
+    """The Fast class of the class that a checkpoint was saved from; where there is none, the one
+    that stands for its family."""
     from transformers import AutoConfig
 
     import fastgen
 
     config = AutoConfig.from_pretrained(checkpoint)
-    for saved in config.architectures or []:
-        if found := getattr(fastgen, f"Fast{saved.removeprefix('Fast')}", None):
-            return found
-    autos = fastgen.FastAutoModelForSeq2SeqLM, fastgen.FastAutoModelForCausalLM
-    for auto in (*autos, fastgen.FastAutoModel):
-        if config.model_type in auto._families():
-            return auto
-    return fastgen.FastAutoModel  # whose error says which families there are
+    saved = (f"Fast{name.removeprefix('Fast')}" for name in config.architectures or ())
+    if (name := next((name for name in saved if name in registry.HOMES), None)) is None:
+        family = registry.FAMILIES.get(config.model_type)
+        name = family.class_name() if family else "FastAutoModel"  # whose error names them all
+    return getattr(fastgen, name)
 
 
 @contextlib.contextmanager

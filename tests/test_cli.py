@@ -239,9 +239,9 @@ def test_compile_of_a_shape_with_random_weights(shape: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        (BertConfig(architectures=["BertForPreTraining"]), "FastAutoModel"),
-        (T5Config(architectures=["T5ForSomethingElse"]), "FastAutoModelForSeq2SeqLM"),
-        (GPT2Config(), "FastAutoModelForCausalLM"),
+        (BertConfig(architectures=["BertForPreTraining"]), "FastBertModel"),
+        (T5Config(architectures=["T5ForSomethingElse"]), "FastT5ForConditionalGeneration"),
+        (GPT2Config(), "FastGPT2LMHeadModel"),
         (BertConfig(architectures=["BertForMaskedLM"]), "FastBertForMaskedLM"),
         (T5Config(architectures=["FastT5Model"]), "FastT5Model"),
         (OPTConfig(), "FastAutoModel"),

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import T5Config
+from transformers import GPT2Config, T5Config
 
 from benchmarks.kernels import kinds
-from fastgen import FastT5ForConditionalGeneration
+from fastgen import FastGPT2LMHeadModel, FastT5ForConditionalGeneration
+from fastgen.bench.floor import floor_of
+from fastgen.bench.workload import Workload
 from fastgen.engines.fused.engine import FusedEngine
 from fastgen.engines.fused.ops import FusedOps
 from fastgen.engines.fused.wide import WideOps
@@ -20,22 +22,28 @@ FILLED = 9  # slots before the step
 
 
 @pytest.fixture
-def model(monkeypatch):
+def gpu(monkeypatch):
+    """What recording asks of a GPU."""
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+@pytest.fixture
+def model(gpu):
     sizes = {"d_model": E, "num_heads": HEADS, "d_kv": D, "d_ff": F, "vocab_size": V}
     config = T5Config(**sizes, num_layers=LAYERS, decoder_start_token_id=0)
     return FastT5ForConditionalGeneration(config)
 
 
-def recorded(model, vocabulary, size):
+def recorded(model, vocabulary, size, filled=FILLED):
     """What a step over a bucket of this size is recorded as, and the bucket."""
-    root, target = model._decoder_root(), onnxruntime_cuda("float32")
+    root, dtype = model._decoder_root(), str(model.dtype).removeprefix("torch.")
+    target = onnxruntime_cuda(dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     engine = FusedEngine(root, root.decode, target, parameters)
     bucket = Bucket(root.shape, target, torch.device("cpu"), size)
-    bucket.tensors["first_slot"].fill_(FILLED)
+    bucket.tensors["first_slot"].fill_(filled)
     ops = vocabulary(target, engine._parameters, bucket.tensors)
     inputs = {name: tensor for name, tensor in bucket.tensors.items() if name != "logits"}
     results = root.decode(ops, **inputs)
@@ -115,3 +123,17 @@ def test_what_is_added_is_read_and_written(model):
     assert added.bytes == 2 * LAYERS * 4 * (20 * KV + KV * E + 2 * 20 * E)
     stored = found[f"cuBLAS<{E}, {V}, STORE>"]
     assert stored.bytes == 4 * (20 * E + E * V + 20 * V)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_step_moves_the_floor_and_its_activations(gpu, beams):
+    config = GPT2Config(n_embd=256, n_head=4, n_layer=3, vocab_size=4096)
+    model = FastGPT2LMHeadModel(config).to(torch.bfloat16)
+    workload = Workload(prompt_tokens=40, new_tokens=21, beams=beams)
+    filled = 40 + 10 * beams - beams  # before the step amid the call
+    found, ops, _ = recorded(model, FusedOps, BucketSize(1, beams, 64 * beams, 0), filled)
+    moved = sum(kind.bytes for kind in found.values())
+    floor = floor_of(model, workload, "causal").bytes
+    assert floor < moved
+    # Of a launch, rows of at most 4 * 256 elements and half as many in float32, and little more
+    assert moved - floor < len(ops.launches) * beams * 4 * 256 * 6

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastgen.engines import NotFused
 from fastgen.execution.decoder import Decoder
 from fastgen.hf.contract import CACHE
 from tests.configs import build_pair, prompts
@@ -135,3 +136,31 @@ def test_a_stack_without_its_head_runs_in_pieces(runs: list[tuple[int, int]]) ->
     torch.testing.assert_close(fast.last_hidden_state, stock.last_hidden_state, **CLOSE)
     torch.testing.assert_close(fast.hidden_states, stock.hidden_states, **CLOSE)
     assert [queries for queries, _ in runs] == [2, 2, 2, 2, 1]
+
+
+class StandIn:
+    """In place of the engine of fused kernels: another engine, for steps of few rows."""
+
+    def __init__(self, decoder: Decoder, most: int) -> None:
+        self.decoder, self.most = decoder, most
+
+    def bind(self, tensors: Any) -> Any:
+        rows, slots = tensors["input_ids"].numel(), tensors["slot_positions"].shape[1]
+        if rows > self.most:
+            raise NotFused(f"{rows} rows")
+        return self.decoder.decoder(False, slots).bind(tensors)
+
+
+def test_it_is_told_whether_the_fused_kernels_ran_the_steps() -> None:
+    pair = copies("t5-1.1")
+    call: dict[str, Any] = {"max_new_tokens": 4}
+    assert pair.fast.ran_fused() is None  # no call yet
+    pair.fast.generate(sources()[:1], **call)
+    assert pair.fast.ran_fused() is None  # on a CPU there are none
+    decoder: Any = pair.fast._engine
+    decoder.pool.release_idle()
+    decoder.fused = StandIn(decoder, most=1)
+    for rows, fused in ((1, True), (3, False), (1, True)):
+        expected = pair.stock.generate(sources()[:rows], **call)
+        assert torch.equal(pair.fast.generate(sources()[:rows], **call), expected)
+        assert pair.fast.ran_fused() is fused

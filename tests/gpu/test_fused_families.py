@@ -88,6 +88,17 @@ def test_a_step_is_as_exact_as_stocks(case: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [5120, 8192])
+@torch.no_grad()
+def test_wide_models_without_the_kernels(width: int, dtype: torch.dtype) -> None:
+    stock, fast = pair(dtype, n_embd=width, n_head=width // 128, n_layer=1)
+    fast.engine_options = {"fused_kernels": False}
+    ids = torch.randint(1, 500, (2, 20), device=DEVICE)
+    theirs, ours = errors_of_a_step(stock, fast, {"input_ids": ids})
+    assert ours <= 1.25 * theirs + 2 * torch.finfo(dtype).eps + 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "length"), [(1, 33), (3, 90), (2, 400), (9, 500)])
 @torch.no_grad()
 def test_a_ragged_prompt_leaves_exact_keys_and_values(

@@ -82,3 +82,12 @@ def test_a_bias_is_added_within_the_standard_product() -> None:
     assert [nodes[name].op_type for name in gemm.input] == ["Cast", "Cast", "Cast"]
     graph = build(call, {"x": X}, y, weights, onnxruntime_cuda("bfloat16"))
     assert names(graph) == ["FusedMatMul", "Add"]
+
+
+@pytest.mark.parametrize("width", [4096, 4104])
+def test_wide_rows_are_added_and_normed_apart(width: int) -> None:
+    """Where ONNX Runtime's one kernel would read beside them."""
+    weights = {"weight": random(width), "bias": random(width, seed=1)}
+    call: Call = lambda op, w, x: op.add_layer_norm(x, x, w.weight, w.bias, 1e-5)[1]  # noqa: E731
+    graph = build(call, {"x": random(1, 2, width)}, {"y": random(1, 2, width)}, weights, CUDA[0])
+    assert ("SkipLayerNormalization" in names(graph)) == (width == 4096)
