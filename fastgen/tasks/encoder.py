@@ -90,12 +90,12 @@ class FastEncoder(StockForward, EngineModule):
         return encoder
 
     def _fused_engine(self, target: Target, padding: bool) -> PackedEngine | None:
-        served = self._packs and target.device == "cuda" and target.contrib
+        served = target.device == "cuda" and target.contrib
         if not served or not self.engine_options.fused_kernels:
             return None
         root, own = self._encoder_root(), dict(self.named_parameters(remove_duplicate=False))
         kept = self._engine_cache()
-        with suppress(NotFused):  # another dtype of some weight, say
+        with suppress(NotFused):  # T5's position tables, say, or another dtype of some weight
             return PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
         return None
 

@@ -70,8 +70,8 @@ class PackedEngine:
             self._parameters[name] = parameters[name].detach()
         self._scratch: dict[tuple[int, int], torch.Tensor] = {}
         self._count, self._place = Count(), Place()
-        compile_kernels((self._count, self._place), self._dtype, device, engine_cache)
         self._record()  # so that what is not served is known by now
+        compile_kernels((self._count, self._place), self._dtype, device, engine_cache)
 
     def weight_pointers(self) -> dict[str, int]:
         return {name: p.data_ptr() for name, p in self._parameters.items()}
