@@ -191,6 +191,7 @@ class PackedBinding:
         """
         assert ops.embed is not None
         self.tokens, self.rows = tokens, rows
+        self.launches = ops.launches
         self._launches = allocate(ops.launches, make, kept=(ops.embed.y, result))
         self._fetches = fetch_ahead(ops.launches)
         self._place, self._embed, self._spread = place, ops.embed, Spread(result)
