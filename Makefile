@@ -8,7 +8,8 @@ OLDEST := $(VENV)/oldest
 .PHONY: help demo test test-oldest check format clean
 
 help:
-	@echo "make demo    pronounce held-out words with the bundled checkpoint, beside the stock class"
+	@echo "make demo    pronounce words and continue docstrings with the bundled T5 and GPT-2, beside"
+	@echo "             the stock classes"
 	@echo "make test    the whole test suite"
 	@echo "make test-oldest  parity and generation tests with the oldest transformers supported"
 	@echo "make check   ruff format, ruff lint, mypy"
@@ -22,6 +23,7 @@ $(STAMP): pyproject.toml tools/setup_env.py
 
 demo: $(STAMP)
 	$(RUN) -m examples.pronounce.demo
+	$(RUN) -m examples.docstrings.demo
 
 test: $(STAMP)
 	$(RUN) -m pytest -n auto

@@ -21,6 +21,7 @@ class Family(NamedTuple):
 
 _ENCODER_HEADS = "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"
 _T5 = "ForConditionalGeneration", "Model", "EncoderModel", *_ENCODER_HEADS
+_BART = "ForConditionalGeneration", "Model", *_ENCODER_HEADS[::2]
 _BERT = *_ENCODER_HEADS, "ForMaskedLM", "ForMultipleChoice", "ForNextSentencePrediction"
 
 FAMILIES = {
@@ -29,6 +30,7 @@ FAMILIES = {
     "umt5": Family("UMT5", _T5),
     "gpt2": Family("GPT2", ("LMHeadModel", "Model", *_ENCODER_HEADS[:2])),
     "bert": Family("Bert", ("Model", *_BERT)),
+    "bart": Family("Bart", _BART),
 }
 """By ``model_type``."""
 

@@ -47,6 +47,25 @@ TINY_DECODER: dict[str, Any] = {
 }
 
 
+#: The same for BART, whose decoder begins with the end token.
+TINY_BART: dict[str, Any] = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 96,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": 1,
+}
+
+
 @dataclass(frozen=True)
 class Variant:
     """A tiny model: the stock class's name, the config fields that differ, tied embeddings or not.
@@ -62,6 +81,7 @@ class Variant:
 
 
 T5, MT5, UMT5 = (f"{name}ForConditionalGeneration" for name in ("T5", "MT5", "UMT5"))
+BART = functools.partial(Variant, "BartForConditionalGeneration", tiny=TINY_BART)
 #: What T5 1.1 and FLAN-T5 checkpoints say: gated GELU, a head of its own, logits not scaled.
 V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
@@ -87,6 +107,23 @@ VARIANTS: dict[str, Variant] = {
         T5, {"tie_word_embeddings": False, "feed_forward_proj": "gelu"}, seed=39
     ),
     "t5-untied-scaled": Variant(T5, {"feed_forward_proj": "gated-relu"}, tied=False, seed=2),
+    "bart": BART(seed=137),
+    "bart-scales": BART(
+        {
+            **{"scale_embedding": True, "activation_function": "relu", "decoder_layers": 1},
+            **{"encoder_attention_heads": 2, "forced_bos_token_id": 2},
+        },
+        seed=151,
+    ),
+    "bart-sizes": BART(
+        {
+            **{"encoder_layers": 1, "decoder_layers": 2, "decoder_attention_heads": 8},
+            **{"tie_word_embeddings": False, "decoder_start_token_id": 2},
+            **{"forced_eos_token_id": None},
+        },
+        tied=False,
+        seed=37,
+    ),
 }
 
 GPT2 = functools.partial(Variant, "GPT2LMHeadModel", tiny=TINY_DECODER)
@@ -131,6 +168,8 @@ def build_stock(name: str) -> PreTrainedModel:
     model = stock(stock.config_class(**({**variant.tiny} | variant.changes))).eval()
     if name in DECODERS:
         return _eventful_decoder(model, variant.seed)
+    if variant.stock.startswith("Bart"):
+        return _eventful_bart(model, variant)
     if not variant.tied:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     generator = torch.Generator().manual_seed(variant.seed)
@@ -175,6 +214,38 @@ def _eventful_decoder(model: Any, seed: int) -> PreTrainedModel:
         spread = 2.5 / model(input_ids=ids).logits.std()
         model.transformer.ln_f.weight *= spread
         model.transformer.ln_f.bias *= spread
+    return model
+
+
+def _eventful_bart(model: Any, variant: Variant) -> PreTrainedModel:
+    """As `build_stock`, of BART: biases, those of the logits too, are not zero."""
+    if not variant.tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    generator = torch.Generator().manual_seed(variant.seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                noise = 0.05 * noise + ("norm" in key and "weight" in key)
+            elif "embed_positions" in key:
+                noise = 0.3 * noise
+            elif key.endswith(("shared.weight", "lm_head.weight")):
+                noise = 0.1 * noise
+            else:
+                noise = 2 * parameter.shape[1] ** -0.5 * noise
+            # Each row would repeat one token if its source or a constant said more than its past
+            if key.endswith(("encoder_attn.out_proj.weight", "fc2.weight")):
+                noise = 0.3 * noise
+            elif key.endswith(("self_attn.q_proj.weight", "self_attn.out_proj.weight")):
+                noise = 2 * noise
+            parameter.copy_(noise)
+        model.lm_head.weight[model.config.eos_token_id] *= 1.5
+        ids = torch.randint(3, model.config.vocab_size, (4, 9), generator=generator)
+        logits = model(input_ids=ids, decoder_input_ids=ids).logits
+        last = model.model.decoder.layers[-1].final_layer_norm
+        for part in (last.weight, last.bias):
+            part *= 2.5 / logits.std()
+        model.final_logits_bias.normal_(0, 0.3, generator=generator)
     return model
 
 

@@ -87,7 +87,9 @@ def generate(model: PreTrainedModel, name: str, arguments: Arguments) -> Any:
     index out of range"), a shallower one does when candidates are rejected (in 5.17). There the
     stock model is handed a KV cache that grows.
     """
-    uneven = name in VARIANTS and model.config.num_decoder_layers != model.config.num_layers
+    uneven = getattr(model.config, "num_decoder_layers", None) != getattr(
+        model.config, "num_layers", None
+    )
     if uneven and not isinstance(model, fast_class(name)) and arguments.get("use_cache", True):
         grows = EncoderDecoderCache(DynamicCache(), DynamicCache())
         arguments = {CACHE: grows} | arguments

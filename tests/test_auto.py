@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, BartConfig, BartForConditionalGeneration
+from transformers import AutoConfig, MBartConfig, MBartForConditionalGeneration
 
 import fastgen
 from fastgen import FastAutoModelForSeq2SeqLM
 from fastgen.errors import FallbackWarning, OptionError, UnsupportedConfigError
 from tests.configs import build_stock, fast_class, prompts
 
-NAMES = ("t5-1.0", "mt5", "umt5")
+NAMES = ("t5-1.0", "mt5", "umt5", "bart")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,27 +49,27 @@ def test_arguments_are_those_of_the_stock_auto_class(tmp_path: Path) -> None:
 
 
 def test_a_model_without_fast_class_is_refused(tmp_path: Path) -> None:
-    BartConfig().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedConfigError, match=r"model_type='bart'.*t5, mt5, umt5"):
+    MBartConfig().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedConfigError, match=r"model_type='mbart'.*t5, mt5, umt5"):
         FastAutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     with pytest.raises(UnsupportedConfigError, match="fallback=True"):
-        FastAutoModelForSeq2SeqLM.from_config(BartConfig())
+        FastAutoModelForSeq2SeqLM.from_config(MBartConfig())
 
 
-TINY_BART = BartConfig(
+TINY_MBART = MBartConfig(
     vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
     decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2,
 )  # fmt: skip
 
 
 def test_the_stock_class_is_the_fallback_that_is_asked_for(tmp_path: Path) -> None:
-    stock = BartForConditionalGeneration(TINY_BART)
+    stock = MBartForConditionalGeneration(TINY_MBART)
     stock.save_pretrained(tmp_path)
     arguments = {"fallback": True, "engine_options": {"min_bucket": 8}, "dtype": torch.bfloat16}
-    with pytest.warns(FallbackWarning, match=r"'bart'.*stock BartForCond") as warned:
+    with pytest.warns(FallbackWarning, match=r"'mbart'.*stock MBartForCond") as warned:
         model = FastAutoModelForSeq2SeqLM.from_pretrained(tmp_path, dropout=0.3, **arguments)
     assert len(warned) == 1 and warned[0].filename == __file__
-    assert type(model) is BartForConditionalGeneration
+    assert type(model) is MBartForConditionalGeneration
     assert model.dtype == torch.bfloat16 and model.config.dropout == 0.3
     assert torch.equal(model.model.shared.weight, stock.model.shared.weight.to(torch.bfloat16))
 
@@ -77,16 +77,16 @@ def test_the_stock_class_is_the_fallback_that_is_asked_for(tmp_path: Path) -> No
         model, info = FastAutoModelForSeq2SeqLM.from_pretrained(
             tmp_path, config=stock.config, fallback=True, output_loading_info=True
         )
-    assert type(model) is BartForConditionalGeneration and not info["missing_keys"]
+    assert type(model) is MBartForConditionalGeneration and not info["missing_keys"]
     with pytest.warns(FallbackWarning) as warned:
         model = FastAutoModelForSeq2SeqLM.from_config(
-            TINY_BART, trust_remote_code=False, **arguments
+            TINY_MBART, trust_remote_code=False, **arguments
         )
-    assert type(model) is BartForConditionalGeneration and model.dtype == torch.bfloat16
+    assert type(model) is MBartForConditionalGeneration and model.dtype == torch.bfloat16
     assert warned[0].filename == __file__
     with pytest.raises(OptionError, match="min_bucket"):
         FastAutoModelForSeq2SeqLM.from_config(
-            TINY_BART, fallback=True, engine_options={"min_buckets": 8}
+            TINY_MBART, fallback=True, engine_options={"min_buckets": 8}
         )
 
 
@@ -118,7 +118,7 @@ def test_a_model_without_an_encoder_has_an_auto_class_of_its_own(tmp_path: Path)
     with pytest.raises(UnsupportedConfigError, match="model_type='gpt2'"):
         FastAutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     with pytest.raises(UnsupportedConfigError, match="AutoModelForCausalLM of transformers"):
-        auto.from_config(TINY_BART)
+        auto.from_config(TINY_MBART)
 
 
 def test_every_fast_class_for_generation_is_found_by_its_model_type() -> None:
@@ -139,10 +139,10 @@ def test_names_of_arguments_are_those_of_the_stock_auto_class(tmp_path: Path) ->
 
 
 TASKS = {
-    "Model": ("t5", "mt5", "umt5", "bert"),
-    "ForSequenceClassification": ("t5", "mt5", "umt5", "bert"),
+    "Model": ("t5", "mt5", "umt5", "bert", "bart"),
+    "ForSequenceClassification": ("t5", "mt5", "umt5", "bert", "bart"),
     "ForTokenClassification": ("t5", "mt5", "umt5", "bert"),
-    "ForQuestionAnswering": ("t5", "mt5", "umt5", "bert"),
+    "ForQuestionAnswering": ("t5", "mt5", "umt5", "bert", "bart"),
     "ForMaskedLM": ("bert",),
 }
 
@@ -160,5 +160,5 @@ def test_each_task_has_its_auto_class(task: str) -> None:
             found = fast.from_config(config)
         assert isinstance(found, type(expected))
         assert type(found).__qualname__ == f"Fast{type(expected).__name__}"
-    with pytest.raises(UnsupportedConfigError, match=rf"'bart'.*bert.*{name} of transformers"):
-        fast.from_config(TINY_BART)
+    with pytest.raises(UnsupportedConfigError, match=rf"'mbart'.*bert.*{name} of transformers"):
+        fast.from_config(TINY_MBART)

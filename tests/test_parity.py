@@ -61,7 +61,7 @@ def test_decoding_is_eventful(name: str) -> None:
     call = plain(rows=4, max_new_tokens=14)
     stock = build_pair(name).stock
     arguments = call(stock, name)
-    prompt = arguments["input_ids"].shape[1] if name in DECODERS else 0
+    prompt = arguments["input_ids"].shape[1] if name in DECODERS else 1
     rows = generate(stock, name, arguments).sequences[:, prompt:].tolist()
     ends = {row.index(1) for row in rows if 1 in row}
     assert len(ends) >= 2, f"rows that end at different steps are wanted, got {rows}"

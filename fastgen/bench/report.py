@@ -122,7 +122,9 @@ class Report:
         groups: dict[tuple[str, str, AnyWorkload], list[Entry]] = {}
         for entry in self.entries:
             groups.setdefault((entry.model, entry.dtype, entry.workload), []).append(entry)
-        for entries in groups.values():
+        for (model, dtype, workload), entries in groups.items():
+            title = f"{model}, {entries[0].device}, {dtype}: {workload.title}"
+            console.print(title, style="italic", markup=False, highlight=False)
             console.print(_table(entries))
             for entry in entries:
                 if entry.reason:
@@ -138,8 +140,7 @@ class Report:
 
 def _table(entries: list[Entry]) -> Table:
     first = entries[0]
-    title = f"{first.model}, {first.device}, {first.dtype}: {first.workload.title}"
-    table = Table(title=title, box=SIMPLE, padding=0)
+    table = Table(box=SIMPLE, padding=0)
     table.add_column("contender", no_wrap=True)
     encodes = isinstance(first.workload, Encoding)
     rate = "TFLOP/s" if any(entry.computes for entry in entries) else "GB/s"

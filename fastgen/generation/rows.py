@@ -1,4 +1,4 @@
-"""Where the rows of a prompt begin, and how long they may become: models without an encoder."""
+"""Where the rows of a prompt begin, and how long they may become."""
 
 import math
 from collections.abc import Callable
@@ -10,21 +10,19 @@ from fastgen.generation.call import Call
 
 
 class Rows:
-    """The rows of one call, padded on the left; with an encoder nothing is known of them."""
+    """The rows of one call, padded on the left; with an encoder all begin at the first slot."""
 
     def __init__(self, call: Call, mask: torch.Tensor | None) -> None:
         """
         Args:
-            mask: [B, P] of 1 (token) and 0 (padding), or None.
+            mask: [B, P] of 1 (token) and 0 (padding), or None; with an encoder that of its tokens.
         """
         self.starts: torch.Tensor | None = None
         """Slots at which rows begin, int64 [B, 1]; None: at the first."""
         self.places: float = math.inf
         """Tokens, padding included, of which the model can tell the last one's position."""
-        if call.decoder.shape.source:
-            return
         first, positions = 0, call.decoder.shape.positions
-        if mask is not None:
+        if mask is not None and not call.decoder.shape.source:
             self.starts = row_starts(mask)
             if positions is not None and call.limit - 1 > positions:  # else no need to wait for it
                 first = int(self.starts.min())

@@ -15,7 +15,7 @@ from fastgen.graphs.graph import TensorSpec
 from fastgen.hf.engine_key import engine_key
 from fastgen.hf.standing import Standing
 from fastgen.hf.stock import stock_class
-from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters
+from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of
 from fastgen.target import Target
 
 _QUANTISED = "quantised or sharded, which only torch runs: load the model without that"
@@ -37,7 +37,7 @@ class BuildsEngines(torch.nn.Module):
         return (BuildsEngines,)
 
     def _choose_target(self) -> Target:
-        parameters = dict(self.named_parameters())
+        parameters = tensors_of(self)
         name, first = next(iter(parameters.items()))
         try:
             target = choose_target(self.engine_options, first.device, first.dtype)
@@ -87,7 +87,7 @@ class BuildsEngines(torch.nn.Module):
             method: name of the method of ``root`` that builds the computation.
             specs: the graph's inputs and outputs.
         """
-        own = dict(self.named_parameters(remove_duplicate=False))
+        own = tensors_of(self)
         wanted = {n for n, _ in root.named_parameters()}
         if missing := sorted(wanted - own.keys()):
             raise NoEngine(f"parameters were replaced: {missing[0]} is gone")

@@ -76,6 +76,15 @@ def _umt5_is_causal() -> bool:
     return bool(getattr(attention, "is_causal", False))
 
 
+def cache_layers(config: Any) -> tuple[int, int]:
+    """Layers of an encoder-decoder's decoder, and how many a KV cache has that stock's ``generate``
+    makes: those of ``get_text_config(decoder=True)``, which takes ``decoder_layers`` for them but
+    knows no ``num_decoder_layers``."""
+    if hasattr(config, "decoder_layers"):
+        return config.decoder_layers, config.decoder_layers
+    return config.num_decoder_layers, config.num_hidden_layers
+
+
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """The KV cache among keyword arguments, by whichever name; None if there is none."""
     return next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
@@ -212,6 +221,8 @@ RELIANCES: tuple[Reliance, ...] = (
             "mt5.modeling_mt5.MT5Stack": "the stack that an engine takes the place of",
             "umt5.modeling_umt5.UMT5Stack": "the stack that an engine takes the place of",
             "bert.modeling_bert.BertModel": "all but its pooler is the engine's",
+            "bart.modeling_bart.BartEncoder": "the stack that an engine takes the place of",
+            "bart.modeling_bart.BartDecoder": "the stack that an engine takes the place of",
         },
     ),
     *_rows(
@@ -223,6 +234,16 @@ RELIANCES: tuple[Reliance, ...] = (
         "called",
         "transformers.models.t5.modeling_t5",
         **{"T5Attention._relative_position_bucket": "buckets of distances, for the bias tables"},
+    ),
+    *_rows(
+        "read",
+        "transformers.models.bert.modeling_bert",
+        BertPooler="what the engine pools as, where it does",
+    ),
+    *_rows(
+        "read",
+        "transformers.models.bart.modeling_bart.BartLearnedPositionalEmbedding",
+        __init__="position 0 is row 2 of its table",
     ),
     *_rows(
         "read",

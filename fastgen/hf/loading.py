@@ -48,11 +48,11 @@ class FastPreTrained(EngineModule):
         options = None if engine_options is None else EngineOptions.resolve(engine_options)
         super().__init__(config, *args, **kwargs)
         for part in self.modules():
-            if self._stacks and type(part) is stock_class(self._stacks[0]):
-                decodes = len(self._stacks) > 1 and part.is_decoder
-                part.__class__ = self._stacks[bool(decodes)]
-                if self._reads_padding:
-                    vars(part)["reads_padding"] = True
+            for stack in self._stacks:
+                if type(part) is stock_class(stack) and stack.is_of(part):
+                    part.__class__ = stack
+                    if self._reads_padding:
+                        vars(part)["reads_padding"] = True
         if is_ours(type(self)):
             self.__module__ = stock_class(type(self)).__module__
         if options is not None:

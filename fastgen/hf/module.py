@@ -146,6 +146,11 @@ class EngineModule(Explained, BuildsEngines):
     def _build_engine(self, target: Target) -> Any:
         raise NotImplementedError
 
+    @classmethod
+    def is_of(cls, part: torch.nn.Module) -> bool:
+        """Whether this class may take the place of a part that is of its stock class."""
+        return True
+
     def _current_engine(self) -> Any:
         """The engine for the weights as they are now.
 

@@ -36,6 +36,16 @@ _PLAIN = (bool, int, float, str)
 # Parts of torch whose numbers are the sizes of their weights, or count in training only
 _ONLY_WEIGHTS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.dropout._DropoutNd)
 
+
+def tensors_of(root: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a graph may read, by name: parameters, and the buffers that are computed with."""
+    found: dict[str, torch.Tensor] = dict(root.named_parameters(remove_duplicate=False))
+    for path, module in root.named_modules(remove_duplicate=False):
+        for name in _computed_with(module):
+            found[f"{path}.{name}" if path else name] = module._buffers[name]
+    return found
+
+
 _LOOKED_AT = itemgetter(
     "training", "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"
 )
@@ -56,7 +66,11 @@ class Glance:
         plain = ((_plain_getter(module), vars(module)) for module in self.descendants)
         self._plain = [(getter, attributes) for getter, attributes in plain if getter is not None]
         self._versions = versions
-        self._tensors = [*root.parameters()]
+        modules = [root, *self.descendants]
+        self._buffers: list[tuple[dict[str, Any], str]] = [
+            (m._buffers, name) for m in modules for name in _computed_with(m)
+        ]
+        self._tensors = [*root.parameters(), *(table[name] for table, name in self._buffers)]
         self._places = [tensor.data_ptr() for tensor in self._tensors]
         self._objects, self._values = self._look(root)
 
@@ -77,8 +91,9 @@ class Glance:
     def _look(self, root: torch.nn.Module) -> tuple[list[Any], list[Any]]:
         attributes = [vars(root), *self._attributes]
         training, children, parameters, *hooks = zip(*map(_LOOKED_AT, attributes), strict=True)
-        tensors = [p for p in _entries(parameters) if p is not None]
-        objects = [*_entries(children), *_entries(parameters), *_entries(chain(*hooks))]
+        buffers = [table[name] for table, name in self._buffers]
+        tensors = [p for p in _entries(parameters) if p is not None] + buffers
+        objects = [*_entries(children), *_entries(parameters), *_entries(chain(*hooks)), *buffers]
         for getter, part in self._plain:
             objects += getter(part)
         if self._root_plain is not None:
@@ -122,6 +137,14 @@ class Fingerprint:
             bits = matrix.numpy().view(np.int32 if matrix.shape[-1] % 2 else np.int64)
             sums += [np.add.reduce(bits, axis, dtype=bits.dtype) for axis in (0, 1)]
         return sums
+
+
+def _computed_with(module: torch.nn.Module) -> list[str]:
+    """Names of the buffers that a graph may compute with: what a checkpoint holds, but for whole
+    numbers, which are positions and masks."""
+    buffers = module._buffers.items() if module._buffers else ()
+    passing = module._non_persistent_buffers_set
+    return [n for n, b in buffers if b is not None and b.is_floating_point() and n not in passing]
 
 
 def _plain_getter(module: torch.nn.Module) -> Callable[[dict[str, Any]], tuple[Any, ...]] | None:
@@ -237,7 +260,8 @@ def weights_state(
             raise Standing(reason, module, lambda part: part.training)
         state.append(type(module))
         state += [(name, vars(module)[name]) for name in _plain_attributes(module)]
-        for parameter in module._parameters.values():
+        buffers = [module._buffers[name] for name in _computed_with(module)]
+        for parameter in (*module._parameters.values(), *buffers):
             if parameter is not None:
                 state += (parameter.data_ptr(), parameter.shape, parameter.stride())
                 if versions and not parameter.is_inference():

@@ -21,7 +21,7 @@ from fastgen.errors import UnsupportedConfigError
 from fastgen.fallback import Asked
 from fastgen.graphs.encoder import POOLED
 from fastgen.hf.loading import FastPreTrained
-from fastgen.models.layers import Embedding, LayerNorm, Linear
+from fastgen.models.layers import Embedding, LayerNorm, Linear, Named
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
 from fastgen.tasks.encoder import FastEncoder
@@ -111,15 +111,6 @@ class Intermediate(nn.Module):
         return op.activation(self.dense(op, x), self.act)
 
 
-class Named(nn.Module):
-    """Submodules under their names."""
-
-    def __init__(self, /, **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-
 def layer(config: BertConfig) -> nn.Module:
     """BertLayer."""
     parts = {"self": SelfAttention(config), "output": Output(config.hidden_size, config)}
@@ -139,9 +130,9 @@ class Encoder(nn.Module):
             raise UnsupportedConfigError(
                 "is_decoder or add_cross_attention is true: torch serves BERT as a decoder."
             )
-        self.layers = config.num_hidden_layers
+        self.depth = config.num_hidden_layers
         self.embeddings = Embeddings(config)
-        self.encoder = Named(layer=nn.ModuleList([layer(config) for _ in range(self.layers)]))
+        self.encoder = Named(layer=nn.ModuleList([layer(config) for _ in range(self.depth)]))
 
     def encode(
         self,

@@ -93,7 +93,7 @@ class Stack(nn.Module):
         self.wpe = Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.layers = config.n_layer
+        self.depth = config.n_layer
 
     def hidden(self, op: Ops, step: Step | WholeRows) -> Value:
         residual = op.add(self.wte(op, step.ids), self.wpe(op, step.positions))

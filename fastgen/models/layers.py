@@ -6,6 +6,15 @@ from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
 
 
+class Named(nn.Module):
+    """Submodules under their names."""
+
+    def __init__(self, /, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
 class Linear(nn.Module):
     """torch.nn.Linear, without bias unless said."""
 
@@ -41,14 +50,18 @@ class Conv1D(nn.Module):
 
 
 class Embedding(nn.Module):
-    """torch.nn.Embedding of token ids."""
+    """torch.nn.Embedding of token ids or positions, times ``scale``; that of id 0 may lie behind
+    ``offset`` others."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, scale: float = 1.0, offset: int = 0
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter([num_embeddings, embedding_dim])
+        self.weight = nn.Parameter([num_embeddings + offset, embedding_dim])
+        self.scale, self.offset = scale, offset
 
     def forward(self, op: Ops, ids: Value) -> Value:
-        return op.embedding(ids, self.weight)
+        return op.embedding(ids, self.weight, self.scale, self.offset)
 
 
 class RMSNorm(nn.Module):

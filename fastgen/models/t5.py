@@ -184,7 +184,7 @@ class Encoder(nn.Module):
     def __init__(self, config: T5Config, bias_in_every_layer: bool = False) -> None:
         super().__init__()
         self.buckets, self.reach = distance_buckets(config, bidirectional=True)
-        self.layers = config.num_layers
+        self.depth = config.num_layers
         self.embed_tokens = Embedding(config.vocab_size, config.d_model)
         self.block = nn.ModuleList()
         for i in range(config.num_layers):

@@ -64,10 +64,12 @@ class Ops:
 
     # Layers
 
-    def embedding(self, ids: Value, weight: Value) -> Value:
-        """[B, Q] token ids -> [B, Q, E] in the residual stream's dtype."""
+    def embedding(self, ids: Value, weight: Value, scale: float = 1.0, offset: int = 0) -> Value:
+        """``scale * weight[ids + offset]``: [B, Q] -> [B, Q, E] in the residual stream's dtype."""
+        if offset:
+            ids = self.onnx.Add(ids, self.constant(offset, torch.int64))
         rows = self._typed(self.onnx.Gather(weight, ids, axis=0), weight.dtype)
-        return self.cast(rows, self._residual)
+        return self.cast(self._scaled(rows, scale), self._residual)
 
     def linear(
         self,
@@ -290,8 +292,8 @@ class Ops:
         [B, H, K, D] KV buffers; bias [B or 1, 1 or H, Q, K], None to see all. Products of queries
         and keys are multiplied by ``scale``."""
         k, v = (x if _rank(x) == 4 else self._split(x, heads) for x in (k, v))
-        q = self._split(self._scaled(q, scale), heads)
-        return self._attend(self.cast(q, self._compute), k, v, bias)
+        q = self._split(self.cast(self._scaled(q, scale), self._compute), heads)
+        return self._attend(q, k, v, bias)
 
     def _attend(
         self, q: Value, k: Value, v: Value, bias: Value | None, scale: float = 1.0

@@ -1,6 +1,7 @@
 """A decoder that attends to an encoder: which calls of its stack the engine serves, and how."""
 
 import weakref
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,13 +15,14 @@ from fastgen.engines.fused.engine import FusedEngine
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
 from fastgen.fallback import Asked
-from fastgen.graphs.decoder import decoder_specs
+from fastgen.graphs.decoder import DecoderRoot, decoder_specs
 from fastgen.graphs.shape import Shape
 from fastgen.graphs.source import cross_specs
 from fastgen.hf import contract
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import StockForward
 from fastgen.hf.module import EngineModule
+from fastgen.hf.weights import tensors_of
 from fastgen.target import Target
 from fastgen.tasks.outputs import as_stock, introduce, wants_dict
 from fastgen.tasks.refusals import (
@@ -47,8 +49,18 @@ class FastDecoder(StockForward, EngineModule):
     _waits = True
     attends = True
 
-    def _decoder_root(self) -> Any:
-        """The family's graph module with methods ``cross`` and ``decode``, and its ``shape``."""
+    @property
+    def positions(self) -> int | None:
+        """How many tokens a row may have; None if a position is no place in a table."""
+        return None
+
+    @classmethod
+    def is_of(cls, part: Any) -> bool:
+        """Whether a part of the stock class is a decoder: it may be of one class with encoders."""
+        return bool(getattr(part, "is_decoder", True))
+
+    def _decoder_root(self) -> DecoderRoot:
+        """The family's decoder without its head."""
         raise NotImplementedError
 
     def _build_engine(self, target: Target) -> Decoder:
@@ -56,7 +68,8 @@ class FastDecoder(StockForward, EngineModule):
             raise NoEngine(f"a decoder without its head is not compiled by {target.backend}")
         root = self._decoder_root()
         self._refuse_foreign_parts([root], ignore="")
-        return build_decoder(self, target, root.shape, "decoder-stack")
+        shape = replace(root.shape, positions=self.positions)
+        return build_decoder(self, target, shape, "decoder-stack")
 
     def compile_engine(self) -> None:
         """Build the engine now (and store it in the engine cache), not at the first call."""
@@ -75,6 +88,8 @@ class FastDecoder(StockForward, EngineModule):
         if past is not None and not isinstance(past, StaticKVCache):
             return f"{contract.CACHE} is a {type(past).__name__}, not the engine's own KV cache"
         if reason := decoder_mask_refusal(kwargs.get("attention_mask"), ids, past):
+            return reason
+        if reason := length_refusal(self, ids, past):
             return reason
         if past is not None and past.bucket is not None:
             if not same_mask(
@@ -173,8 +188,8 @@ def _fused_engine(module: Any, target: Target) -> FusedEngine | None:
     """What runs most steps on a GPU, and prompts of a decoder without a source."""
     if target.device != "cuda":
         return None
-    step, own = module._decoder_root(), dict(module.named_parameters(remove_duplicate=False))
-    return FusedEngine(step, step.decode, target, own, module._engine_cache())
+    step = module._decoder_root()
+    return FusedEngine(step, step.decode, target, tensors_of(module), module._engine_cache())
 
 
 def decode(
@@ -209,3 +224,12 @@ def decode(
         decoder.hand_over(output, *found)
     past.fill(total)
     return output, found
+
+
+def length_refusal(decoder: FastDecoder, ids: Any, past: StaticKVCache | None) -> str | None:
+    """Why torch must see tokens [B, Q] behind those of a KV cache: that they are too many."""
+    known = decoder.positions
+    if known is None or not isinstance(ids, torch.Tensor) or not ids.ndim:
+        return None
+    total = ids.shape[-1] + (0 if past is None else past.get_seq_length())
+    return None if total <= known else Asked(f"{total} tokens: the decoder knows {known} positions")

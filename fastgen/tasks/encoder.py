@@ -41,8 +41,13 @@ class FastEncoder(StockForward, EngineModule):
     _beside = ""
     """Prefixes of the parameters that no graph knows: of stock code beside it."""
 
+    @classmethod
+    def is_of(cls, part: Any) -> bool:
+        """Whether a part of the stock class is an encoder: it may be of one class with decoders."""
+        return not getattr(part, "is_decoder", False)
+
     def _encoder_root(self) -> Any:
-        """The family's graph module with a method ``encode``, and its ``layers``."""
+        """The family's graph module with a method ``encode``, and its ``depth`` in blocks."""
         raise NotImplementedError
 
     def _pooler_root(self) -> Any:
@@ -52,7 +57,7 @@ class FastEncoder(StockForward, EngineModule):
     def _build_engine(self, target: Target) -> Encoder:
         root, width, more = self._encoder_root(), self.config.hidden_size, self._more_ids
         self._refuse_foreign_parts([root], ignore=self._beside)
-        layers, stack = root.layers, weakref.proxy(self)
+        layers, stack = root.depth, weakref.proxy(self)
 
         def build(name: str, specs: Any, root: Any) -> Engine:
             engine: Engine = stack._engine_for(name, root, target, "encode", specs)

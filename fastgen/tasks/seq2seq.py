@@ -1,6 +1,7 @@
 """Encoder-decoder models: which calls the engine serves, and how torch serves the others."""
 
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
 from fastgen.fallback import Asked
 from fastgen.generation.mixin import FastGenerationMixin
+from fastgen.graphs.decoder import DecoderRoot
 from fastgen.hf import contract
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import StockForward
 from fastgen.target import Target
-from fastgen.tasks.decoder import FastDecoder, build_decoder, decode
+from fastgen.tasks.decoder import FastDecoder, build_decoder, decode, length_refusal
 from fastgen.tasks.encoder import FastEncoder
 from fastgen.tasks.heads import FastWhole
 from fastgen.tasks.outputs import as_stock, wants_dict
@@ -39,22 +41,37 @@ class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
 
     explain = FastGenerationMixin.explain  # of generate; explain_forward is of forward
 
-    encoder: FastEncoder
-    decoder: FastDecoder
+    _inside = ""
+    """Path of the module that holds the stacks and the shared embedding, with a dot behind it."""
+    _shifts_sources = False
+    """Whether ``forward`` without tokens for the decoder gives it the encoder's, shifted by one."""
+    prepare_decoder_input_ids_from_labels: Any
 
-    def _decoder_root(self) -> Any:
-        """The family's graph module with methods ``cross`` and ``decode``, and its ``shape``."""
+    @property
+    def _encoder(self) -> FastEncoder:
+        encoder: FastEncoder = attrgetter(f"{self._inside}encoder")(self)
+        return encoder
+
+    @property
+    def _decoder(self) -> FastDecoder:
+        decoder: FastDecoder = attrgetter(f"{self._inside}decoder")(self)
+        return decoder
+
+    def _decoder_root(self) -> DecoderRoot:
+        """The family's decoder and its head."""
         raise NotImplementedError
 
     def _build_engine(self, target: Target) -> Decoder:
         root = self._decoder_root()
-        self._refuse_foreign_parts([root], ignore="shared. encoder.")
+        inside = self._inside
+        self._refuse_foreign_parts([root], ignore=f"{inside}shared. {inside}encoder.")
         # a head that was replaced may have another size than the config says
-        shape = replace(root.shape, vocab_size=self.get_output_embeddings().weight.shape[0])
+        vocabulary = self.get_output_embeddings().weight.shape[0]
+        shape = replace(root.shape, vocab_size=vocabulary, positions=self._decoder.positions)
         return build_decoder(self, target, shape, "decoder")
 
     def _new_cache(self) -> StaticKVCache:
-        return StaticKVCache(self.config.num_decoder_layers, self.config.num_hidden_layers)
+        return StaticKVCache(*contract.cache_layers(self.config))
 
     def _called(self) -> tuple[type, ...]:
         return FastEncoder, FastWhole  # the decoder stack is part of the graph
@@ -78,6 +95,8 @@ class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
             return f"{kind}: leave it (and cache_implementation) out"
         if reason := decoder_mask_refusal(kwargs.get("decoder_attention_mask"), ids, past):
             return reason
+        if reason := length_refusal(self._decoder, ids, past):
+            return reason
         if past is not None and past.bucket is not None:
             if not same_mask(getattr(past, "source_mask", ...), kwargs.get("attention_mask")):
                 return f"attention_mask is not the one that {contract.CACHE} began with"
@@ -87,10 +106,14 @@ class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
 
     def _decoder_ids(self, kwargs: dict[str, Any]) -> Any:
         """What the decoder reads: of labels alone, the labels one place later, as in training."""
-        ids, labels = kwargs.get("decoder_input_ids"), kwargs.get("labels")
-        if ids is None and isinstance(labels, torch.Tensor) and labels.ndim == 2:
-            return self._shift_right(labels)
-        return ids
+        if (ids := kwargs.get("decoder_input_ids")) is not None:
+            return ids
+        tokens = kwargs.get("labels")
+        if tokens is None and self._shifts_sources:
+            tokens = kwargs.get("input_ids")
+        if isinstance(tokens, torch.Tensor) and tokens.ndim == 2:
+            return self.prepare_decoder_input_ids_from_labels(tokens)
+        return None
 
     def _further_refusal(self, ids: Any, bucket: Bucket) -> str | None:
         if reason := ids_refusal(self, ids) or self._bucket_refusal(bucket):
@@ -144,21 +167,22 @@ class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
         asked = {k: value for k, value in kwargs.items() if k == "output_hidden_states"}
         if encoder_outputs is None:
             source = {"input_ids": input_ids, "attention_mask": attention_mask}
-            encoder_outputs = self.encoder(**source, **asked)
+            encoder_outputs = self._encoder(**source, **asked)
         if not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
         hidden = encoder_outputs.last_hidden_state
         if use_cache is None:
             use_cache = self.config.use_cache
         given = contract.given_cache(kwargs)
-        past = StaticKVCache(self.config.num_decoder_layers) if given is None else given
-        wanted = states_wanted(self.decoder, asked)
-        ids = self._shift_right(labels) if decoder_input_ids is None else decoder_input_ids
+        past = StaticKVCache(decoder.shape.layers) if given is None else given
+        wanted = states_wanted(self._decoder, asked)
+        tokens = {"decoder_input_ids": decoder_input_ids, "labels": labels, "input_ids": input_ids}
+        ids = self._decoder_ids(tokens)
         logits, states = decode(decoder, ids, hidden, attention_mask, past, wanted)
         output = Seq2SeqLMOutput(
             loss=None if labels is None else _loss(logits, labels),
             logits=logits,
-            decoder_hidden_states=as_stock(self.decoder, states) if wanted else None,
+            decoder_hidden_states=as_stock(self._decoder, states) if wanted else None,
             encoder_last_hidden_state=hidden,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,

@@ -1,4 +1,4 @@
-"""The graphs that ONNX Runtime gets on a GPU, run by its CPU kernels: models without an encoder."""
+"""The graphs that ONNX Runtime gets on a GPU, run by its CPU kernels: positions, row starts."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ def pair(name: str) -> Pair:
     return Pair(both.stock, copy.deepcopy(both.fast))
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [*DECODERS, "bart", "bart-scales", "bart-sizes"])
 @pytest.mark.parametrize(
     "mode",
     [

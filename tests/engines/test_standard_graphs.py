@@ -85,7 +85,7 @@ def decode(model: Any, chunks: tuple[int, ...], rows: int = 3) -> tuple[torch.Te
 
 def served(model: Any) -> Any:
     """The decoder that computed, on standard graphs."""
-    assert model._refusal is None and model.encoder._refusal is None
+    assert model._refusal is None and model.get_encoder()._refusal is None
     assert not model._engine.target.contrib
     return model._engine
 

@@ -96,7 +96,7 @@ def test_networks_have_the_tensors_of_their_graphs(trt: Any, variant: str, dtype
         outputs = {n: (kind, shape) for n, kind, shape in tensors(trt, network, "output")}
         assert outputs == expected(trt, graph.outputs), name
         own = dict(in_dtype(build_pair(variant).fast, dtype).named_parameters())
-        own |= dict(in_dtype(build_pair(variant).fast, dtype).encoder.named_parameters())
+        own |= dict(in_dtype(build_pair(variant).fast, dtype).get_encoder().named_parameters())
         for parameter, (kind, shape) in weights.items():
             if parameter in own:  # a tied parameter has one name there, and several here
                 assert shape == tuple(own[parameter].shape)

@@ -30,8 +30,8 @@ class TorchOps:
         weight = self._parameters[value.name].detach()
         return weight.to(self.dtype) if self.dtype == torch.float64 else weight
 
-    def embedding(self, ids: Tensor, weight: Any) -> Tensor:
-        return embedding(ids, self._weight(weight)).to(self.residual)
+    def embedding(self, ids: Tensor, weight: Any, scale: float = 1.0, offset: int = 0) -> Tensor:
+        return scale * embedding(ids + offset, self._weight(weight)).to(self.residual)
 
     def linear(self, x: Tensor, weight: Any, bias: Any = None, scale: float = 1.0) -> Tensor:
         w = self._weight(weight)

@@ -33,7 +33,7 @@ def build(name: str, kind: str, target: Target) -> Graph:
     masked, states = kind == "decoder-masked", kind.endswith("-states")
     if kind.startswith("encoder"):
         module, root = model.encoder, Encoder(model.encoder.config, every_layer)
-        layers = root.layers if states else 0
+        layers = root.depth if states else 0
         call, specs = root.encode, encoder_specs(target, model.config.d_model, layers)
     elif kind == "cross":
         call, specs = root.cross, cross_specs(target, root.shape)
