@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -46,6 +46,7 @@ class Gpu:
         self.caller: torch.cuda.Stream | None = None
         self.several = False
         """Whether callers have been on other streams than the default one, which orders them."""
+        self.sides: list[Side] = []
         self.dead: deque[list[Any]] = deque()
 
     def is_current(self) -> bool:
@@ -101,7 +102,7 @@ def gpu_of(device: torch.device) -> Gpu:
     if found is None:
         with _making:
             _shield_synchronize()
-            found = _gpus.get(index) or Gpu(index, private_stream(index))
+            found = _gpus.get(index) or Gpu(index, _private_stream(index))
             _gpus[index] = found
     return found
 
@@ -126,7 +127,7 @@ def _shield_synchronize() -> None:
         module.synchronize = shielded(module.synchronize)  # type: ignore[attr-defined]
 
 
-def private_stream(index: int) -> torch.cuda.Stream:
+def _private_stream(index: int) -> torch.cuda.Stream:
     """A stream that only fastgen has: torch hands out its 32 streams again and again, so that a
     program's own work would land on the engine stream, and in a graph that is being captured."""
     if missing() is not None:
@@ -141,6 +142,19 @@ def private_stream(index: int) -> torch.cuda.Stream:
     finally:
         api.cuCtxPopCurrent()
     return torch.cuda.ExternalStream(handle, device=torch.device("cuda", index))
+
+
+Side: TypeAlias = torch.cuda.Stream
+"""A stream beside the engine's, for what is captured with its work."""
+
+
+def side_streams(device: torch.device, count: int) -> list[Side]:
+    """The first of a GPU's side streams, up to as many as were ever asked for."""
+    gpu = gpu_of(device)
+    with gpu.lock:
+        while len(gpu.sides) < count:
+            gpu.sides.append(_private_stream(gpu.index))
+    return gpu.sides[:count]
 
 
 def engine_stream(device: torch.device) -> torch.cuda.Stream:

@@ -226,6 +226,11 @@ RELIANCES: tuple[Reliance, ...] = (
         },
     ),
     *_rows(
+        "mirrored",
+        "transformers.models.bert.modeling_bert",
+        BertPooler="a dense layer of each row's first token, and tanh: a graph on a CPU",
+    ),
+    *_rows(
         "called",
         "transformers.models.t5.modeling_t5",
         **{"T5Attention._relative_position_bucket": "buckets of distances, for the bias tables"},

@@ -100,7 +100,7 @@ class FastEncoder(StockForward, EngineModule):
             return None
         root, own = self._encoder_root(), dict(self.named_parameters(remove_duplicate=False))
         kept = self._engine_cache()
-        with suppress(NotFused):  # position tables, say
+        with suppress(NotFused):  # T5's position tables, say, or another dtype of some weight
             return PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
         return None
 

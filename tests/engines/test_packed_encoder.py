@@ -175,6 +175,7 @@ def test_a_family_with_position_tables_is_not_fused() -> None:
     own = dict(model.encoder.named_parameters(remove_duplicate=False))
     with pytest.raises(NotFused):
         packed.PackedEngine(root, TARGET, torch.device("cpu"), own, padding=False)
+    assert model.encoder._fused_engine(TARGET, padding=True) is None
 
 
 def test_the_option_switches_it_off() -> None:

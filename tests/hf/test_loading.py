@@ -232,14 +232,14 @@ def odd_pair(**fields: Any) -> Pair:
     return Pair(stock, fast)
 
 
-@pytest.mark.parametrize("activation", ["gated-mish", "tanh", "quick_gelu", "gated-gelu_fast"])
+@pytest.mark.parametrize("activation", ["gated-mish", "quick_gelu", "gated-gelu_fast"])
 def test_torch_serves_an_unknown_activation(activation: str) -> None:
     name = activation.removeprefix("gated-")
     assert_left_to_torch(odd_pair(feed_forward_proj=activation), f"dense_act_fn={name!r}")
 
 
 @pytest.mark.parametrize(
-    "activation", ["relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish"]
+    "activation", ["relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh"]
 )
 @pytest.mark.parametrize("gate", ["", "gated-"])
 def test_the_engine_knows_an_activation(activation: str, gate: str) -> None:

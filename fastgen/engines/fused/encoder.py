@@ -191,6 +191,7 @@ class PackedBinding:
         """
         assert ops.embed is not None
         self.tokens, self.rows = tokens, rows
+        self.launches = ops.launches
         self._launches = allocate(ops.launches, make, kept=(ops.embed.y, result))
         self._fetches = fetch_ahead(ops.launches)
         self._place, self._embed, self._spread = place, ops.embed, Spread(result)
@@ -206,7 +207,7 @@ class PackedBinding:
         """So many tokens in so many rows, of which no row has more than the longest."""
         return Size(tokens, longest, self._starts[: rows + 1], self._keys[:rows])
 
-    def layers(self, size: Size, side: Sequence[torch.cuda.Stream] = ()) -> Callable[[], None]:
+    def layers(self, size: Size, side: Sequence[cuda.Side] = ()) -> Callable[[], None]:
         """What queues all launches between reading a call and spreading its results.
 
         Args:
@@ -248,15 +249,9 @@ def pieces(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     yield start, len(lengths), tokens
 
 
-def side_streams(device: torch.device, tokens: int) -> list[torch.cuda.Stream]:
-    """Streams of fastgen's own on a GPU, for products of few tokens, which leave most of its
+def side_streams(device: torch.device, tokens: int) -> list[cuda.Side]:
+    """Streams beside the engine's on a GPU, for products of few tokens, which leave most of its
     processors idle; and one that fetches weights, for fewer, which wait for them."""
     if device.type != "cuda" or tokens > SIDE_TOKENS:
         return []
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _sides:
-        _sides[index] = [cuda.private_stream(index) for _ in range(3)]
-    return _sides[index][: 3 if tokens <= FETCHED_TOKENS else 2]
-
-
-_sides: dict[int, list[torch.cuda.Stream]] = {}
+    return cuda.side_streams(device, 3 if tokens <= FETCHED_TOKENS else 2)

@@ -40,6 +40,8 @@ class Kernel:
 
     arguments: ctypes.Structure
     threads = THREADS
+    overlaps = True
+    """Whether it may start while the launch before it runs: it then waits for its inputs itself."""
 
     def __init__(self) -> None:
         self._prepared: PreparedLaunch | None = None
@@ -50,7 +52,8 @@ class Kernel:
         raise NotImplementedError
 
     def prepare(self, program: Program, name: str) -> None:
-        self._prepared = program.prepare(Launch(name, (1, 1), self.threads, self.arguments))
+        launch = Launch(name, (1, 1), self.threads, self.arguments, overlaps=self.overlaps)
+        self._prepared = program.prepare(launch)
 
     def launch(self, blocks: int) -> None:
         """Queue it over so many blocks, on torch's current stream."""
@@ -286,6 +289,7 @@ class Prefetch(Kernel):
     """Weights brought nearer to the processors; it computes nothing."""
 
     body = f"prefetch<{THREADS}>"
+    overlaps = False
     _BLOCKS = 8  # enough for the memory's bandwidth, few enough to leave the processors to others
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.nn.functional import layer_norm
 
+from fastgen import cuda
+
 VECTOR = 8  # elements of one load, where widths and addresses allow it
 THREADS = 256
 MAX_TERMS = 4
@@ -85,9 +87,9 @@ class Size:
     """int32 [B + 1], where each row's tokens begin."""
     keys: torch.Tensor
     """int32 [B], how many of a row's first tokens its queries see."""
-    side: Sequence[torch.cuda.Stream] = ()
+    side: Sequence[cuda.Side] = ()
     """Streams for what does not depend on each other, beside the current one."""
-    fetching: torch.cuda.Stream | None = None
+    fetching: cuda.Side | None = None
     """A stream that fetches weights ahead of their products."""
 
 
