@@ -19,8 +19,11 @@ class RefuseDraws(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = function.overloadpacket.__name__
-        dropout = args[_DROPOUT[name]] if name in _DROPOUT else 1.0
-        if torch.Tag.nondeterministic_seeded in function.tags and dropout:
+        draws = torch.Tag.nondeterministic_seeded in function.tags
+        if name in _DROPOUT:
+            given = dict(enumerate(args)) | (kwargs or {})
+            draws = given.get(_DROPOUT[name], given.get("dropout_p", 0.0)) > 0.0
+        if draws:
             raise NotCapturable(f"torch.{name} draws from the generator that all threads share")
         return function(*args, **(kwargs or {}))
 
@@ -38,7 +41,11 @@ class RefuseWaits(RefuseDraws):
 
 
 # Which argument of attention is its dropout, without which it draws nothing
-_DROPOUT = {"_flash_attention_forward": 7, "_efficient_attention_forward": 8}
+_DROPOUT = {
+    **{"_flash_attention_forward": 7, "_efficient_attention_forward": 8},
+    **{"_scaled_dot_product_flash_attention": 3, "_scaled_dot_product_cudnn_attention": 5},
+    "_scaled_dot_product_efficient_attention": 5,
+}
 
 # What .item(), bool(), boolean indexing and unique() come down to
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")

@@ -45,7 +45,11 @@ def test_attention_draws_for_its_dropout_only(dropout: float) -> None:
     flash, efficient = (
         getattr(torch.ops.aten, f"_{name}_attention_forward") for name in ("flash", "efficient")
     )
+    each = torch.empty(2, 2, 9, 8, device="meta")
+    whole = torch.ops.aten._scaled_dot_product_flash_attention
     for attend in (
+        lambda: whole(each, each, each, dropout),
+        lambda: whole(each, each, each, dropout_p=dropout),
         lambda: flash(q, q, q, starts, starts, 5, 5, dropout, False, False),
         lambda: efficient(*[q[None]] * 3, None, starts, starts, 5, 5, dropout, 0),
     ):

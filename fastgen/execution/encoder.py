@@ -32,6 +32,8 @@ class _Size(NamedTuple):
     rows: int
     longest: int
     """Tokens of a row, at most."""
+    even: bool = False
+    """Whether all rows have as many, and see them all."""
 
 
 @dataclass(frozen=True)
@@ -146,17 +148,20 @@ class Encoder(Capturing):
             if self._pays_to_capture(size, first=1):
                 self._replay_fused(fused, call, size)
                 return
-        lengths = [sources] * batch
+        lengths, even = [sources] * batch, call.mask is None
         if call.mask is not None and not call.padding and batch * sources > CAPTURED_TOKENS:
-            lengths = call.lengths.tolist()  # the one time that the host waits
+            # the one time that the host waits
+            lengths, visible = torch.stack((call.lengths, call.visible)).tolist()
+            even = visible == [sources] * batch
         for start, stop, tokens in pieces(lengths):
-            size = _Size(tokens, stop - start, max(lengths[start:stop]))
+            size = _Size(tokens, stop - start, max(lengths[start:stop]), even)
             self._run_piece(fused, call.piece(start, stop, tokens), size, small)
 
     def _run_piece(self, fused: PackedEngine, call: Call, size: _Size, small: bool) -> None:
         if self.captures and not small:
             tokens = -(-size.tokens // _TOKEN_STEP) * _TOKEN_STEP
             padded = _Size(tokens, size.rows, self.sources_for(size.longest))
+            padded = size if size.even else padded
             if self._pays_to_capture(padded, first=4):
                 self._replay_fused(fused, call, padded)
                 return

@@ -51,7 +51,7 @@ def test_same_outputs(head: str, padding: str | None, captured: bool) -> None:
         for types in (False, True):
             assert_same(pair, head, call(head, padding, types))
     engine = engine_of(pair.fast)
-    assert list(engine._replays) == ([(96, 3, 32)] if captured else [])
+    assert [size[:3] for size in engine._replays] == ([(96, 3, 32)] if captured else [])
     assert (engine._counted is None) == captured
 
 
@@ -264,4 +264,6 @@ def test_large_sizes_are_captured_when_they_come_back(monkeypatch: pytest.Monkey
         pair = pair_of()
         for count in range(6):
             assert_same(pair, "Model", call("Model", "right" if count % 2 else "left"))
-            assert list(engine_of(pair.fast)._replays) == ([(256, 3, 32)] if count > 2 else [])
+            assert [size[:3] for size in engine_of(pair.fast)._replays] == (
+                [(256, 3, 32)] if count > 2 else []
+            )

@@ -124,13 +124,16 @@ INLINE void normalize(const float* residual, const NormArgs& args, bool first, T
         for (int s = 0; s < STEPS; s++) n += min(max(K - w * 128 - s * STEP, 0), 128);
         return n;
     };
+    const auto inside = [](int s) {  // no branches where the columns are shared out evenly
+        return K % STEP == 0 || (int)threadIdx.x * 4 + s * STEP < K;
+    };
     float4 x[COUNT][STEPS];
     Pack<T, 4> scale[STEPS] = {}, bias[STEPS] = {};
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         const int k = threadIdx.x * 4 + s * STEP;
-        if (k < K) scale[s] = *(const Pack<T, 4>*)(args.weight + k);
-        if (NORM == LAYER && k < K) bias[s] = *(const Pack<T, 4>*)(args.bias + k);
+        if (inside(s)) scale[s] = *(const Pack<T, 4>*)(args.weight + k);
+        if (NORM == LAYER && inside(s)) bias[s] = *(const Pack<T, 4>*)(args.bias + k);
     }
     wait_for_inputs();
 #pragma unroll
@@ -139,7 +142,7 @@ INLINE void normalize(const float* residual, const NormArgs& args, bool first, T
         for (int s = 0; s < STEPS; s++) {
             const int k = threadIdx.x * 4 + s * STEP;
             x[r][s] = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (k < K) x[r][s] = *(const float4*)(residual + r * K + k);
+            if (inside(s)) x[r][s] = *(const float4*)(residual + r * K + k);
         }
 #pragma unroll
     for (int r = 0; r < COUNT; r++) {
@@ -152,7 +155,7 @@ INLINE void normalize(const float* residual, const NormArgs& args, bool first, T
         const float mean = NORM == LAYER ? total / max(columns(warp), 1) : 0.f;
 #pragma unroll
         for (int s = 0; s < STEPS; s++)
-            if (threadIdx.x * 4 + s * STEP < K) square += dot(x[r][s] - mean);
+            if (NORM == RMS || inside(s)) square += dot(x[r][s] - mean);  // RMS: zeros elsewhere
         square = over_warp(square);
         if (lane == 0) sums[warp][r] = total, squares[warp][r] = square;
     }
@@ -187,9 +190,8 @@ INLINE void normalize(const float* residual, const NormArgs& args, bool first, T
                 if (NORM == LAYER) wide[e] += to_float(bias[s].element[e]);
                 from_float(wide[e], y.element[e]);
             }
-            if (k >= K) continue;
-            *(Pack<T, 4>*)(normed + r * STRIDE + k) = y;
-            if (NORM == LAYER && first && args.stream)
+            if (inside(s)) *(Pack<T, 4>*)(normed + r * STRIDE + k) = y;
+            if (NORM == LAYER && inside(s) && first && args.stream)
                 *(float4*)(args.stream + r * K + k) = make_float4(wide[0], wide[1], wide[2], wide[3]);
         }
     }

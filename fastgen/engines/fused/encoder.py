@@ -203,9 +203,10 @@ class PackedBinding:
         kernels: list[Kernel] = [self._embed, self._spread]
         return kernels + [*self._fetches] + [e for e in self._launches if isinstance(e, Kernel)]
 
-    def size(self, tokens: int, rows: int, longest: int) -> Size:
-        """So many tokens in so many rows, of which no row has more than the longest."""
-        return Size(tokens, longest, self._starts[: rows + 1], self._keys[:rows])
+    def size(self, tokens: int, rows: int, longest: int, even: bool = False) -> Size:
+        """So many tokens in so many rows, of which no row has more than the longest, and if
+        ``even`` none fewer."""
+        return Size(tokens, longest, self._starts[: rows + 1], self._keys[:rows], even)
 
     def layers(self, size: Size, side: Sequence[cuda.Side] = ()) -> Callable[[], None]:
         """What queues all launches between reading a call and spreading its results.

@@ -87,6 +87,8 @@ class Size:
     """int32 [B + 1], where each row's tokens begin."""
     keys: torch.Tensor
     """int32 [B], how many of a row's first tokens its queries see."""
+    even: bool = False
+    """Whether all rows have as many tokens as the longest, and see them all."""
     side: Sequence[cuda.Side] = ()
     """Streams for what does not depend on each other, beside the current one."""
     fetching: cuda.Side | None = None

@@ -71,7 +71,8 @@ class Recorder:
         self, body: str, grid: tuple[int, int], threads: int, args: ctypes.Structure, **more: int
     ) -> None:
         """Launch an instantiation of a kernel template."""
-        together = self._together(grid[0] * grid[1], threads)
+        alone = more.get("cluster", 1) == 1  # a cluster's blocks are placed together anyway
+        together = self._together(grid[0] * grid[1], threads) if alone else 1
         bounds = f"{threads}, {together}" if together > 1 else f"{threads}"
         if (body, bounds) not in self._names:
             name = f"{body.split('<')[0]}_{len(self._names)}"
