@@ -33,4 +33,6 @@ def test_errors_are_no_larger_than_stocks(dtype: torch.dtype, head: str) -> None
         own, stocks = (
             float((model(**call)[0].double() - expected)[where].norm()) for model in (fast, stock)
         )
-        assert own <= 1.2 * stocks + 1e-4 * float(expected[where].norm()), (rows, own, stocks)
+        # of a few numbers, which roundings are nearer is chance
+        chance = 2 * torch.finfo(dtype).eps * float(expected[where].norm())
+        assert own <= 1.2 * stocks + chance, (rows, own, stocks)
