@@ -22,7 +22,7 @@ class RefuseDraws(TorchDispatchMode):
         draws = torch.Tag.nondeterministic_seeded in function.tags
         if name in _DROPOUT:
             given = dict(enumerate(args)) | (kwargs or {})
-            draws = given.get(_DROPOUT[name], given.get("dropout_p", 0.0)) > 0.0
+            draws = bool(given.get(_DROPOUT[name], given.get("dropout_p")))
         if draws:
             raise NotCapturable(f"torch.{name} draws from the generator that all threads share")
         return function(*args, **(kwargs or {}))
