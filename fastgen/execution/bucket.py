@@ -70,6 +70,8 @@ class Bucket:
         """Whether fastgen's own kernels run its steps."""
         self.steps: dict[Any, Any] = {}
         """Captured graphs of these buffers, by whatever made them."""
+        self.prompts: dict[Any, Any] = {}
+        """What runs prompts of many tokens over these buffers, likewise."""
         self.bindings: dict[Any, Any] = {}
         """What runs engines over these buffers, likewise."""
 
@@ -84,7 +86,7 @@ class Bucket:
     def without_steps(self) -> "Bucket":
         """The same buffers for what a step itself keeps: with the steps, nothing would be freed."""
         same = copy.copy(self)
-        same.steps, same.bindings = {}, {}
+        same.steps, same.bindings, same.prompts = {}, {}, {}
         return same
 
     def _counters(self, batch: int, queries: int) -> dict[str, torch.Tensor]:

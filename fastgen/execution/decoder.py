@@ -19,6 +19,7 @@ from fastgen.graphs.shape import LAST_STATE, Shape, state_names
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 
+_PROMPTS = 2  # programs of many tokens that a bucket keeps, with scratch of as many rows
 _STEPS = 8  # a bucket's captured steps: one for each choice that followed, and phase of it
 
 
@@ -304,7 +305,8 @@ class Decoder(Capturing):
         captured = self.captures and batch * padded <= KERNEL_ROWS
         if not captured:
             padded = queries
-        key = "prompt", padded, None if captured else length
+        made, limit = (bucket.steps, _STEPS) if captured else (bucket.prompts, _PROMPTS)
+        key = self._key, ("prompt", padded, None if captured else length)
         fused = self.fused
 
         def make() -> Prompt:
@@ -312,7 +314,7 @@ class Decoder(Capturing):
             return prompt.with_run(self._captured(prompt.run)) if captured else prompt
 
         try:
-            prompt = self._step(bucket, key, make)
+            prompt = self._once(made, key, make, limit)
         except NotFused:  # a size, say: the decoder engine serves all
             return False
         prompt.fill(input_ids, length)

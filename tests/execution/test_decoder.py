@@ -2,12 +2,14 @@
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fastgen.engines import NotFused
+from fastgen.execution.bucket import BucketSize
 from fastgen.execution.decoder import Decoder
 from fastgen.hf.contract import CACHE
 from tests.configs import build_pair, prompts
@@ -164,3 +166,23 @@ def test_it_is_told_whether_the_fused_kernels_ran_the_steps() -> None:
         expected = pair.stock.generate(sources()[:rows], **call)
         assert torch.equal(pair.fast.generate(sources()[:rows], **call), expected)
         assert pair.fast.ran_fused() is fused
+
+
+def test_programs_of_long_prompts_are_few() -> None:
+    """Their scratch has a row for each token; those of short ones are captured as steps are."""
+    fast = copies("gpt2").fast
+    forward(fast, input_ids=prompts("gpt2", 1, 4))
+    decoder: Decoder = fast._engine
+    ran: list[tuple[list[int], int]] = []
+
+    def bind_prompt(given: dict[str, torch.Tensor], filled: int) -> Any:
+        positions = given["query_positions"][:, 0]
+        return SimpleNamespace(run=lambda: ran.append((positions.tolist(), filled)))
+
+    decoder.fused = SimpleNamespace(bind_prompt=bind_prompt)
+    bucket = decoder.pool.lease(BucketSize(2, 1, 64, 0)).bucket
+    for length in (0, 5, 10, 10):
+        assert decoder._runs_prompt(bucket, torch.ones(2, 5, dtype=torch.int64), length)
+    assert ran == [([*range(at, at + 5)], at) for at in (0, 5, 10, 10)]
+    assert [key[1] for key in bucket.prompts] == [("prompt", 5, 5), ("prompt", 5, 10)]
+    assert not bucket.steps
