@@ -28,7 +28,7 @@ class Products(Recorder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._additions: dict[int, int] = {}  # to each residual stream, by its address
+        self._additions: dict[int, int] = {}  # to each residual stream, by its tensor's id
 
     def _linear(
         self, y: torch.Tensor, products: list[Product], epilogue: str, activation: str = "relu"
@@ -44,8 +44,7 @@ class Products(Recorder):
         segments, weights = (1, 2) if gated else (len(products), 1)
         warps = self._warps(inputs)
         tiles = self._tiles(outputs * segments, warps, weights, product.across)
-        norm = "NONE"
-        blocks = -(-outputs // (8 * tiles)) * segments
+        blocks, norm = -(-outputs // (8 * tiles)) * segments, "NONE"
         if isinstance(x, Normed) and not self._norms_inside(x, inputs, warps, tiles * weights):
             x = self._norm(x, inputs)
         if isinstance(x, Normed):
@@ -97,9 +96,8 @@ class Products(Recorder):
         """Whether a product's blocks norm their input themselves: few rows, which fit them."""
         row_bytes = (width + 32) * self._dtype.itemsize + 4 * warps * (8 * tiles + 2)
         fits = width <= 128 * warps and self._rows * row_bytes <= STATIC_SHARED
-        return fits and self._rows <= (
-            _FUSED_NORM_ROWS if x.bias is None else _FUSED_LAYER_NORM_ROWS
-        )
+        most = _FUSED_NORM_ROWS if x.bias is None else _FUSED_LAYER_NORM_ROWS
+        return fits and self._rows <= most
 
     def _norm(self, x: Normed, width: int) -> torch.Tensor:
         """Launch a norm; gives its rows."""
@@ -122,7 +120,7 @@ class Products(Recorder):
         return "RMS" if x.bias is None else "LAYER"
 
     def _check_current(self, residual: Residual) -> None:
-        if residual.additions != self._additions.get(residual.tensor.data_ptr(), 0):
+        if residual.additions != self._additions.get(id(residual.tensor), 0):
             raise NotFused("a residual stream that has moved on")
 
     def _stream(self, width: int, other: torch.Tensor | None = None) -> Residual:
@@ -130,9 +128,8 @@ class Products(Recorder):
         tensor = self._buffer("residual", width, torch.float32)
         if other is tensor:
             tensor = self._buffer("residual, in turn", width, torch.float32)
-        address = tensor.data_ptr()
-        self._additions[address] = self._additions.get(address, 0) + 1
-        return Residual(tensor, self._additions[address])
+        additions = self._additions[id(tensor)] = self._additions.get(id(tensor), 0) + 1
+        return Residual(tensor, additions)
 
     def _as_stream(self, x: Normed) -> Residual:
         """What was normed as the next residual stream: whoever computes it first stores it."""
@@ -148,6 +145,5 @@ class Products(Recorder):
         """Launch a product that is added to a residual stream."""
         self._check_current(residual)
         self._linear(residual.tensor, [x], "ADD")
-        address = residual.tensor.data_ptr()
-        self._additions[address] = additions = residual.additions + 1
+        additions = self._additions[id(residual.tensor)] = residual.additions + 1
         return Residual(residual.tensor, additions)
