@@ -65,6 +65,35 @@ class Contender(ABC):
         return None
 
 
+class CTranslate2Base(Contender):
+    """CTranslate2, on a conversion of the same weights."""
+
+    name = "ctranslate2"
+    package = "ctranslate2"
+
+    @property
+    def runner_class(self) -> str:
+        """Which of the library's classes runs the model."""
+        raise NotImplementedError
+
+    def prepare(self, checkpoint: str, folder: Path) -> str:
+        from fastgen.bench.convert import convert
+
+        ctranslate2(self.device, self.dtype)
+        converted = folder / "ctranslate2"
+        convert(checkpoint, converted, self.dtype, self.kind)
+        return str(converted)
+
+    def load(self, path: str) -> None:
+        self.library = ctranslate2(self.device, self.dtype)
+        self.runner = getattr(self.library, self.runner_class)(
+            path,
+            device=self.device,
+            compute_type=dtype_name(self.dtype),
+            intra_threads=torch.get_num_threads(),
+        )
+
+
 def ctranslate2(device: str, dtype: torch.dtype) -> Any:
     """The module, if it computes in this dtype on this device.
 

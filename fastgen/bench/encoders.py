@@ -1,6 +1,5 @@
 """Contenders of encoder calls: token ids to hidden states."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForTextEncoding
 
 import fastgen
-from fastgen.bench.contender import Contender, ctranslate2, dtype_name
+from fastgen.bench.contender import Contender, CTranslate2Base
 from fastgen.bench.workload import Encoding
 
 
@@ -76,28 +75,12 @@ class FastgenEncoder(HuggingFaceEncoder):
         return path
 
 
-class CTranslate2Encoder(Contender):
-    """CTranslate2, on a conversion of the same weights."""
+class CTranslate2Encoder(CTranslate2Base):
+    """Its encoder alone."""
 
-    name = "ctranslate2"
-    package = "ctranslate2"
-
-    def prepare(self, checkpoint: str, folder: Path) -> str:
-        from fastgen.bench.convert import convert
-
-        ctranslate2(self.device, self.dtype)
-        converted = folder / "ctranslate2"
-        convert(checkpoint, converted, self.dtype, self.kind)
-        return str(converted)
-
-    def load(self, path: str) -> None:
-        self.library = ctranslate2(self.device, self.dtype)
-        self.runner = self.library.Encoder(
-            path,
-            device=self.device,
-            compute_type=dtype_name(self.dtype),
-            intra_threads=torch.get_num_threads(),
-        )
+    @property
+    def runner_class(self) -> str:
+        return "Encoder"
 
     def inputs(self, workload: Encoding) -> list[list[int]]:
         ids, _ = workload.tokens(self.vocab_size)

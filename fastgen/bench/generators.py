@@ -1,13 +1,12 @@
 """Contenders of ``generate``: models with an encoder (``seq2seq``) and without (``causal``)."""
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import transformers
 
 import fastgen
-from fastgen.bench.contender import Contender, ctranslate2, dtype_name
+from fastgen.bench.contender import Contender, CTranslate2Base
 from fastgen.bench.workload import SEED, TOP_K, TOP_P, Workload
 
 _AUTO = {"seq2seq": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"}
@@ -77,30 +76,14 @@ class Fastgen(HuggingFace):
         return f"{path}, {'fused kernels' if fused else 'no fused kernels'}"
 
 
-class CTranslate2(Contender):
-    """CTranslate2, on a conversion of the same weights."""
+class CTranslate2(CTranslate2Base):
+    """Its generation."""
 
-    name = "ctranslate2"
-    package = "ctranslate2"
     draws_with_torch = False
 
-    def prepare(self, checkpoint: str, folder: Path) -> str:
-        from fastgen.bench.convert import convert
-
-        ctranslate2(self.device, self.dtype)
-        converted = folder / "ctranslate2"
-        convert(checkpoint, converted, self.dtype, self.kind)
-        return str(converted)
-
-    def load(self, path: str) -> None:
-        self.library = ctranslate2(self.device, self.dtype)
-        runner = self.library.Generator if self.kind == "causal" else self.library.Translator
-        self.runner = runner(
-            path,
-            device=self.device,
-            compute_type=dtype_name(self.dtype),
-            intra_threads=torch.get_num_threads(),
-        )
+    @property
+    def runner_class(self) -> str:
+        return "Generator" if self.kind == "causal" else "Translator"
 
     def inputs(self, workload: Workload) -> list[list[str]]:
         rows = workload.prompts(self.vocab_size).tolist()

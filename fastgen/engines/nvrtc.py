@@ -13,6 +13,16 @@ import torch
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.errors import EngineError
 
+ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""What the kernels' sources call a dtype."""
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why a GPU cannot run fastgen's kernels; None if it can."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "fused kernels need compute capability 8.0"
+    return missing()
+
 
 def missing() -> str | None:
     """Why kernels cannot be compiled here; None if they can."""

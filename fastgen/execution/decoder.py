@@ -311,7 +311,9 @@ class Decoder(Capturing):
 
         def make() -> Prompt:
             prompt = Prompt(fused, bucket, padded, length)
-            return prompt.with_run(self._captured(prompt.run)) if captured else prompt
+            if captured:
+                prompt.run = self._captured(prompt.run)
+            return prompt
 
         try:
             prompt = self._once(made, key, make, limit)

@@ -19,12 +19,7 @@ class Prompt:
         shared = {name: bucket.tensors[name] for name in names}
         shared |= {name: bucket.tensors[name] for name in bucket.shape.kv_names("self")}
         own = {"input_ids": ids, "query_positions": self._positions[:, None]}
-        self.run = fused.bind_prompt(shared | own, filled).run
-
-    def with_run(self, run: Callable[[], None]) -> "Prompt":
-        """The same, run by another function: the replay of what it queues."""
-        self.run = run
-        return self
+        self.run: Callable[[], None] = fused.bind_prompt(shared | own, filled).run
 
     def fill(self, input_ids: torch.Tensor, length: int) -> None:
         """Let these tokens follow ``length`` others; behind them are some that nobody reads."""

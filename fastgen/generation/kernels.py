@@ -28,7 +28,6 @@ _SELECT_THREADS = 512
 _SHARE = 4096  # of a row's vocabulary, what one block looks through
 _MAX_SHARES = 32  # blocks of one row
 _TILE_BYTES = 40 * 1024  # shared memory for token tables; with static arrays within 48 KB
-_ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 
 
@@ -65,7 +64,7 @@ def program(name: str, dtype: torch.dtype, device: torch.device) -> Program:
     """``greedy`` or ``beams``, compiled for logits of a dtype."""
     parts = ("select", "greedy") if name == "greedy" else ("select", "top", "beams")
     sources = [(files("fastgen.generation") / f"{part}.cu").read_text() for part in parts]
-    return nvrtc.program("\n".join([f"#define T {_ELEMENTS[dtype]}", *sources]), device)
+    return nvrtc.program("\n".join([f"#define T {nvrtc.ELEMENTS[dtype]}", *sources]), device)
 
 
 def _obstacle(bucket: Bucket, options: EngineOptions, ends: int) -> str | None:
@@ -74,18 +73,14 @@ def _obstacle(bucket: Bucket, options: EngineOptions, ends: int) -> str | None:
         return "EngineOptions.fused_kernels=False"
     if bucket.device.type != "cuda":
         return "kernels need a GPU"
-    if bucket.dtype not in _ELEMENTS or bucket.target.appends_in_attention:
+    if bucket.dtype not in nvrtc.ELEMENTS or bucket.target.appends_in_attention:
         return f"kernels do not serve {bucket.dtype} on this Target"
     if ends > MAX_ENDS:
         return f"{ends} end-of-sequence tokens: kernels serve {MAX_ENDS}"
     return _machine_obstacle(bucket.device)
 
 
-@cache
-def _machine_obstacle(device: torch.device) -> str | None:
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the kernels need compute capability 8.0"
-    return nvrtc.missing()
+_machine_obstacle = cache(nvrtc.refusal)
 
 
 def greedy_obstacle(state: SampleState, bucket: Bucket, options: EngineOptions) -> str | None:

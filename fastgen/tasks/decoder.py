@@ -188,8 +188,8 @@ def _fused_engine(module: Any, target: Target) -> FusedEngine | None:
     """What runs most steps on a GPU, and prompts of a decoder without a source."""
     if target.device != "cuda":
         return None
-    step = module._decoder_root()
-    return FusedEngine(step, step.decode, target, tensors_of(module), module._engine_cache())
+    step, own = module._decoder_root(), tensors_of(module)
+    return FusedEngine(step, target, own, module._engine_cache())
 
 
 def decode(

@@ -45,7 +45,7 @@ def recorded(model, vocabulary, size, filled=FILLED):
     root, dtype = model._decoder_root(), str(model.dtype).removeprefix("torch.")
     target = onnxruntime_cuda(dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    engine = FusedEngine(root, root.decode, target, parameters)
+    engine = FusedEngine(root, target, parameters)
     bucket = Bucket(root.shape, target, torch.device("cpu"), size)
     bucket.tensors["first_slot"].fill_(filled)
     ops = vocabulary(target, engine._parameters, bucket.tensors)

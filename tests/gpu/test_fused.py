@@ -138,7 +138,7 @@ def run_fused(model: Any, bucket: Bucket) -> None:
 
 def fused_engine(model: Any, bucket: Bucket) -> FusedEngine:
     root = model._decoder_root()
-    return FusedEngine(root, root.decode, bucket.target, parameters(model))
+    return FusedEngine(root, bucket.target, parameters(model))
 
 
 def run_torch(model: Any, bucket: Bucket, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,16 +21,6 @@ MOST_TOKENS = 16384
 """Tokens of one run: enough to fill a GPU, and all that buffers must hold."""
 SIDE_TOKENS, FETCHED_TOKENS = 2048, 512
 _SOURCES = ("common.cu", "encoder.cu")
-_ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-def refusal(device: torch.device) -> str | None:
-    """Why a GPU cannot run the kernels; None if it can, or if torch computes them on a CPU."""
-    if device.type != "cuda":
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "fused kernels need compute capability 8.0"
-    return nvrtc.missing()
 
 
 class PackedEngine:
@@ -57,7 +47,8 @@ class PackedEngine:
         Raises:
             NotFused: the GPU or the family is not served.
         """
-        if reason := refusal(device):
+        # on a CPU torch computes what the kernels would
+        if device.type == "cuda" and (reason := nvrtc.refusal(device)):
             raise NotFused(reason)
         self.target, self.device, self._padding = target, device, padding
         self._root, self._more_ids, self._engine_cache = root, more_ids, engine_cache
@@ -157,7 +148,7 @@ def compile_kernels(
     if device.type != "cuda":
         return
     names: dict[str, str] = {}
-    lines = [f"#define T {_ELEMENTS[dtype]}", "#define ROWS 1", "#define QUERIES 1"]
+    lines = [f"#define T {nvrtc.ELEMENTS[dtype]}", "#define ROWS 1", "#define QUERIES 1"]
     lines += [files("fastgen.engines.fused").joinpath(n).read_text() for n in _SOURCES]
     for kernel in kernels:
         body = kernel.body

@@ -1,6 +1,6 @@
 """The engine of fused CUDA kernels: a decoder step, one launch after the other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,9 +28,7 @@ def supports(
         return f"head size {head_size}: fused kernels serve 16 to {MAX_HEAD_SIZE} by 8"
     if slots > MAX_SLOTS:
         return f"{slots} slots: fused kernels serve {MAX_SLOTS}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "fused kernels need compute capability 8.0"
-    return nvrtc.missing()
+    return nvrtc.refusal(device)
 
 
 class FusedEngine:
@@ -39,19 +37,17 @@ class FusedEngine:
     def __init__(
         self,
         root: Any,
-        call: Callable[..., Mapping[str, Any]],
         target: Target,
         parameters: Mapping[str, torch.Tensor],
         engine_cache: EngineCache | None = None,
     ) -> None:
         """
         Args:
-            root: the family's graph module.
-            call: its method that builds the step.
+            root: the family's decoder, a ``DecoderRoot``, whose step is recorded.
             parameters: the model's parameters by name; they must stay alive and in place.
             engine_cache: where compiled kernels are kept; None compiles them in every process.
         """
-        self.target, self._call, self._engine_cache = target, call, engine_cache
+        self.target, self._root, self._engine_cache = target, root, engine_cache
         self._parameters = {}
         for name, parameter in root.named_parameters():
             parameter.name, parameter._realized = name, True  # onnxscript would rename it
@@ -67,15 +63,11 @@ class FusedEngine:
             NotFused: some size or operation is not served.
         """
         batch, queries = tensors["input_ids"].shape
-        slots = tensors["slot_positions"].shape[1]
-        head_size = self._call.__self__.shape.head_size  # type: ignore[attr-defined]
-        device = tensors["input_ids"].device
-        if reason := supports(self.target, device, batch, queries, slots, head_size):
-            raise NotFused(reason)
+        self._check(tensors, batch, queries)
         vocabulary = FusedOps if batch * queries <= TILE_ROWS else WideOps
         ops = vocabulary(self.target, self._parameters, tensors)
         inputs = {name: tensor for name, tensor in tensors.items() if name != "logits"}
-        results = self._call(ops, **inputs)
+        results = self._root.decode(ops, **inputs)
         ops.store(results["logits"], tensors["logits"])
         return self._compiled(ops)
 
@@ -86,14 +78,17 @@ class FusedEngine:
         Raises:
             NotFused: some size or operation is not served.
         """
-        slots, device = tensors["slot_positions"].shape[1], tensors["input_ids"].device
-        head_size = self._call.__self__.shape.head_size  # type: ignore[attr-defined]
-        if reason := supports(self.target, device, 1, 1, slots, head_size):
-            raise NotFused(reason)
+        self._check(tensors, 1, 1)  # of any number of tokens
         ops = PromptOps(self.target, self._parameters, tensors, filled)
-        self._call(ops, **tensors)
+        self._root.decode(ops, **tensors)
         ops.trim()
         return self._compiled(ops)
+
+    def _check(self, tensors: Mapping[str, torch.Tensor], batch: int, queries: int) -> None:
+        slots, device = tensors["slot_positions"].shape[1], tensors["input_ids"].device
+        head_size = self._root.shape.head_size
+        if reason := supports(self.target, device, batch, queries, slots, head_size):
+            raise NotFused(reason)
 
     def _compiled(self, ops: FusedOps) -> "FusedBinding":
         return FusedBinding(ops, nvrtc.program(ops.source(), ops.device, self._engine_cache))

@@ -16,6 +16,7 @@ from fastgen.engines import NotFused
 from fastgen.engines.fused.packed_kernels import Activate, Embed, NormRows, Prefetch
 from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Size, Term
 from fastgen.engines.fused.products import ACTIVATIONS
+from fastgen.engines.fused.recorder import Builder
 from fastgen.target import Target
 
 MAX_WIDTH = 8192  # of a row, that a block of the kernels holds
@@ -191,19 +192,11 @@ class Attention:
         return y
 
 
-class _Builder:
-    """What onnxscript's modules tell which of them is at work; nothing here depends on it."""
-
-    def push_module(self, name: str, class_name: str) -> None: ...
-
-    def pop_module(self) -> None: ...
-
-
 class PackedOps:
     """Records the launches of an encoder; the methods are those of ``ops.Ops``."""
 
     def __init__(self, target: Target, parameters: Mapping[str, torch.Tensor]) -> None:
-        self.builder = _Builder()
+        self.builder = Builder()
         self.embed: Embed | None = None
         """What reads a call's ids; all others read buffers."""
         self.launches: list[Recorded] = []

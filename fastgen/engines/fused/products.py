@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from fastgen.engines import NotFused
-from fastgen.engines.fused.recorder import ELEMENTS, Recorder
+from fastgen.engines.fused.recorder import Recorder
 from fastgen.engines.fused.values import LinearArgs, Normed, Product, Residual, pointer
+from fastgen.engines.nvrtc import ELEMENTS
 
 TILE_ROWS = 16  # one side of a tensor core product
 MAX_WIDTH = 8192  # of a norm

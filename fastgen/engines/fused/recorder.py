@@ -8,16 +8,15 @@ from typing import Any
 import torch
 
 from fastgen.engines import NotFused
-from fastgen.engines.nvrtc import Launch
+from fastgen.engines.nvrtc import ELEMENTS, Launch
 from fastgen.target import Target
 
-ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _SOURCES = ("common.cu", "linear.cu", "attention.cu")
 _REGISTERS = 2**16  # of a processor
 _LEAST_REGISTERS = 64  # that a thread needs, about
 
 
-class _Builder:
+class Builder:
     """What onnxscript's modules tell which of them is at work; nothing here depends on it."""
 
     def push_module(self, name: str, class_name: str) -> None: ...
@@ -34,7 +33,7 @@ class Recorder:
         parameters: Mapping[str, torch.Tensor],
         tensors: Mapping[str, torch.Tensor],
     ) -> None:
-        self.builder = _Builder()
+        self.builder = Builder()
         self.target = target
         self.device = tensors["input_ids"].device
         self.launches: list[Launch | Callable[[int], None]] = []
