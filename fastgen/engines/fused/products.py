@@ -6,13 +6,20 @@ import torch
 
 from fastgen.engines import NotFused
 from fastgen.engines.fused.recorder import Recorder
-from fastgen.engines.fused.values import LinearArgs, Normed, Product, Residual, pointer
-from fastgen.engines.nvrtc import ELEMENTS
+from fastgen.engines.fused.values import (
+    LinearArgs,
+    Matrix,
+    Normed,
+    Product,
+    Residual,
+    pointer,
+)
 
 TILE_ROWS = 16  # one side of a tensor core product
 MAX_WIDTH = 8192  # of a norm
 _FUSED_NORM_ROWS = 4  # of more rows, the norm is a launch of its own
 _FUSED_LAYER_NORM_ROWS = 1  # the same, with a mean to subtract
+_NARROW_INPUTS, _NARROW_WARPS = 256, 16  # of a warp, of a block; weights of fewer bits, no norm
 STATIC_SHARED = 48 * 1024  # bytes a block may have without asking
 ACTIVATIONS = {
     "relu": "RELU",
@@ -39,34 +46,44 @@ class Products(Recorder):
         product = products[0]
         x, weight, (inputs, outputs) = product.x, product.weight, product.sizes
         args = LinearArgs(y=y.data_ptr(), scale=product.scale)
-        args.weight[: len(products)] = [product.weight.data_ptr() for product in products]
+        args.weight[: len(products)] = [product.weight.values.data_ptr() for product in products]
+        args.scales[: len(products)] = [pointer(product.weight.scales) for product in products]
         args.bias[: len(products)] = [pointer(product.bias) for product in products]
         gated = epilogue == "GATE"
         segments, weights = (1, 2) if gated else (len(products), 1)
         warps = self._warps(inputs)
-        tiles = self._tiles(outputs * segments, warps, weights, product.across)
+        if weight.blocks is not None and not isinstance(x, Normed):
+            warps = min(max(-(-inputs // _NARROW_INPUTS), 8), _NARROW_WARPS)
+        tiles = self._tiles(outputs * segments, warps, weights, weight.across)
         blocks, norm = -(-outputs // (8 * tiles)) * segments, "NONE"
-        if isinstance(x, Normed) and not self._norms_inside(x, inputs, warps, tiles * weights):
+        shared = self._shared(weight, warps, tiles * weights)
+        if isinstance(x, Normed) and not self._norms_inside(x, inputs, warps, shared):
             x = self._norm(x, inputs)
+        if shared > STATIC_SHARED:
+            raise NotFused(f"{inputs} inputs by {self._rows} rows: more than shared memory holds")
         if isinstance(x, Normed):
             norm = self._begin_norm(x, args)
         else:
             args.x = x.data_ptr()
         sizes = f"{inputs}, {outputs}, {segments}, {tiles}, {warps}"
         biased = any(product.bias is not None for product in products)
-        flags = f"{str(biased).lower()}, {str(product.across).lower()}"
+        flags = f"{str(biased).lower()}, {str(weight.across).lower()}"
         kind = f"{norm}, {epilogue}, {ACTIVATIONS[activation]}, {flags}"
-        body = f"linear<{ELEMENTS[weight.dtype]}, {sizes}, {kind}>"
+        body = f"linear<{weight.element}, {sizes}, {kind}>"
         self._launch(body, (blocks, 1), 32 * warps, args)
 
+    def _shared(self, weight: Matrix, warps: int, tiles: int) -> int:
+        """Bytes that a block holds of its tiles: sums of every warp, scales of every group."""
+        held = 4 * warps * 8 * tiles * self._rows
+        if weight.blocks is not None and weight.group:
+            held += weight.blocks.scales[0].nbytes * (8 * tiles + 2)
+        return held
+
     def _check_products(self, products: list[Product], epilogue: str) -> None:
-        weight = products[0].weight
-        if weight.dtype not in (torch.float32, self._dtype):
-            raise NotFused(f"weights in {weight.dtype}, activations in {self._dtype}")
-        kinds = {(p.weight.dtype, p.weight.shape, p.scale, p.across) for p in products}
+        kinds = {(p.weight.element, p.weight.across, p.sizes, p.scale) for p in products}
         if len(kinds) > 1:
             raise NotFused("products of one input that differ in shape, dtype or scale")
-        if epilogue == "GATE" and products[0].across:
+        if epilogue == "GATE" and products[0].weight.across:
             raise NotFused("gated products of [in, out] weights")
 
     def _warps(self, inputs: int) -> int:
@@ -93,10 +110,11 @@ class Products(Recorder):
 
     # Norms
 
-    def _norms_inside(self, x: Normed, width: int, warps: int, tiles: int) -> bool:
-        """Whether a product's blocks norm their input themselves: few rows, which fit them."""
-        row_bytes = (width + 32) * self._dtype.itemsize + 4 * warps * (8 * tiles + 2)
-        fits = width <= 128 * warps and self._rows * row_bytes <= STATIC_SHARED
+    def _norms_inside(self, x: Normed, width: int, warps: int, shared: int) -> bool:
+        """Whether a product's blocks norm their input themselves: few rows, which fit them beside
+        what they hold."""
+        own = self._rows * ((width + 32) * self._dtype.itemsize + 8 * warps)
+        fits = width <= 128 * warps and own + shared <= STATIC_SHARED
         most = _FUSED_NORM_ROWS if x.bias is None else _FUSED_LAYER_NORM_ROWS
         return fits and self._rows <= most
 
