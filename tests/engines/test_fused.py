@@ -144,7 +144,7 @@ def test_weights_of_fewer_bits_that_are_refused() -> None:
     with pytest.raises(NotFused, match=r"int8 of .*, 100 inputs"):
         record(gpt2(n_embd=64, n_head=2, n_inner=100), size, of_fewer_bits("int8"))
     with pytest.raises(NotFused, match="activations in float32"):
-        record(gpt2(), size, replace(of_fewer_bits("int8"), dtype="float32"))
+        record(gpt2().float(), size, replace(of_fewer_bits("int8"), dtype="float32"))
 
 
 def gpt2(**fields: Any) -> Any:

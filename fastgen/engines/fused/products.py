@@ -54,7 +54,7 @@ class Products(Recorder):
         warps = self._warps(inputs)
         if weight.blocks is not None and not isinstance(x, Normed):
             warps = min(max(-(-inputs // _NARROW_INPUTS), 8), _NARROW_WARPS)
-        tiles = self._tiles(outputs * segments, warps, weights, weight.across)
+        tiles = self._tiles(outputs * segments, warps, weights, weight)
         blocks, norm = -(-outputs // (8 * tiles)) * segments, "NONE"
         shared = self._shared(weight, warps, tiles * weights)
         if isinstance(x, Normed) and not self._norms_inside(x, inputs, warps, shared):
@@ -90,21 +90,24 @@ class Products(Recorder):
         """Warps that share out a row of weights: four loads each, if a block holds so many."""
         return min(max(-(-inputs // 128), 8), 32)
 
-    def _tiles(self, outputs: int, warps: int, weights: int, across: bool) -> int:
+    def _tiles(self, outputs: int, warps: int, weights: int, weight: Matrix) -> int:
         """Tiles of eight outputs that one block computes. Several read the input less often, which
         counts with many rows, and weights that lie across in longer pieces; few leave processors
         without work. The bounds are measured ones."""
-        if across:
+        if weight.across:
             sums = 4 * warps * 8 * self._rows  # bytes of a tile: floats of every warp
             for tiles in (8, 4):
                 if 4 * outputs // (8 * tiles) >= 3 * self._processors and tiles * sums <= 2**15:
                     return tiles
             return 2
         least = self._processors // (1 if self._rows == 1 else 2)
-        for tiles in (4, 2):
+        for tiles in (8, 4, 2):
             outputs_held = 8 * tiles * self._rows  # one a thread, and float sums of every warp
             fits = outputs_held <= 32 * warps and 4 * warps * weights * outputs_held <= 2**14
-            if fits and tiles * weights <= 4 and outputs // (8 * tiles) >= least:
+            most, enough = (8 if weight.blocks else 4), least
+            if weight.element.startswith(("Ints<8", "Fp8")) and tiles * weights == most:
+                enough = 2 * least
+            if fits and tiles * weights <= most and outputs // (8 * tiles) >= enough:
                 return tiles
         return 1
 
