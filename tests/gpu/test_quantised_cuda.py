@@ -88,7 +88,7 @@ class Bench:
 
     def check(self, found: Tensor, right: Tensor) -> None:
         distance = (found.double() - right).norm() / right.norm()
-        assert distance <= 1.5 * torch.finfo(self.dtype).eps
+        assert distance <= 0.5 * torch.finfo(self.dtype).eps
 
 
 def exact(blocks: Blocks, shape: tuple[int, int]) -> Tensor:
@@ -162,7 +162,7 @@ def test_norm_gate_and_sum_around_products(rows: int, kind: Any) -> None:
     gelu = torch.nn.functional.gelu(x @ first.T, approximate="tanh")
     right = (gelu * (x @ second.T)) @ last.T
     distance = (stream.tensor.double() - before - right).norm() / right.norm()
-    assert distance <= 2 * torch.finfo(torch.bfloat16).eps
+    assert distance <= torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -213,22 +213,23 @@ def pair(family: str, kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
     stock, config = CONFIGS[family][0], CONFIGS[family][1]()
     torch.manual_seed(0)
     fast = getattr(fastgen, f"Fast{stock}")(copy.deepcopy(config)).eval()
-    for name, parameter in fast.named_parameters():
-        if parameter.ndim == 2:
-            parameter.data *= 4 if "embed" in name or "w" in name.split(".")[-2][:2] else 2
+    for parameter in fast.parameters():
+        parameter.data *= 2 if parameter.ndim == 2 else 1
     fast = fast.to(DEVICE, dtype)
     fast.engine_options = {"weights": kind}
     generate(fast, 1, 2)
     exact_model = getattr(transformers, stock)(config).eval().to(DEVICE, torch.float64)
     exact_model.load_state_dict(fast.state_dict())
     weights = dict(exact_model.named_parameters())
-    made = {key: m for part in fast.modules() for key, m in getattr(part, "_made", {}).items()}
-    assert made
-    for (name, form), each in made.items():
-        weight = weights[name] if name in weights else weights[f"encoder.{name}"]
-        shape = weight.T.shape if form.transposed else weight.shape
-        whole = exact(each.blocks, tuple(shape))
-        weight.data.copy_(whole.T if form.transposed else whole)
+    changed = 0
+    for prefix, part in fast.named_modules():
+        for (name, form), made in getattr(part, "_made", {}).items():
+            weight = weights[f"{prefix}.{name}".lstrip(".")]
+            shape = weight.T.shape if form.transposed else weight.shape
+            whole = exact(made.blocks, tuple(shape))
+            weight.data.copy_(whole.T if form.transposed else whole)
+            changed += 1
+    assert changed >= 2 * 4 + 1  # the decoder's products, and the head
     return fast, exact_model
 
 
@@ -257,7 +258,7 @@ def test_models_compute_with_what_their_weights_stand_for(
         theirs, found = right.logits[step][compared], ours.logits[step][compared].double()
         if not len(theirs):
             break
-        assert float((found - theirs).norm() / theirs.norm()) <= 8 * eps
+        assert float((found - theirs).norm() / theirs.norm()) <= 4 * eps
         at = ours.sequences.shape[1] - 12 + step
         same = ours.sequences[:, at] == right.sequences[:, at]
         margin = right.logits[step].topk(2).values.diff().abs().flatten()
@@ -280,4 +281,4 @@ def test_a_step_over_a_past_of_its_own() -> None:
     past = fast(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1)[CACHE]
     ours = fast(input_ids=ids[:, -1:], **{CACHE: past}, use_cache=True).logits[:, -1].double()
     right = exact_model(input_ids=ids).logits[:, -1]
-    assert float((ours - right).norm() / right.norm()) <= 8 * torch.finfo(torch.bfloat16).eps
+    assert float((ours - right).norm() / right.norm()) <= 4 * torch.finfo(torch.bfloat16).eps
