@@ -19,7 +19,6 @@ TILE_ROWS = 16  # one side of a tensor core product
 MAX_WIDTH = 8192  # of a norm
 _FUSED_NORM_ROWS = 4  # of more rows, the norm is a launch of its own
 _FUSED_LAYER_NORM_ROWS = 1  # the same, with a mean to subtract
-_NARROW_INPUTS, _NARROW_WARPS = 256, 16  # of a warp, of a block; weights of fewer bits, no norm
 STATIC_SHARED = 48 * 1024  # bytes a block may have without asking
 ACTIVATIONS = {
     "relu": "RELU",
@@ -52,12 +51,12 @@ class Products(Recorder):
         gated = epilogue == "GATE"
         segments, weights = (1, 2) if gated else (len(products), 1)
         warps = self._warps(inputs)
-        if weight.blocks is not None and not isinstance(x, Normed):
-            warps = min(max(-(-inputs // _NARROW_INPUTS), 8), _NARROW_WARPS)
+        if weight.blocks is not None:
+            warps = self._narrow_warps(inputs, isinstance(x, Normed))
         tiles = self._tiles(outputs * segments, warps, weights, weight)
         blocks, norm = -(-outputs // (8 * tiles)) * segments, "NONE"
         shared = self._shared(weight, warps, tiles * weights)
-        if isinstance(x, Normed) and not self._norms_inside(x, inputs, warps, shared):
+        if isinstance(x, Normed) and not self._norms_inside(x, weight, warps, shared):
             x = self._norm(x, inputs)
         if shared > STATIC_SHARED:
             raise NotFused(f"{inputs} inputs by {self._rows} rows: more than shared memory holds")
@@ -70,7 +69,8 @@ class Products(Recorder):
         flags = f"{str(biased).lower()}, {str(weight.across).lower()}"
         kind = f"{norm}, {epilogue}, {ACTIVATIONS[activation]}, {flags}"
         body = f"linear<{weight.element}, {sizes}, {kind}>"
-        self._launch(body, (blocks, 1), 32 * warps, args)
+        least = 2 if weight.blocks is not None and blocks > self._processors else 1
+        self._launch(body, (blocks, 1), 32 * warps, args, least)
 
     def _shared(self, weight: Matrix, warps: int, tiles: int) -> int:
         """Bytes that a block holds of its tiles: sums of every warp, scales of every group."""
@@ -90,6 +90,11 @@ class Products(Recorder):
         """Warps that share out a row of weights: four loads each, if a block holds so many."""
         return min(max(-(-inputs // 128), 8), 32)
 
+    def _narrow_warps(self, inputs: int, normed: bool) -> int:
+        """The same of weights of fewer bits. Half a processor's threads at most: the next launch's
+        blocks find room beside them, and fetch their weights meanwhile."""
+        return min(max(-(-inputs // (128 if normed else 256)), 8), 16)
+
     def _tiles(self, outputs: int, warps: int, weights: int, weight: Matrix) -> int:
         """Tiles of eight outputs that one block computes. Several read the input less often, which
         counts with many rows, and weights that lie across in longer pieces; few leave processors
@@ -101,23 +106,22 @@ class Products(Recorder):
                     return tiles
             return 2
         least = self._processors // (1 if self._rows == 1 else 2)
+        most = 8 if weight.element.startswith("Ints<4") else 4
         for tiles in (8, 4, 2):
             outputs_held = 8 * tiles * self._rows  # one a thread, and float sums of every warp
             fits = outputs_held <= 32 * warps and 4 * warps * weights * outputs_held <= 2**14
-            most, enough = (8 if weight.blocks else 4), least
-            if weight.element.startswith(("Ints<8", "Fp8")) and tiles * weights == most:
-                enough = 2 * least
-            if fits and tiles * weights <= most and outputs // (8 * tiles) >= enough:
+            if fits and tiles * weights <= most and outputs // (8 * tiles) >= least:
                 return tiles
         return 1
 
     # Norms
 
-    def _norms_inside(self, x: Normed, width: int, warps: int, shared: int) -> bool:
+    def _norms_inside(self, x: Normed, weight: Matrix, warps: int, shared: int) -> bool:
         """Whether a product's blocks norm their input themselves: few rows, which fit them beside
         what they hold."""
+        width, widest = weight.sizes[0], (128 if weight.blocks is None else 256) * warps
         own = self._rows * ((width + 32) * self._dtype.itemsize + 8 * warps)
-        fits = width <= 128 * warps and own + shared <= STATIC_SHARED
+        fits = width <= widest and own + shared <= STATIC_SHARED
         most = _FUSED_NORM_ROWS if x.bias is None else _FUSED_LAYER_NORM_ROWS
         return fits and self._rows <= most
 

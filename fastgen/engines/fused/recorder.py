@@ -72,11 +72,17 @@ class Recorder:
         return "\n".join([*lines, *self._kernels])
 
     def _launch(
-        self, body: str, grid: tuple[int, int], threads: int, args: ctypes.Structure, **more: int
+        self,
+        body: str,
+        grid: tuple[int, int],
+        threads: int,
+        args: ctypes.Structure,
+        least: int = 1,
+        **more: int,
     ) -> None:
-        """Launch an instantiation of a kernel template."""
+        """Launch an instantiation of a kernel template; a processor holds ``least`` blocks."""
         alone = more.get("cluster", 1) == 1  # a cluster's blocks are placed together anyway
-        together = self._together(grid[0] * grid[1], threads) if alone else 1
+        together = max(self._together(grid[0] * grid[1], threads) if alone else 1, least)
         bounds = f"{threads}, {together}" if together > 1 else f"{threads}"
         if (body, bounds) not in self._names:
             name = f"{body.split('<')[0]}_{len(self._names)}"
