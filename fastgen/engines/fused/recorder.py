@@ -137,12 +137,9 @@ class Recorder:
         first, second = self._parameter(value).shape
         inputs, outputs = (first, second) if transposed else (second, first)
         names = Format(kind, self.target.group, transposed).names(value.name)
-        for name in names:
-            self.made[name] = self._parameters[name]
-        matrix = Matrix(
-            *(self.made[names[0]], (inputs, outputs)),
-            blocks=Blocks(*(self.made[name] for name in names), kind),
-        )
+        values, scales = (self._parameters[name] for name in names)
+        self.made |= {names[0]: values, names[1]: scales}
+        matrix = Matrix(values, (inputs, outputs), blocks=Blocks(values, scales, kind))
         least = 16 if kind == "fp8" else 8
         if inputs % least or matrix.group % _WARP_INPUTS:
             raise NotFused(
