@@ -69,7 +69,9 @@ class Products(Recorder):
         flags = f"{str(biased).lower()}, {str(weight.across).lower()}"
         kind = f"{norm}, {epilogue}, {ACTIVATIONS[activation]}, {flags}"
         body = f"linear<{weight.element}, {sizes}, {kind}>"
-        least = 2 if weight.blocks is not None and blocks > self._processors else 1
+        least = 1
+        if weight.blocks is not None:  # as many as still have 80 registers a thread, and two
+            least = min(-(-blocks // self._processors), max(2, 24 // warps))
         self._launch(body, (blocks, 1), 32 * warps, args, least)
 
     def _shared(self, weight: Matrix, warps: int, tiles: int) -> int:
