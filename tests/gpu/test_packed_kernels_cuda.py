@@ -9,7 +9,9 @@ import torch
 
 from fastgen.engines.fused import packed_kernels as kernels
 from fastgen.engines.fused.encoder import compile_kernels, side_streams
-from fastgen.engines.fused.packed_ops import Attention, Product, Products
+from fastgen.engines.fused.packed_attention import Attention
+from fastgen.engines.fused.packed_ops import Product, Products
+from fastgen.engines.fused.packed_places import Count, Place, Spread
 from fastgen.engines.fused.packed_values import Buffer, Call, Norm, Size, Term
 from tests.gpu.models import DEVICE, DTYPES, ids, ragged
 
@@ -52,8 +54,8 @@ def size_of(rows: int, longest: int, tokens: int = 0) -> Size:
 
 def placed(call: Call) -> Size:
     size = size_of(*call.rows.shape)
-    kernels.Count.reference(call)
-    kernels.Place.reference(call, size)
+    Count.reference(call)
+    Place.reference(call, size)
     return size
 
 
@@ -63,7 +65,7 @@ def placed(call: Call) -> Size:
 def test_places(shape: tuple[int, int], masked: bool, padding: bool) -> None:
     mask = ragged(*shape) if masked else None
     found, expected = (call_of(mask, shape, 8, padding) for _ in range(2))
-    count, place, size = kernels.Count(), kernels.Place(), size_of(*shape)
+    count, place, size = Count(), Place(), size_of(*shape)
     compile_kernels((count, place), torch.float32, DEVICE)
     count(found)
     place(found, size)
@@ -83,7 +85,7 @@ def test_embeddings_and_spread(dtype: torch.dtype, width: int) -> None:
     terms = Term("input_ids", tables[0], 1.5), Term("types", tables[1]), Term(None, tables[2], 1, 2)
     norm = Norm(random(width, dtype=dtype, seed=7), random(width, dtype=dtype, seed=8), 1e-5)
     y = Buffer(width, torch.zeros(76, width, dtype=dtype, device=DEVICE))
-    embed, spread = kernels.Embed(terms, norm, y), kernels.Spread(y)
+    embed, spread = kernels.Embed(terms, norm, y), Spread(y)
     compile_kernels((embed, spread), dtype, DEVICE)
     embed(call, size)
     found = y.tensor.clone()
