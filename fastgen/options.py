@@ -54,8 +54,8 @@ class EngineOptions:
     cuda_graphs: bool = True
     """Capture one CUDA graph per bucket; False launches every kernel of every step."""
     fused_kernels: bool = True
-    """Run steps of up to 512 rows, and BERT's encoder, by fastgen's own CUDA kernels; False runs
-    ONNX Runtime's."""
+    """Run steps of up to 512 rows, and encoders (T5's in 16 bits), by fastgen's own CUDA kernels;
+    False runs ONNX Runtime's."""
     max_cached_graphs: int = 8
     """How many idle KV cache buckets (buffers and captured CUDA graphs) a model keeps for reuse,
     and how many sizes of its encoder."""
@@ -73,8 +73,8 @@ class EngineOptions:
     kernels, which read them faster: 0 is none of them, 1 all, most of all for beams and long
     sources. With more than 0 each call begins with a pass over them, which tells of edits."""
     skip_padding: bool = True
-    """BERT's encoder computes nothing for the padding of a ragged batch, and its hidden states
-    there are zeros; False computes them as the stock model does."""
+    """BERT's encoder, and T5's on a GPU, compute nothing for the padding of a ragged batch, and
+    hidden states there are zeros; False computes them as the stock model does."""
     max_batch: int = 64
     """TensorRT: most rows (batch times beams) of a call; torch serves more."""
     max_source_tokens: int = 1024

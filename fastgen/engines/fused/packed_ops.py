@@ -383,8 +383,9 @@ class PackedOps:
         if isinstance(bias, Table):
             BiasedAttention.check(bias, heads, head_size)
             self.reads_columns = True
-            rows = self._record(Products([q, k, v]))
-            return self._record(BiasedAttention(*rows, heads, scale, bias))[0]
+            query, key, value = self._record(Products([q, k, v]))
+            biased = BiasedAttention(query, key, value, heads, scale, bias)
+            return self._record(biased)[0]
         if head_size % step or head_size > MAX_HEAD_SIZE:
             raise NotFused(f"head size {head_size}: multiples of {step} up to {MAX_HEAD_SIZE}")
         query, key, value = self._record(Products([q, k, v]))
