@@ -47,6 +47,11 @@ class FastEncoder(StockForward, EngineModule):
         """Whether a part of the stock class is an encoder: it may be of one class with decoders."""
         return not getattr(part, "is_decoder", False)
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens a row may have; None: any number."""
+        return None
+
     def _encoder_root(self) -> Any:
         """The family's graph module with a method ``encode``, and its ``depth`` in blocks."""
         raise NotImplementedError
@@ -118,6 +123,9 @@ class FastEncoder(StockForward, EngineModule):
             return reason
         if reason := too_large(self.engine_options, *input_ids.shape):
             return reason
+        known, length = self.positions, input_ids.shape[1]
+        if known is not None and length > known:
+            return Asked(f"{length} tokens, where there are {known} positions")
         try:
             self._current_engine()
         except NoEngine as error:
