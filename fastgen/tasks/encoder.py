@@ -18,7 +18,6 @@ from fastgen.graphs.encoder import POOLED, encoder_specs, packed_specs, pooler_s
 from fastgen.graphs.shape import LAST_STATE
 from fastgen.hf.forward import StockForward
 from fastgen.hf.module import EngineModule
-from fastgen.hf.weights import tensors_of
 from fastgen.target import Target
 from fastgen.tasks.outputs import as_stock, introduce, wants_dict
 from fastgen.tasks.refusals import (
@@ -104,7 +103,7 @@ class FastEncoder(StockForward, EngineModule):
         served = target.device == "cuda" and target.contrib
         if not served or not self.engine_options.fused_kernels:
             return None
-        root, own, kept = self._encoder_root(), tensors_of(self), self._engine_cache()
+        root, own, kept = self._encoder_root(), self._weights(), self._engine_cache()
         with suppress(NotFused):  # T5's position tables, say, or another dtype of some weight
             return PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
         return None
