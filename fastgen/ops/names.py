@@ -9,6 +9,8 @@ from typing import Any
 
 from fastgen.target import Target
 
+FORMAT = 1
+"""Counts changes of what operations are called: answers by other names are not found."""
 _KEY = "fastgen.operation"
 
 
@@ -53,6 +55,11 @@ def attention(q: str) -> str:
 def product(linear: str) -> str:
     """Says of a linear that it multiplies in float32, too: else its factors are float16."""
     return f"{linear}:product"
+
+
+def operation(name: str) -> str:
+    """The operation that a name of a choice is about."""
+    return name.removesuffix(product(""))
 
 
 def module(name: str) -> str:

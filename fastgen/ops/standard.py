@@ -21,7 +21,7 @@ from fastgen.target import Target
 
 # A wide result is scaled before it becomes float16: up to 16 million fits, and what small ones lose
 # (8e-6) is far below the residual stream they are added to.
-_WIDE_SCALE = 2.0**-8
+WIDE_SCALE = 2.0**-8
 _CACHED_SCALE = 2.0**-2  # a power of two: rounds nothing
 
 
@@ -107,11 +107,11 @@ class Ops(Typed):
             ]
             return self._product(x, *factors, scale, transposed)
         if x.dtype == ir.DataType.FLOAT:  # which may exceed the range itself
-            x, by = self._scaled(x, _WIDE_SCALE), scale
+            x, by = self._scaled(x, WIDE_SCALE), scale
         else:
-            by = scale * _WIDE_SCALE
+            by = scale * WIDE_SCALE
         y = self.cast(self._product(x, weight, None, by, transposed), ir.DataType.FLOAT)
-        unscale = self.constant(1 / _WIDE_SCALE, torch.float32)
+        unscale = self.constant(1 / WIDE_SCALE, torch.float32)
         y = self._typed(self.onnx.Mul(y, unscale), ir.DataType.FLOAT)
         if bias is None:
             return y
@@ -353,13 +353,12 @@ class Ops(Typed):
         rows = [self._split(self.cast(x, self._compute), heads) for x in (k, v)]
         key = self.onnx.TensorScatter(slots.key, rows[0], slots.first_slot, axis=-2)
         value = self.onnx.TensorScatter(slots.value, rows[1], slots.first_slot, axis=-2)
-        # TensorRT would copy the whole key buffer at every step if the scale were 1
         key, value = (self._typed(x, self._compute) for x in (key, value))
-        spelled = self.spelled_out(bias, slots.first_slot)
-        name, (q, *read) = self._factors(q, key, value, spelled)
+        name, (q, *read) = self._factors(q, key, value)
         q = self._split(self.cast(self._scaled(q, scale), q.dtype), heads)
-        y = self._attend(q, *read, scale=_CACHED_SCALE)
-        return names.give(y, name), key, value
+        spelled = self.cast(self.spelled_out(bias, slots.first_slot), q.dtype)
+        # TensorRT would copy the whole key buffer at every step if the scale were 1
+        return names.give(self._attend(q, *read, spelled, _CACHED_SCALE), name), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         """[B, K, H*D] -> the layout of a KV buffer."""

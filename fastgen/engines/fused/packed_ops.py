@@ -16,7 +16,8 @@ from fastgen.engines import NotFused
 from fastgen.engines.fused.packed_kernels import Activate, Embed, NormRows, Prefetch
 from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Size, Term
 from fastgen.engines.fused.products import ACTIVATIONS
-from fastgen.engines.fused.recorder import Builder
+from fastgen.engines.fused.recorder import Builder, narrow_results
+from fastgen.ops import names
 from fastgen.target import Target
 
 MAX_WIDTH = 8192  # of a row, that a block of the kernels holds
@@ -63,6 +64,8 @@ class Product:
     scale: float = 1.0
     activation: str | None = None
     """One of cuBLAS: RELU, or GELU_TANH."""
+    name: str = ""
+    """Of the operation (see ``ops/names.py``)."""
 
     def into(self, buffer: Buffer, size: Size) -> None:
         x, y = self.x.rows(size.tokens), buffer.rows(size.tokens)
@@ -202,6 +205,7 @@ class PackedOps:
         self.launches: list[Recorded] = []
         self._parameters = parameters
         self._dtype = getattr(torch, target.dtype)
+        self._rounds = narrow_results(target)
 
     def __getattr__(self, name: str) -> Any:
         raise NotFused(f"operation {name!r} over packed rows")
@@ -280,6 +284,7 @@ class PackedOps:
         return Total(), y
 
     def _norm(self, weight: Any, bias: Any, eps: float) -> Norm:
+        self._rounds(names.of_parameter(weight))
         norm = Norm(self._weight(weight), self._weight(bias), eps)
         if len(norm.weight) > MAX_WIDTH:
             raise NotFused(f"a norm of rows of {len(norm.weight)}: {MAX_WIDTH} at most")
@@ -304,11 +309,14 @@ class PackedOps:
     ) -> Product:
         matrix = self._weight(weight) if transposed else self._weight(weight).T
         addend = None if bias is None else self._weight(bias, matrix.shape[1])
-        return Product(self.rows(x), matrix, addend, scale)
+        name = names.of_parameter(weight)
+        self._rounds(name)
+        return Product(self.rows(x), matrix, addend, scale, name=name)
 
     def activation(self, x: Product, name: str) -> Activated:
         if name not in ACTIVATIONS or not isinstance(x, Product):
             raise NotFused(f"activation {name!r}: one of {sorted(ACTIVATIONS)}, of a product")
+        self._rounds(names.activation(x.name))
         return Activated(x, ACTIVATIONS[name])
 
     def mask_bias(self, attention_mask: Any) -> Visible:
@@ -334,5 +342,6 @@ class PackedOps:
         head_size, step = q.matrix.shape[1] // heads, 4 if self._dtype == torch.float32 else 8
         if head_size % step or head_size > MAX_HEAD_SIZE:
             raise NotFused(f"head size {head_size}: multiples of {step} up to {MAX_HEAD_SIZE}")
+        self._rounds(names.attention(q.name))
         query, key, value = self._record(Products([q, k, v]))
         return self._record(Attention(query, key, value, heads, scale))[0]

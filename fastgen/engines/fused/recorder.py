@@ -9,6 +9,7 @@ import torch
 
 from fastgen.engines import NotFused
 from fastgen.engines.nvrtc import ELEMENTS, Launch
+from fastgen.ops import names
 from fastgen.target import Target
 
 _SOURCES = ("common.cu", "linear.cu", "attention.cu")
@@ -22,6 +23,19 @@ class Builder:
     def push_module(self, name: str, class_name: str) -> None: ...
 
     def pop_module(self) -> None: ...
+
+
+def narrow_results(target: Target) -> Callable[[str], None]:
+    """What refuses an operation, by its name, whose result is to be float32 (see ``Target.wide``):
+    for those that kernels give in the compute dtype. Sums of the residual stream, and what is only
+    added to them, have float32 anyway."""
+    choice = names.Choice(target)
+
+    def check(name: str) -> None:
+        if name in choice:
+            raise NotFused(f"{name} is to be float32, which fused kernels give in float16")
+
+    return check
 
 
 class Recorder:
@@ -38,6 +52,7 @@ class Recorder:
         self.device = tensors["input_ids"].device
         self.launches: list[Launch | Callable[[int], None]] = []
         """In their order; a function queues work on torch's current stream, given its handle."""
+        self._rounds = narrow_results(target)
         self._parameters = parameters
         self._tensors = dict(tensors)  # launches hold only pointers to them
         self._dtype = getattr(torch, target.dtype)

@@ -66,6 +66,8 @@ class Product:
     scale: float
     bias: torch.Tensor | None = None
     across: bool = False
+    name: str = ""
+    """Of the operation (see ``ops/names.py``)."""
 
     @property
     def sizes(self) -> tuple[int, int]:
