@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fastgen.blockwise import Weights
 from fastgen.errors import OptionError
 
 ENVIRONMENT_VARIABLE = "FASTGEN_ENGINE_OPTIONS"
@@ -72,6 +73,9 @@ class EngineOptions:
     """On the CPU, share of the weights (bytes) to hold a second time in the layout of its matrix
     kernels, which read them faster: 0 is none of them, 1 all, most of all for beams and long
     sources. With more than 0 each call begins with a pass over them, which tells of edits."""
+    weights: Weights = "full"
+    """What matrix products read: the model's weights as they are, or made of them once and rounded:
+    8-bit or 4-bit integers in blocks with a scale each, or on a GPU 8-bit floats (``fp8``)."""
     skip_padding: bool = True
     """BERT's encoder computes nothing for the padding of a ragged batch, and its hidden states
     there are zeros; False computes them as the stock model does."""

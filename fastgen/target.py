@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fastgen.blockwise import Weights
+
 KVLayout = Literal["BHLD", "BLHD"]
 
 
@@ -42,6 +44,11 @@ class Target:
     """In float16: names of the operations (see ``ops/names.py``) whose results are float32, as
     ``fastgen.precision`` found them; None: the rules of ``ops/``, which keep the residual stream
     and what is added to it in float32."""
+    weights: Weights = "full"
+    """What ``Ops.linear`` multiplies by: parameters as they are, or made of them once (see
+    ``blockwise.py``)."""
+    group: int = 0
+    """Inputs of such a weight that share a scale; 0 is a whole row."""
 
     @property
     def residual_dtype(self) -> str:
@@ -90,7 +97,7 @@ def onnxruntime_cuda(dtype: str) -> Target:
 
 def tensorrt(dtype: str, backend: str = "tensorrt") -> Target:
     """TensorRT, or TensorRT for RTX (``backend="tensorrt-rtx"``): standard operators alone, typed
-    strongly. INT8 and FP8 weights will be a field here, as what a backend can multiply by."""
+    strongly."""
     return Target(
         backend,
         "cuda",

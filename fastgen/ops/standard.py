@@ -31,6 +31,8 @@ class Ops(Typed):
     def __init__(self, builder: GraphBuilder, target: Target) -> None:
         super().__init__(builder, target)
         self._spelled: dict[Bias, Value] = {}
+        self.made: dict[str, Value] = {}
+        """What the graph reads that is made of parameters, by name (see ``quantised.py``)."""
 
     # Layers
 
@@ -101,7 +103,8 @@ class Ops(Typed):
         """As ``_product``; of a float16 weight in float32, and beyond what fits float16."""
         if weight.dtype != ir.DataType.FLOAT16:
             return self._product(x, weight, bias, scale, transposed)
-        if names.product(names.of_parameter(weight)) in self.choice:
+        full = self.target.weights == "full"
+        if full and names.product(names.of_parameter(weight)) in self.choice:
             factors = [
                 None if v is None else self.cast(v, ir.DataType.FLOAT) for v in (weight, bias)
             ]
