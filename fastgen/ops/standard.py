@@ -253,8 +253,8 @@ class Ops(Typed):
         return self._typed(self.onnx.Expand(mask, shape), mask.dtype)
 
     def as_residual(self, x: Value) -> Value:
-        """``x`` in the residual stream's dtype."""
-        return self.cast(x, self._residual)
+        """``x`` in the residual stream's dtype; where operations are chosen, in its own."""
+        return x if self.choice.made else self.cast(x, self._residual)
 
     def add(self, x: Value, y: Value) -> Value:
         name = names.add(names.of(x), names.of(y))
