@@ -36,6 +36,9 @@ class FastEncoder(StockForward, EngineModule):
     """Arguments that the graph reads beside token ids, one for each; zeros where there are none."""
     _packs = False
     """Whether the family's ``encode`` takes rows without their padding (``places``, ``tokens``)."""
+    _skips_padding = False
+    """Whether hidden states of padding may be zeros where no engine's kernels need them; of
+    families that pack, too."""
     reads_padding = False
     """Whether a head reads the hidden states of padding, which are computed then."""
     _beside = ""
@@ -83,8 +86,10 @@ class FastEncoder(StockForward, EngineModule):
             return build("encoder", specs, stack._encoder_root())
 
         options = self.engine_options
-        packs = self._packs and options.skip_padding and not self.reads_padding
-        fused = self._fused_engine(target, padding=not packs)
+        skips = options.skip_padding and not self.reads_padding
+        packs = self._packs and skips
+        skips = skips and (self._packs or self._skips_padding)
+        fused = self._fused_engine(target, padding=not skips)
         if fused is None:  # else it serves hidden states of all layers only, and can wait
             engine()
         encoder = Encoder(
@@ -104,7 +109,7 @@ class FastEncoder(StockForward, EngineModule):
         if not served or not self.engine_options.fused_kernels:
             return None
         root, own, kept = self._encoder_root(), self._weights(), self._engine_cache()
-        with suppress(NotFused):  # T5's position tables, say, or another dtype of some weight
+        with suppress(NotFused):  # T5 in float32, say, or another dtype of some weight
             return PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
         return None
 
