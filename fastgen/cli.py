@@ -161,13 +161,13 @@ def precision(
         inputs = [] if text is None else batches(checkpoint, fast, text.read_text().splitlines())
         found = find_unstable(fast, inputs, bound=bound, headroom=headroom)
     show(found)
-    if found.problems:
-        raise typer.Exit(1)
     if fast.engine_options.disk_cache:
         typer.echo(
             "Remembered by its weights: they run so whenever they are loaded in float16 "
             f"(engine cache {EngineCache(fast.engine_options.cache_dir).folder})."
         )
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def _fast_class(checkpoint: str) -> Any:

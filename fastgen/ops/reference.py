@@ -327,9 +327,11 @@ class ReferenceOps:
     ) -> tuple[Known, Known, Known]:
         """Of KV buffers [B, L, H*D], which hold float16, and stay as they were."""
         first = int(slots.first_slot.flatten()[0])
-        kept = []
-        for buffer, new in ((slots.key, k), (slots.value, v)):
+
+        def written(buffer: Known, new: Known) -> Known:
             rows = buffer.tensor.clone()
             rows[:, first : first + new.tensor.shape[1]] = new.tensor
-            kept.append(Known(rows, new.name))
-        return self.attention(q, *kept, self._spelled(bias), heads, scale), *kept
+            return Known(rows, new.name)
+
+        key, value = written(slots.key, k), written(slots.value, v)
+        return self.attention(q, key, value, self._spelled(bias), heads, scale), key, value

@@ -105,10 +105,9 @@ class Ops(Typed):
             return self._product(x, weight, bias, scale, transposed)
         full = self.target.weights == "full"
         if full and names.product(names.of_parameter(weight)) in self.choice:
-            factors = [
-                None if v is None else self.cast(v, ir.DataType.FLOAT) for v in (weight, bias)
-            ]
-            return self._product(x, *factors, scale, transposed)
+            weight = self.cast(weight, ir.DataType.FLOAT)
+            bias = None if bias is None else self.cast(bias, ir.DataType.FLOAT)
+            return self._product(x, weight, bias, scale, transposed)
         if x.dtype == ir.DataType.FLOAT:  # which may exceed the range itself
             x, by = self._scaled(x, WIDE_SCALE), scale
         else:
@@ -357,11 +356,11 @@ class Ops(Typed):
         key = self.onnx.TensorScatter(slots.key, rows[0], slots.first_slot, axis=-2)
         value = self.onnx.TensorScatter(slots.value, rows[1], slots.first_slot, axis=-2)
         key, value = (self._typed(x, self._compute) for x in (key, value))
-        name, (q, *read) = self._factors(q, key, value)
+        name, (q, keys, values) = self._factors(q, key, value)
         q = self._split(self.cast(self._scaled(q, scale), q.dtype), heads)
         spelled = self.cast(self.spelled_out(bias, slots.first_slot), q.dtype)
         # TensorRT would copy the whole key buffer at every step if the scale were 1
-        return names.give(self._attend(q, *read, spelled, _CACHED_SCALE), name), key, value
+        return names.give(self._attend(q, keys, values, spelled, _CACHED_SCALE), name), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         """[B, K, H*D] -> the layout of a KV buffer."""

@@ -5,7 +5,7 @@ value that is read on the other side costs one cast, whoever reads it there.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 ELEMENTWISE = ("activation", "multiply", "add", "sum")
@@ -24,7 +24,7 @@ class Operation:
 
 
 def fewest_casts(
-    operations: Iterable[Operation],
+    operations: Sequence[Operation],
     wide: frozenset[str],
     products: frozenset[str],
     given: frozenset[str],
@@ -47,8 +47,8 @@ def fewest_casts(
             net.join(name, _SINK, _NEVER)
         reader = name if kind in ELEMENTWISE or kind == "attention" else f"{name}, reading"
         if kind == "linear":
-            side = (_SOURCE, reader) if name in products else (reader, _SINK)
-            net.join(*side, _NEVER)
+            reads = (_SOURCE, reader) if name in products else (reader, _SINK)
+            net.join(*reads, _NEVER)
         if kind != "norm":  # which reads either
             for read in operation.reads:
                 readers[read].add(reader)
@@ -61,9 +61,9 @@ def fewest_casts(
         for reader in found:
             net.join(narrowed, reader, _NEVER)
             net.join(reader, widened, _NEVER)
-    casts, side = net.cut()
+    casts, wider = net.cut()
     elementwise = {o.name for o in operations if o.kind in ELEMENTWISE}
-    return wide | frozenset(side & elementwise), casts
+    return wide | frozenset(wider & elementwise), casts
 
 
 _SOURCE, _SINK = "float32", "float16"

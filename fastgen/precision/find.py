@@ -8,7 +8,7 @@ from fastgen.errors import FastgenError
 from fastgen.hf import found
 from fastgen.hf.weights import tensors_of
 from fastgen.ops import names
-from fastgen.ops.reference import LARGEST, Known
+from fastgen.ops.reference import LARGEST
 from fastgen.precision.passes import Batch, Part, Passes, random_batches
 from fastgen.precision.search import Answer, Search, distance
 
@@ -91,26 +91,26 @@ def find_unstable(
         )
     given = [inputs] if isinstance(inputs, Mapping) else [*(inputs or ())]
     passes = Passes(model, [*random_batches(model.config), *given])
-    for name, weight in tensors_of(model).items():
-        if float(weight.detach().abs().amax()) > LARGEST:
-            raise FastgenError(f"{name} exceeds float16: load the model in bfloat16 or float32.")
+    _refuse_weights(model)
     answer = Search(passes, bound, headroom).answer()
     for part in passes.parts:
         found.remember(part.module, part.local(_of_part(part, passes, answer)))
     model.invalidate_engine()
-    kept = [
-        Kept(f.name, f.kind, f.largest, f.first_loss or 0.0, f.reason)
-        for f in answer.found.values()
-        if f.name in answer.wide
-    ]
+    kept = (f for f in answer.found.values() if f.name in answer.wide)
     return Precision(
-        tuple(kept),
+        tuple(Kept(f.name, f.kind, f.largest, f.first_loss or 0.0, f.reason) for f in kept),
         len(answer.found),
         answer.casts,
         _errors(passes, answer.wide),
         answer.problems,
         tuple(sorted(answer.wide)),
     )
+
+
+def _refuse_weights(model: Any) -> None:
+    for name, weight in tensors_of(model).items():
+        if float(weight.detach().abs().amax()) > LARGEST:
+            raise FastgenError(f"{name} exceeds float16: load the model in bfloat16 or float32.")
 
 
 def _of_part(part: Part, passes: Passes, answer: Answer) -> Iterator[str]:
@@ -125,8 +125,7 @@ def _of_part(part: Part, passes: Passes, answer: Answer) -> Iterator[str]:
 def _errors(passes: Passes, wide: frozenset[str]) -> Errors:
     exact = [*passes.run(None)]
 
-    def error(chosen: Iterable[str] | None, **how: bool) -> float:
-        results: list[dict[str, Known]] = [*passes.run(chosen, rounded=True, **how)]
-        return distance(results, exact)
+    def error(chosen: Iterable[str] | None, clamped: bool = True) -> float:
+        return distance(passes.run(chosen, rounded=True, clamped=clamped), exact)
 
     return Errors(error((), clamped=False), error(None), error(wide))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,26 +71,30 @@ class Passes:
         self.batches = [self._complete(batch) for batch in batches]
 
     def run(
-        self, chosen: Iterable[str] | None, watch: Watch | None = None, **how: bool
+        self,
+        chosen: Iterable[str] | None,
+        watch: Watch | None = None,
+        rounded: bool = False,
+        clamped: bool = True,
     ) -> Iterator[dict[str, Known]]:
         """What each batch gives: ``ENCODED``, hidden states, and a decoder's results.
 
         Args:
             chosen: what is float32; None: what the rules say.
-            how: ``rounded`` and ``clamped`` of ``ReferenceOps``.
+            watch, rounded, clamped: see ``ReferenceOps``.
         """
         names = None if chosen is None else [*chosen]
+
+        def ops(part: Part) -> ReferenceOps:
+            wide = None if names is None else part.local(names)
+            target = replace(onnxruntime_cuda("float16"), wide=wide)
+            told = None if watch is None else partial(watch, part.path)
+            return ReferenceOps(target, tensors_of(part.module), told, rounded, clamped)
+
         for batch in self.batches:
             with torch.inference_mode():
-                yield self._pass(batch, lambda part: self._ops(part, names, watch, how))
-
-    def _ops(
-        self, part: Part, chosen: list[str] | None, watch: Watch | None, how: Mapping[str, bool]
-    ) -> ReferenceOps:
-        wide = None if chosen is None else part.local(chosen)
-        target = replace(onnxruntime_cuda("float16"), wide=wide)
-        told = None if watch is None else lambda seen: watch(part.path, seen)
-        return ReferenceOps(target, tensors_of(part.module), told, **how)
+                results = self._pass(batch, ops)
+            yield results
 
     def _pass(self, batch: Batch, ops: Callable[[Part], ReferenceOps]) -> dict[str, Known]:
         results: dict[str, Known] = {}

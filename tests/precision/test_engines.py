@@ -4,6 +4,7 @@ those of its CUDA provider are read."""
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from fastgen.engines import NotFused
+from fastgen.engines.fused.ops import FusedOps
 from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
+from fastgen.execution.bucket import Bucket, BucketSize
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.decoder import decoder_specs
 from fastgen.graphs.encoder import encoder_specs
@@ -178,6 +181,36 @@ def test_packed_kernels_refuse_what_they_would_give_in_float16() -> None:
     plain = scaled("bert")
     find_unstable(plain)
     assert found.recalled(plain) == () and packed(plain).launches
+
+
+@pytest.mark.parametrize(
+    ("part", "refused"),
+    [(".wo.weight", None), (".wi_1.weight", "wi_1"), (".wi_0.weight", "wi_0")],
+)
+def test_fused_steps_refuse_what_they_would_give_in_float16(
+    part: str, refused: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The residual stream, and what is added to it, they have in float32 anyway."""
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    model = scaled("flan", part, 2e4)
+    precision = find_unstable(model)
+    root, own, device = model._decoder_root(), tensors_of(model), torch.device("cpu")
+    for name, parameter in root.named_parameters():
+        parameter.name, parameter._realized = name, True
+    target = replace(onnxruntime_cuda("float16"), wide=found.recalled(model))
+    assert target.wide and precision.errors.naive == float("inf")
+    tensors = Bucket(root.shape, target, device, BucketSize(1, 1, 64, 16)).tensors
+    halves = {name: tensor.detach().half() for name, tensor in own.items()}
+    ops = FusedOps(target, halves, tensors)
+    inputs = {name: tensor for name, tensor in tensors.items() if name != "logits"}
+    if refused is None:
+        root.decode(ops, **inputs)
+        assert ops.launches
+        return
+    with pytest.raises(NotFused, match=rf"{refused} is to be float32"):
+        root.decode(ops, **inputs)
 
 
 # What is remembered

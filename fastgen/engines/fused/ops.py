@@ -232,15 +232,13 @@ class FusedOps(Products):
     def activation(self, x: Product, name: str) -> Activated:
         if name not in ACTIVATIONS:
             raise NotFused(f"activation {name!r}: one of {sorted(ACTIVATIONS)}")
-        for rounded in (x.name, names.activation(x.name)):
-            self._rounds(rounded)
+        self._rounds(x.name, names.activation(x.name))
         return Activated(x, name)
 
     def multiply(self, x: Activated, y: Product) -> Activated:
         if x.gate is not None or y.x is not x.product.x:
             raise NotFused("a gate that is not a second product of the same input")
-        for rounded in (y.name, names.multiply(x.product.name)):
-            self._rounds(rounded)
+        self._rounds(y.name, names.multiply(x.product.name))
         return replace(x, gate=y)
 
     # Attention
@@ -256,8 +254,7 @@ class FusedOps(Products):
     ) -> torch.Tensor:
         if bias is None or tuple(bias.shape) != (self._batch, 1, self._queries, k.shape[1]):
             raise NotFused("attention with another bias than a mask over sources")
-        for rounded in (q.name, names.attention(q.name)):
-            self._rounds(rounded)
+        self._rounds(q.name, names.attention(q.name))
         query = self._buffer("query", q.sizes[1])
         self._linear(query, [q], "STORE")
         return self._attention(query, k, v, heads, mask=bias.data_ptr(), scale=scale)
@@ -292,8 +289,7 @@ class FusedOps(Products):
     ) -> torch.Tensor:
         """Launch the products of attention: [rows, 3 * H * D]."""
         products = _side_by_side(q, k, v)
-        for rounded in (*(p.name for p in products), names.attention(products[0].name)):
-            self._rounds(rounded)
+        self._rounds(*(p.name for p in products), names.attention(products[0].name))
         rows = self._buffer("query, key, value", sum(p.sizes[1] for p in products))
         self._linear(rows, products, "STORE")
         return rows

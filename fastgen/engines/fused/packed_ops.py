@@ -19,13 +19,7 @@ from fastgen.engines.fused.packed_attention import (
     BiasedAttention,
     Table,
 )
-from fastgen.engines.fused.packed_kernels import (
-    Activate,
-    Embed,
-    NormRows,
-    NormStream,
-    Prefetch,
-)
+from fastgen.engines.fused.packed_kernels import Activate, Embed, NormRows, NormStream, Prefetch
 from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Size, Term
 from fastgen.engines.fused.products import ACTIVATIONS
 from fastgen.engines.fused.recorder import Builder, narrow_results
@@ -344,15 +338,13 @@ class PackedOps:
         pair = isinstance(x, Activated) and isinstance(y, Product) and x.gate is None
         if not pair or x.product.matrix.shape != y.matrix.shape:
             raise NotFused("a gate that is not a second product of the activated one's size")
-        for rounded in (y.name, names.multiply(x.product.name)):
-            self._rounds(rounded)
+        self._rounds(y.name, names.multiply(x.product.name))
         return replace(x, gate=y)
 
     def activation(self, x: Product, name: str) -> Activated:
         if name not in ACTIVATIONS or not isinstance(x, Product):
             raise NotFused(f"activation {name!r}: one of {sorted(ACTIVATIONS)}, of a product")
-        for rounded in (x.name, names.activation(x.name)):
-            self._rounds(rounded)
+        self._rounds(x.name, names.activation(x.name))
         return Activated(x, ACTIVATIONS[name])
 
     def position_table(self, weight: Any, buckets: Sequence[int], future: int | None) -> Table:
@@ -391,8 +383,7 @@ class PackedOps:
         of_one = all(isinstance(x, Product) for x in (q, k, v))
         if not of_one or not (q.matrix.shape == k.matrix.shape == v.matrix.shape):
             raise NotFused("attention of other values than three products of a size")
-        for rounded in (q.name, k.name, v.name, names.attention(q.name)):
-            self._rounds(rounded)
+        self._rounds(q.name, k.name, v.name, names.attention(q.name))
         head_size, step = q.matrix.shape[1] // heads, 4 if self._dtype == torch.float32 else 8
         if isinstance(bias, Table):
             BiasedAttention.check(bias, heads, head_size)

@@ -25,15 +25,16 @@ class Builder:
     def pop_module(self) -> None: ...
 
 
-def narrow_results(target: Target) -> Callable[[str], None]:
-    """What refuses an operation, by its name, whose result is to be float32 (see ``Target.wide``):
+def narrow_results(target: Target) -> Callable[..., None]:
+    """What refuses operations, by their names, whose results are to be float32 (``Target.wide``):
     for those that kernels give in the compute dtype. Sums of the residual stream, and what is only
     added to them, have float32 anyway."""
     choice = names.Choice(target)
 
-    def check(name: str) -> None:
-        if name in choice:
-            raise NotFused(f"{name} is to be float32, which fused kernels give in float16")
+    def check(*operations: str) -> None:
+        for name in operations:
+            if name in choice:
+                raise NotFused(f"{name} is to be float32, which fused kernels give in float16")
 
     return check
 
