@@ -25,8 +25,9 @@ _VALUES = {
 
 
 def lowering(builder: GraphBuilder, target: Target) -> Ops:
-    """The vocabulary, lowered to what the Target has."""
-    if target.weights == "full":
+    """The vocabulary, lowered to what the Target has: ONNX Runtime has no product by fp8 weights,
+    which only the fused kernels multiply by, so its graphs read full ones."""
+    if target.weights == "full" or (target.weights == "fp8" and target.contrib):
         return ContribOps(builder, target) if target.contrib else Ops(builder, target)
     return QuantisedContribOps(builder, target) if target.contrib else QuantisedOps(builder, target)
 
@@ -98,8 +99,6 @@ class QuantisedContribOps(QuantisedOps, ContribOps):
     ) -> Value:
         """See ``Ops.linear``. On a CPU blocks of the input are rounded to 8 bits, too, as only such
         kernels are faster there than those of full weights."""
-        if self.target.weights == "fp8":
-            return super()._product(x, weight, bias, scale, transposed)
         values, scales = self._made(weight, transposed)
         outputs, inputs = _sizes(weight, transposed)
         x = self.cast(self._scaled(x, scale), weight.dtype or self._compute)

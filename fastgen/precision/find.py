@@ -81,8 +81,8 @@ def find_unstable(
         headroom: how many times larger values may get, with other inputs, before they overflow.
 
     Raises:
-        FastgenError: no Fast class, a weight that float16 does not hold, a bound that is not
-            between 0 and 1, or a headroom below 1.
+        FastgenError: no Fast class, a weight that float16 does not hold, a batch without tokens,
+            a bound that is not between 0 and 1, or a headroom below 1.
     """
     if not 0 < bound < 1 or not headroom >= 1:
         raise FastgenError(

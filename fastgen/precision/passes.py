@@ -52,7 +52,8 @@ class Passes:
     def __init__(self, model: Any, batches: Iterable[Batch]) -> None:
         """
         Raises:
-            FastgenError: the model is not of a Fast class, or no engine has graphs of it.
+            FastgenError: the model is not of a Fast class, or no engine has graphs of it; or a
+                batch holds no tokens.
         """
         if not isinstance(model, EngineModule):
             kind = type(model).__name__
@@ -109,6 +110,11 @@ class Passes:
         """With all that the stacks read, on the model's device."""
         device = self._model.device
         full = {n: t.to(device) for n, t in batch.items() if isinstance(t, torch.Tensor)}
+        if "input_ids" not in full or not full["input_ids"].numel():
+            raise FastgenError(
+                f"a batch of {sorted(full)} holds no token ids: input_ids must be an int64 tensor "
+                "[B, S] with a token at least (does the checkpoint have a tokenizer?)."
+            )
         full.setdefault("attention_mask", torch.ones_like(full["input_ids"]))
         reads = self.encoder is not None and self.decoder is not None
         if reads and "decoder_input_ids" not in full:

@@ -38,8 +38,8 @@ def _summary(precision: Precision) -> str:
     errors: Errors = precision.errors
     return (
         f"{len(precision.kept)} of {precision.operations} operations are kept in float32, with "
-        f"{precision.casts} casts. Error against float32: {_percent(errors.found)}; all in float16 "
-        f"{_percent(errors.naive)}, by the rules for models that were not looked at "
+        f"{precision.casts} casts. Error against float32: {_percent(errors.found)}. With all in "
+        f"float16: {_percent(errors.naive)}. By the rules for models that nobody looked at: "
         f"{_percent(errors.rules)}."
     )
 

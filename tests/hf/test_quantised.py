@@ -54,11 +54,11 @@ def test_a_family_computes_with_rounded_weights(name: str, kind: str) -> None:
     assert not torch.allclose(expected, call(pair.stock, ids), rtol=1e-3, atol=1e-3)
     arguments = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
     assert pair.fast.explain(**arguments).path == "fast loop"
-    same = [
-        torch.equal(*(m.generate(i[None], **arguments) for m in (pair.fast, reference)))
-        for i in ids[:4]
-    ]
-    assert sum(same) >= 3
+    same = 0
+    for row in ids[:4, None]:
+        found, wanted = (m.generate(row, **arguments) for m in (pair.fast, reference))
+        same += torch.equal(found, wanted)
+    assert same >= 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,8 +78,8 @@ def test_bert(kind: str) -> None:
         mask[4:, 9 - hidden :] = 0
         with torch.no_grad():
             found, expected = (m(ids, attention_mask=mask).logits for m in (fast, reference))
+            assert fast.bert.refusal(input_ids=ids, attention_mask=mask) is None
         assert_most_rows_close(found, expected)
-        assert fast.bert.refusal(input_ids=ids, attention_mask=mask) is None or hidden
 
 
 # Edits

@@ -119,6 +119,7 @@ def test_a_decoder_reads_labels_or_what_it_decodes(name: str) -> None:
         (lambda: build_pair("t5-1.1").stock, {}, "no Fast class: load it as FastT5For"),
         (lambda: scaled("gpt2"), {"bound": 0.0}, "bound=0.0.*between 0 and 1"),
         (lambda: scaled("gpt2"), {"headroom": 0.5}, "headroom=0.5.*at least 1"),
+        (lambda: scaled("gpt2"), {"inputs": {}}, r"a batch of \[\] holds no token ids"),
     ],
 )
 def test_errors_say_what_is_allowed(make: Any, arguments: dict[str, Any], message: str) -> None:

@@ -210,15 +210,14 @@ class FusedOps(Products):
             hidden = self._buffer("hidden", products[0].sizes[1])
             self._linear(hidden, products, "GATE" if x.gate else "ACTIVATE", x.activation)
             x = hidden
-        matrix = self._weight(weight)
-        if transposed and matrix.shape[0] % 8:
-            raise NotFused(f"{weight.name} {tuple(matrix.shape)}: both must be multiples of 8")
+        matrix = self._matrix(weight, transposed)
         vector = None if bias is None else self._parameter(bias)
-        if vector is not None and (vector.dtype != matrix.dtype or not vector.is_contiguous()):
-            raise NotFused(f"{bias.name} in {vector.dtype}, its weight in {matrix.dtype}")
+        own = matrix.values.dtype if matrix.blocks is None else self._dtype
+        if vector is not None and (vector.dtype != own or not vector.is_contiguous()):
+            raise NotFused(f"{bias.name} in {vector.dtype}, its product in {own}")
         name = names.of_parameter(weight)
         self._rounds(names.product(name))
-        return Product(x, matrix, scale, vector, transposed, name)
+        return Product(x, matrix, scale, vector, name)
 
     def wide_linear(self, x: Normed | Activated | torch.Tensor, weight: Any) -> Product:
         return self.linear(x, weight)  # sums stay in float32 until they meet the residual stream

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from fastgen.blockwise import Blocks, Format
 from fastgen.engines import NotFused
+from fastgen.engines.fused.values import Matrix
 from fastgen.engines.nvrtc import ELEMENTS, Launch
 from fastgen.ops import names
 from fastgen.target import Target
 
-_SOURCES = ("common.cu", "linear.cu", "attention.cu")
+_SOURCES = ("common.cu", "weights.cu", "linear.cu", "attention.cu")
 _REGISTERS = 2**16  # of a processor
 _LEAST_REGISTERS = 64  # that a thread needs, about
+_WARP_INPUTS = 64  # of a weight of fewer bits that a warp reads at a time: all of one group
 
 
 class Builder:
@@ -55,6 +58,8 @@ class Recorder:
         """In their order; a function queues work on torch's current stream, given its handle."""
         self._rounds = narrow_results(target)
         self._parameters = parameters
+        self.made: dict[str, torch.Tensor] = {}
+        """Weights of fewer bits that are read, values and scales, by name."""
         self._tensors = dict(tensors)  # launches hold only pointers to them
         self._dtype = getattr(torch, target.dtype)
         self._batch, self._queries = tensors["input_ids"].shape
@@ -83,11 +88,17 @@ class Recorder:
         return "\n".join([*lines, *self._kernels])
 
     def _launch(
-        self, body: str, grid: tuple[int, int], threads: int, args: ctypes.Structure, **more: int
+        self,
+        body: str,
+        grid: tuple[int, int],
+        threads: int,
+        args: ctypes.Structure,
+        least: int = 1,
+        **more: int,
     ) -> None:
-        """Launch an instantiation of a kernel template."""
+        """Launch an instantiation of a kernel template; a processor holds ``least`` blocks."""
         alone = more.get("cluster", 1) == 1  # a cluster's blocks are placed together anyway
-        together = self._together(grid[0] * grid[1], threads) if alone else 1
+        together = max(self._together(grid[0] * grid[1], threads) if alone else 1, least)
         bounds = f"{threads}, {together}" if together > 1 else f"{threads}"
         if (body, bounds) not in self._names:
             name = f"{body.split('<')[0]}_{len(self._names)}"
@@ -116,7 +127,7 @@ class Recorder:
         return self._scratch[key]
 
     def _parameter(self, value: Any) -> torch.Tensor:
-        return self._parameters[value.name]
+        return self._parameters[value.name].detach()
 
     def _weight(self, value: Any) -> torch.Tensor:
         weight = self._parameter(value)
@@ -125,6 +136,33 @@ class Recorder:
                 f"{value.name} {tuple(weight.shape)}: rows must be multiples of 8 elements"
             )
         return weight
+
+    def _matrix(self, value: Any, transposed: bool) -> Matrix:
+        """What a product multiplies by in place of a parameter, [in, out] where ``transposed``."""
+        kind, dtype = self.target.weights, self._parameter(value).dtype
+        if kind == "full":
+            weight = self._weight(value)
+            if dtype not in (torch.float32, self._dtype):
+                raise NotFused(f"{value.name} in {dtype}, activations in {self._dtype}")
+            first, second = weight.shape
+            if transposed and first % 8:
+                raise NotFused(f"{value.name} {(first, second)}: both must be multiples of 8")
+            return Matrix(weight, (first, second) if transposed else (second, first), transposed)
+        if self._dtype == torch.float32:
+            raise NotFused(f"{kind} weights with activations in float32")
+        first, second = self._parameter(value).shape
+        inputs, outputs = (first, second) if transposed else (second, first)
+        names = Format(kind, self.target.group, transposed).names(value.name)
+        values, scales = (self._parameters[name] for name in names)
+        self.made |= {names[0]: values, names[1]: scales}
+        matrix = Matrix(values, (inputs, outputs), blocks=Blocks(values, scales, kind))
+        least = 16 if kind == "fp8" else 8
+        if inputs % least or matrix.group % _WARP_INPUTS:
+            raise NotFused(
+                f"{kind} of {value.name}, {inputs} inputs in groups of {matrix.group}: fused "
+                f"kernels serve multiples of {least}, groups of multiples of {_WARP_INPUTS}"
+            )
+        return matrix
 
     def _narrow(self, value: Any) -> torch.Tensor:
         """A weight that must be in the activations' dtype."""
