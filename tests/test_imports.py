@@ -29,7 +29,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("generation",),
     ("tasks",),
     ("models",),
-    ("auto", "doctor", "bench"),
+    ("auto", "doctor", "bench", "precision"),
     ("cli", "__main__"),
 )
 ORDER = {part: number for number, parts in enumerate(ROOMS) for part in parts}

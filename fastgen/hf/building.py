@@ -1,7 +1,7 @@
 """How a module's engine is made: its Target, the parts that no graph knows, the engine cache."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
+from fastgen.hf import found
 from fastgen.hf.engine_key import engine_key
 from fastgen.hf.let_go import Gone
 from fastgen.hf.quantised import Key, Made, Weights
@@ -65,6 +66,8 @@ class BuildsEngines(torch.nn.Module):
                 raise NoEngine(f"{name} is {parameter.dtype}, other weights {first.dtype}")
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
+        if target.dtype == "float16":
+            target = replace(target, wide=found.recalled(self))
         return target
 
     def _while_as_it_is(self, name: str, parameter: torch.Tensor, reason: str) -> Standing:
