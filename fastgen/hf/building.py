@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from onnxscript import nn as graph_nn
 
+from fastgen import processes
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
@@ -113,7 +114,8 @@ class BuildsEngines(torch.nn.Module):
         else:
             engine = load(build())
         if copied := getattr(engine, "copied", ()):
-            self._copies += (Fingerprint(own[n] for n in copied),)
+            threads = options.intra_op_threads or processes.threads()
+            self._copies += (Fingerprint((own[n] for n in copied), threads),)
         return engine
 
     def _engine_cache(self) -> EngineCache | None:
