@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from onnxscript import nn as graph_nn
 
+from fastgen import processes
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
@@ -124,7 +125,8 @@ class BuildsEngines(torch.nn.Module):
         copied = getattr(engine, "copied", ())
         own.packed(copied)
         if left := own.sources(copied):
-            self._copies += (Fingerprint(left),)
+            threads = options.intra_op_threads or processes.threads()
+            self._copies += (Fingerprint(left, threads),)
         return engine
 
     def _weights(self) -> Weights:
