@@ -8,10 +8,11 @@ float32, and products are added to it as they are summed (root-mean-square norms
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from fastgen.blockwise import Format
 from fastgen.engines import NotFused
 from fastgen.engines.fused.packed_attention import (
     MAX_HEAD_SIZE,
@@ -22,29 +23,20 @@ from fastgen.engines.fused.packed_attention import (
 from fastgen.engines.fused.packed_kernels import (
     Activate,
     Embed,
+    LeavesRows,
     NormRows,
     NormStream,
-    Prefetch,
+    Round,
 )
-from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Size, Term
+from fastgen.engines.fused.packed_products import Product, Products, Recorded
+from fastgen.engines.fused.packed_values import MAX_TERMS, VECTOR, Buffer, Norm, Rounded, Term
 from fastgen.engines.fused.products import ACTIVATIONS
-from fastgen.engines.fused.recorder import Builder
+from fastgen.engines.fused.recorder import Builder, narrow_results
+from fastgen.ops import names
 from fastgen.target import Target
 
 MAX_WIDTH = 8192  # of a row, that a block of the kernels holds
-
-
-class Recorded(Protocol):
-    """One launch, or several that do not depend on each other."""
-
-    @property
-    def reads(self) -> Sequence[Buffer]: ...
-
-    @property
-    def writes(self) -> Sequence[Buffer]: ...
-
-    def __call__(self, size: Size) -> None:
-        """Queue it on torch's current stream."""
+MAX_ROUNDED_WIDTH = 32768  # and of one that is rounded alone
 
 
 # Values
@@ -62,38 +54,6 @@ class Embedded:
     """A sum of embeddings."""
 
     terms: tuple[Term, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """``scale * x @ matrix + bias``, activated if there is an activation."""
-
-    x: Buffer
-    matrix: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float = 1.0
-    activation: str | None = None
-    """One of cuBLAS: RELU, or GELU_TANH."""
-    onto: Buffer | None = None
-    """A residual stream that it is added to."""
-
-    def into(self, buffer: Buffer, size: Size) -> None:
-        x, y = self.x.rows(size.tokens), buffer.rows(size.tokens)
-        if self.onto is not None:
-            if x.dtype == y.dtype:
-                torch.addmm(y, x, self.matrix, alpha=self.scale, out=y)
-            else:
-                addmm = torch.ops.aten.addmm.dtype_out
-                addmm(y, x, self.matrix, y.dtype, beta=1.0, alpha=self.scale, out=y)
-        elif self.activation is not None and self.bias is not None:
-            gelu = self.activation != "RELU"
-            torch._addmm_activation(
-                self.bias, x, self.matrix, alpha=self.scale, use_gelu=gelu, out=y
-            )
-        elif self.bias is not None:
-            torch.addmm(self.bias, x, self.matrix, alpha=self.scale, out=y)
-        else:
-            torch.addmm(y, x, self.matrix, beta=0.0, alpha=self.scale, out=y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,47 +80,6 @@ class Total:
     """A sum of which nothing but its norm was computed."""
 
 
-# Launches that are not kernels of our own
-
-
-class Products:
-    """Products by cuBLAS, each with its bias; they do not depend on each other."""
-
-    def __init__(self, products: Sequence[Product]) -> None:
-        self.products = products
-        self.reads = [product.x for product in products]
-        self.writes = [product.onto or Buffer(product.matrix.shape[1]) for product in products]
-        self.ahead: Prefetch | None = None
-        """Fetches the weights of the products that follow, if there is a stream for it."""
-
-    def __call__(self, size: Size) -> None:
-        if size.side:
-            self._side_by_side(size)
-            return
-        for product, y in zip(self.products, self.writes, strict=True):
-            product.into(y, size)
-
-    def _side_by_side(self, size: Size) -> None:
-        """On streams of their own: few rows leave most of a GPU's processors idle."""
-        began, ended = torch.cuda.Event(), []
-        began.record()
-        pairs = [*zip(self.products, self.writes, strict=True)]
-        if size.fetching is not None and self.ahead is not None:
-            size.fetching.wait_event(began)
-            with torch.cuda.stream(size.fetching):
-                self.ahead()
-        for stream, (product, y) in zip(size.side, pairs[1:], strict=False):
-            stream.wait_event(began)
-            with torch.cuda.stream(stream):
-                product.into(y, size)
-                ended.append(torch.cuda.Event())
-                ended[-1].record()
-        for product, y in [pairs[0], *pairs[1 + len(size.side) :]]:
-            product.into(y, size)
-        for event in ended:
-            event.wait()
-
-
 class PackedOps:
     """Records the launches of an encoder; the methods are those of ``ops.Ops``."""
 
@@ -173,6 +92,11 @@ class PackedOps:
         """Whether some launch asks for tokens' columns."""
         self._parameters = parameters
         self._dtype = getattr(torch, target.dtype)
+        self._rounds = narrow_results(target)
+        self._form = Format("fp8", 0) if target.weights == "fp8" else None
+        """How weights that are multiplied by are held, if not as they are."""
+        self._leaving: dict[Buffer, LeavesRows] = {}
+        """What leaves rows that may be rounded."""
         self._zeros: dict[int, torch.Tensor] = {}
         self._streams: dict[Embedded, Stream] = {}
         self._additions = 0
@@ -183,7 +107,7 @@ class PackedOps:
     # Values
 
     def _weight(self, value: Any, width: int | None = None) -> torch.Tensor:
-        weight = self._parameters[value.name]
+        weight = self._parameters[value.name].detach()
         if weight.dtype != self._dtype:
             raise NotFused(f"{value.name} in {weight.dtype}, activations in {self._dtype}")
         if not weight.is_contiguous():
@@ -199,8 +123,10 @@ class PackedOps:
     def rows(self, x: Any) -> Buffer:
         """The numbers of a value."""
         if isinstance(x, Buffer):
+            x.plain = True
             return x
         if isinstance(x, Product):
+            self._rounds(x.name)
             return self._record(Products([x]))[0]
         if isinstance(x, Activated):
             return self._activated(x.product, x.kind, x.gate)
@@ -218,11 +144,12 @@ class PackedOps:
             y, factor = self._record(Products([product, gate]))
             self._record(Activate(y, kind, factor))
             return y
-        narrow = self._dtype != torch.float32 and kind in ("GELU_TANH", "GELU_ERF")
-        if kind == "RELU" and product.bias is None and self._dtype != torch.float16:
+        whole = self._form is None
+        narrow = whole and self._dtype != torch.float32 and kind in ("GELU_TANH", "GELU_ERF")
+        if whole and kind == "RELU" and product.bias is None and self._dtype != torch.float16:
             # in float16 our own kernel keeps it finite, as T5 must
             product = replace(product, bias=self._no_bias(product.matrix))
-        if product.bias is not None and (narrow or kind == "RELU"):
+        if whole and product.bias is not None and (narrow or kind == "RELU"):
             activation = "GELU_TANH" if narrow else kind
             return self._record(Products([replace(product, activation=activation)]))[0]
         (y,) = self._record(Products([product]))
@@ -257,19 +184,28 @@ class PackedOps:
             if self.embed is not None or any(t.table.shape[1] != y.width for t in x.terms):
                 raise NotFused("a second norm of embeddings, or one of another width")
             self.embed = Embed(x.terms, norm, y)
-        else:
-            self._record(NormRows(self._of_width(x, y.width), None, norm, y))
-        return y
+            return self._may_round(self.embed)
+        kernel = NormRows(self._of_width(x, y.width), None, norm, y)
+        self._record(kernel)
+        return self._may_round(kernel)
 
     def add_layer_norm(
         self, residual: Any, x: Any, weight: Any, bias: Any, eps: float
     ) -> tuple[Total, Buffer]:
         norm = self._norm(weight, bias, eps)
         y, before = Buffer(len(norm.weight)), self._of_width(residual, len(norm.weight))
-        self._record(NormRows(self._of_width(x, y.width), before, norm, y))
-        return Total(), y
+        kernel = NormRows(self._of_width(x, y.width), before, norm, y)
+        self._record(kernel)
+        return Total(), self._may_round(kernel)
 
-    def rms_norm(self, x: Any, weight: Any, eps: float) -> Buffer:
+    def _may_round(self, kernel: LeavesRows) -> Buffer:
+        """The rows that a norm leaves: in what form, those who read them say."""
+        if self._form is not None:
+            kernel.y.plain = False
+            self._leaving[kernel.y] = kernel
+        return kernel.y
+
+    def rms_norm(self, x: Any, weight: Any, eps: float, delta: Buffer | None = None) -> Buffer:
         norm = self._norm(weight, None, eps)
         y = Buffer(len(norm.weight))
         if isinstance(x, Embedded) and x not in self._streams:
@@ -277,12 +213,13 @@ class PackedOps:
                 raise NotFused("a second norm of embeddings, or one of another width")
             stream = self._streams[x] = Stream(Buffer(y.width, dtype=torch.float32))
             self.embed = Embed(x.terms, norm, y, stream.buffer)
-        else:
-            stream = self._stream(x)
-            if stream.buffer.width != y.width:
-                raise NotFused(f"a norm of {y.width} columns of a stream of {stream.buffer.width}")
-            self._record(NormStream(stream.buffer, norm, y))
-        return y
+            return self._may_round(self.embed)
+        stream = self._stream(x)
+        if stream.buffer.width != y.width:
+            raise NotFused(f"a norm of {y.width} columns of a stream of {stream.buffer.width}")
+        kernel = NormStream(stream.buffer, norm, y, delta)
+        self._record(kernel)
+        return self._may_round(kernel)
 
     def add_rms_norm(self, residual: Any, x: Any, weight: Any, eps: float) -> tuple[Stream, Buffer]:
         stream = self._stream(residual)
@@ -290,10 +227,11 @@ class PackedOps:
             raise NotFused("what is added to a residual stream is no product, or has a bias")
         if x.matrix.shape[1] != stream.buffer.width:
             raise NotFused(f"{x.matrix.shape[1]} columns onto a stream of {stream.buffer.width}")
-        self._record(Products([replace(x, onto=stream.buffer)]))
+        direct = self._form is None  # products of 8-bit floats are not summed onto others
+        (delta,) = self._record(Products([replace(x, onto=stream.buffer) if direct else x]))
         self._additions += 1
         total = Stream(stream.buffer, self._additions)
-        return total, self.rms_norm(total, weight, eps)
+        return total, self.rms_norm(total, weight, eps, None if direct else delta)
 
     def _stream(self, x: Any) -> Stream:
         """A residual stream that nothing was added to since."""
@@ -303,6 +241,7 @@ class PackedOps:
         return stream
 
     def _norm(self, weight: Any, bias: Any, eps: float) -> Norm:
+        self._rounds(names.of_parameter(weight))
         norm = Norm(self._weight(weight), None if bias is None else self._weight(bias), eps)
         if len(norm.weight) > MAX_WIDTH:
             raise NotFused(f"a norm of rows of {len(norm.weight)}: {MAX_WIDTH} at most")
@@ -327,7 +266,34 @@ class PackedOps:
     ) -> Product:
         matrix = self._weight(weight) if transposed else self._weight(weight).T
         addend = None if bias is None else self._weight(bias, matrix.shape[1])
-        return Product(self.rows(x), matrix, addend, scale)
+        name = names.of_parameter(weight)
+        self._rounds(names.product(name))
+        if self._form is None:
+            return Product(self.rows(x), matrix, addend, scale, name=name)
+        if scale != 1.0 or any(size % 16 for size in matrix.shape):
+            raise NotFused(f"scaled products in fp8, or of {tuple(matrix.shape)}: 16 must divide")
+        made = replace(self._form, transposed=transposed).names(weight.name)
+        values, scales = (self._parameters[n] for n in made)
+        return Product(self._rounded(x), values.T, addend, scales=scales.T, name=name)
+
+    def _rounded(self, x: Any) -> Rounded:
+        """The numbers of a value as 8-bit floats."""
+        kernel = self._leaving.get(x) if isinstance(x, Buffer) else None
+        if isinstance(x, Activated):
+            products = [x.product] if x.gate is None else [x.product, x.gate]
+            y, *gates = self._record(Products(products))
+            x, kernel = y, Round(y, x.kind, *gates)
+            self._record(kernel)
+        elif kernel is None:
+            kernel = self._leaving[x] = Round(self.rows(x))
+            self._record(kernel)
+        width = kernel.y.width
+        if width > MAX_ROUNDED_WIDTH or kernel.vector != VECTOR:
+            most = f"{MAX_ROUNDED_WIDTH} at most, and aligned"
+            raise NotFused(f"rows of {width} as 8-bit floats: {most}")
+        if kernel.y.rounded is None:
+            kernel.y.rounded = Rounded(width)
+        return kernel.y.rounded
 
     def wide_linear(self, x: Any, weight: Any) -> Product:
         return self.linear(x, weight)  # its sums stay float32 on a residual stream
@@ -336,11 +302,13 @@ class PackedOps:
         pair = isinstance(x, Activated) and isinstance(y, Product) and x.gate is None
         if not pair or x.product.matrix.shape != y.matrix.shape:
             raise NotFused("a gate that is not a second product of the activated one's size")
+        self._rounds(y.name, names.multiply(x.product.name))
         return replace(x, gate=y)
 
     def activation(self, x: Product, name: str) -> Activated:
         if name not in ACTIVATIONS or not isinstance(x, Product):
             raise NotFused(f"activation {name!r}: one of {sorted(ACTIVATIONS)}, of a product")
+        self._rounds(x.name, names.activation(x.name))
         return Activated(x, ACTIVATIONS[name])
 
     def position_table(self, weight: Any, buckets: Sequence[int], future: int | None) -> Table:
@@ -379,6 +347,7 @@ class PackedOps:
         of_one = all(isinstance(x, Product) for x in (q, k, v))
         if not of_one or not (q.matrix.shape == k.matrix.shape == v.matrix.shape):
             raise NotFused("attention of other values than three products of a size")
+        self._rounds(q.name, k.name, v.name, names.attention(q.name))
         head_size, step = q.matrix.shape[1] // heads, 4 if self._dtype == torch.float32 else 8
         if isinstance(bias, Table):
             BiasedAttention.check(bias, heads, head_size)

@@ -11,6 +11,7 @@ from fastgen.blockwise import Blocks, Format
 from fastgen.engines import NotFused
 from fastgen.engines.fused.values import Matrix
 from fastgen.engines.nvrtc import ELEMENTS, Launch
+from fastgen.ops import names
 from fastgen.target import Target
 
 _SOURCES = ("common.cu", "weights.cu", "linear.cu", "attention.cu")
@@ -27,6 +28,20 @@ class Builder:
     def pop_module(self) -> None: ...
 
 
+def narrow_results(target: Target) -> Callable[..., None]:
+    """What refuses operations, by their names, whose results are to be float32 (``Target.wide``):
+    for those that kernels give in the compute dtype. Sums of the residual stream, and what is only
+    added to them, have float32 anyway."""
+    choice = names.Choice(target)
+
+    def check(*operations: str) -> None:
+        for name in operations:
+            if name in choice:
+                raise NotFused(f"{name} is to be float32, which fused kernels give in float16")
+
+    return check
+
+
 class Recorder:
     """The launches of one step over given tensors."""
 
@@ -41,6 +56,7 @@ class Recorder:
         self.device = tensors["input_ids"].device
         self.launches: list[Launch | Callable[[int], None]] = []
         """In their order; a function queues work on torch's current stream, given its handle."""
+        self._rounds = narrow_results(target)
         self._parameters = parameters
         self.made: dict[str, torch.Tensor] = {}
         """Weights of fewer bits that are read, values and scales, by name."""
