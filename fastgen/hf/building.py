@@ -1,18 +1,20 @@
 """How a module's engine is made: its Target, the parts that no graph knows, the engine cache."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from onnxscript import nn as graph_nn
 
+from fastgen import processes
 from fastgen.blockwise import parse
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
+from fastgen.hf import found
 from fastgen.hf.engine_key import engine_key
 from fastgen.hf.let_go import Gone
 from fastgen.hf.quantised import Key, Made, Weights
@@ -70,6 +72,8 @@ class BuildsEngines(torch.nn.Module):
                 raise NoEngine(f"{name} is {parameter.dtype}, other weights {first.dtype}")
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
+        if target.dtype == "float16":
+            target = replace(target, wide=found.recalled(self))
         return target
 
     def _while_as_it_is(self, name: str, parameter: torch.Tensor, reason: str) -> Standing:
@@ -127,7 +131,8 @@ class BuildsEngines(torch.nn.Module):
         copied = getattr(engine, "copied", ())
         own.packed(copied)
         if left := own.sources(copied):
-            self._copies += (Fingerprint(left),)
+            threads = options.intra_op_threads or processes.threads()
+            self._copies += (Fingerprint(left, threads),)
         return engine
 
     def _weights(self) -> Weights:

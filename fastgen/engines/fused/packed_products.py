@@ -9,6 +9,8 @@ import torch
 from fastgen.engines.fused.packed_kernels import Prefetch
 from fastgen.engines.fused.packed_values import Buffer, Rounded, Size
 
+FILLING, FILLING_TOKENS = 2**24, 256  # elements of a matrix, and tokens
+
 
 class Recorded(Protocol):
     """One launch, or several that do not depend on each other."""
@@ -38,6 +40,8 @@ class Product:
     """A residual stream that it is added to."""
     scales: torch.Tensor | None = None
     """float32 [1, out] of a matrix of 8-bit floats."""
+    name: str = ""
+    """Of the operation (see ``ops/names.py``)."""
 
     @property
     def reads(self) -> list[Buffer]:
@@ -90,11 +94,16 @@ class Products:
         """Fetches the weights of the products that follow, if there is a stream for it."""
 
     def __call__(self, size: Size) -> None:
-        if size.side:
+        if size.side and not self._fill(size):
             self._side_by_side(size)
             return
         for product, y in zip(self.products, self.writes, strict=True):
             product.into(y, size)
+
+    def _fill(self, size: Size) -> bool:
+        """Whether each of them fills a GPU by itself: side by side they would only wait."""
+        least = min(product.matrix.numel() for product in self.products)
+        return size.tokens > FILLING_TOKENS and least >= FILLING
 
     def _side_by_side(self, size: Size) -> None:
         """On streams of their own: few rows leave most of a GPU's processors idle."""
