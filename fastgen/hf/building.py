@@ -8,6 +8,7 @@ import torch
 from onnxscript import nn as graph_nn
 
 from fastgen import processes
+from fastgen.blockwise import parse
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
@@ -37,6 +38,10 @@ class BuildsEngines(torch.nn.Module):
     """What the weights were that engines hold a second time."""
     _made: dict[Key, Made]
     """What engines read instead of weights."""
+    _gone = 0
+    """How many of them there were when torch's weights were let go last."""
+    _plain: frozenset[str] = frozenset()
+    """Parameters that engines read as they are."""
 
     def _called(self) -> tuple[type, ...]:
         """Classes of the modules whose forward the engine's user calls, replaced or not."""
@@ -122,6 +127,7 @@ class BuildsEngines(torch.nn.Module):
             engine = _kept(kept, key, build, load, title=f"{fast} {name} {where}")
         else:
             engine = load(build())
+        self._plain |= {name for name in engine.weight_pointers() if not parse(name)}
         copied = getattr(engine, "copied", ())
         own.packed(copied)
         if left := own.sources(copied):
@@ -131,10 +137,27 @@ class BuildsEngines(torch.nn.Module):
 
     def _weights(self) -> Weights:
         """What engines read: parameters, and what is made of them."""
-        tables = None
-        if not self.engine_options.keep_torch_weights:
-            tables = {id(m.weight) for m in self.modules() if isinstance(m, torch.nn.Embedding)}
-        return Weights(tensors_of(self), self._made, tables)
+        return Weights(tensors_of(self), self._made, self._read_whole())
+
+    def _read_whole(self) -> set[int] | None:
+        """Ids of the parameters that stay with ``keep_torch_weights=False``, as something looks
+        them up, or reads them by pointer; None: all stay."""
+        if self.engine_options.keep_torch_weights:
+            return None
+        found = set()
+        for part in self.modules():
+            if isinstance(part, torch.nn.Embedding):
+                found.add(id(part.weight))
+            elif isinstance(part, BuildsEngines) and part._plain:
+                own = tensors_of(part)
+                found |= {id(own[name]) for name in part._plain if name in own}
+        return found
+
+    def _let_go(self) -> None:
+        """Let torch's weights go, where that is asked for, of which more were made since."""
+        if self._gone != len(self._made) and not self.engine_options.keep_torch_weights:
+            self._weights().let_go()
+            self._gone = len(self._made)
 
     def _engine_cache(self) -> EngineCache | None:
         options = self.engine_options

@@ -189,8 +189,6 @@ class EngineModule(Explained, BuildsEngines):
                 if trial.path(type(self), "forward", self.engine_options) == "torch":
                     raise NoEngine(trial.reason("forward", "torch"))
                 engine = self._engine = self._build_engine(target)
-                if not self.engine_options.keep_torch_weights:
-                    self._weights().let_go()
             except Standing:
                 raise
             except (NoEngine, UnsupportedConfigError) as error:
@@ -199,11 +197,12 @@ class EngineModule(Explained, BuildsEngines):
             # once more: making weights contiguous may have moved them
             self._engine_weights = weights_state(self, self._copies_weights(), own=self._called())
             self._glance = Glance(self, self._copies_weights())
+        self._let_go()
         return engine
 
     def _drop_engine(self) -> None:
         self._engine = self._refusal = self._standing = None
-        self._copies, self._made = (), {}
+        self._copies, self._made, self._gone, self._plain = (), {}, 0, frozenset()
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
@@ -236,6 +235,8 @@ class EngineModule(Explained, BuildsEngines):
             "_engine_weights",
             "_copies",
             "_made",
+            "_gone",
+            "_plain",
             "_refusal",
             "_standing",
             "_reported",
