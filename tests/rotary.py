@@ -1,5 +1,5 @@
-"""Llama and Qwen3 as families would be: rotary positions, grouped queries, norms of heads. Tests run
-them through the machinery of decoder-only models; the package has no such family yet."""
+"""Llama and Qwen3 as families would be: rotary positions, grouped queries, norms of heads. Tests
+run them through the machinery of decoder-only models; the package has no such family yet."""
 
 from typing import Any
 

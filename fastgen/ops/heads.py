@@ -1,5 +1,5 @@
-"""The part of the vocabulary that speaks of single heads: rotary positions, norms of heads, and query
-heads that share keys and values. Lowered to standard ONNX; see ``standard.py`` for the letters."""
+"""The part of the vocabulary that speaks of single heads: rotary positions, norms of heads, and
+query heads that share keys and values; lowered to standard ONNX (letters as in ``standard.py``)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -66,7 +66,7 @@ class Heads:
     # does any others
 
     def _folded(self, q: Value, groups: Groups | None) -> Value:
-        """Queries [B, Q, H*D] -> [B, size * Q, count * D]: first those of each group's first head."""
+        """Queries [B, Q, H*D] -> [B, size * Q, count * D]: of each group, head by head."""
         if groups is None:
             return q
         split = self.constant([0, 0, groups.count, groups.size, groups.head_size], torch.int64)

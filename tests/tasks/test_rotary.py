@@ -1,5 +1,5 @@
-"""Decoder-only models with rotary positions, grouped queries and norms of heads, against stock ones:
-whatever the vocabulary, KV buffers and decoding loops have to know of them."""
+"""Decoder-only models with rotary positions, grouped queries and norms of heads, against stock
+ones: whatever the vocabulary, KV buffers and decoding loops have to know of them."""
 
 from typing import Any
 

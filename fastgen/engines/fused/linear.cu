@@ -144,7 +144,7 @@ template <> struct Product<float> {
 struct LinearArgs {
     const void* x;          // T [ROWS, K], or with a norm the float residual stream
     const void* weight[3];  // W [N, K], ACROSS: [K, N]; one a segment; GATE: wi_0 and wi_1
-    const void* bias[3];    // W [N], with BIAS
+    const void* bias[3];    // W [N], with BIAS; the first of both is of FIRST segments
     void* y;                // T [ROWS, SEGMENTS * N]; ADD: the float residual stream [ROWS, N]
     float scale;
     NormArgs norm;
@@ -156,7 +156,7 @@ template <class P> INLINE P which(P const (&pointers)[3], int i) {
 
 // A block computes 8 * TILES outputs (of each of two weights with GATE); its warps share out K.
 template <class W, int K, int N, int SEGMENTS, int TILES, int WARPS, int NORM, int EPILOGUE, int ACT,
-          bool BIAS, bool ACROSS>
+          bool BIAS, bool ACROSS, int FIRST = 1>
 INLINE void linear(const LinearArgs& args) {
     constexpr int WEIGHTS = EPILOGUE == GATE ? 2 : 1, ALL = TILES * WEIGHTS;
     constexpr int STEPS = (K + 32 * WARPS - 1) / (32 * WARPS);
@@ -171,12 +171,14 @@ INLINE void linear(const LinearArgs& args) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int segment = blockIdx.x / BLOCKS, first = blockIdx.x % BLOCKS * 8 * TILES;
     const int k0 = warp * 32 + lane % 4 * 8;
+    const int source = FIRST > 1 ? max(segment - FIRST + 1, 0) : segment;  // of weight and bias
+    const int inside = FIRST > 1 && segment < FIRST ? segment * N : 0;     // the first of them
     const W* rows[ALL];
     Fragment<W> w[AHEAD][ALL];
 #pragma unroll
     for (int a = 0; a < ALL; a++) {
-        rows[a] = (const W*)which(args.weight, EPILOGUE == GATE ? a % 2 : segment);
-        if (!ACROSS) rows[a] += (long long)min(first + a / WEIGHTS * 8 + lane / 4, N - 1) * K;
+        rows[a] = (const W*)which(args.weight, EPILOGUE == GATE ? a % 2 : source);
+        if (!ACROSS) rows[a] += (long long)(min(first + a / WEIGHTS * 8 + lane / 4, N - 1) + inside) * K;
     }
     const auto load = [&](Fragment<W> (&w)[ALL], int k) {
         if constexpr (ACROSS) load_across<K, N, ALL>(rows[0], first, k, lane, w);
@@ -199,8 +201,8 @@ INLINE void linear(const LinearArgs& args) {
 #pragma unroll
             for (int i = 0; i < WEIGHTS; i++) {
                 const int o = threadIdx.x + e * WARPS * 32;
-                const W* from = (const W*)which(args.bias, segment + i);
-                if (gives(o) && from) bias[e][i] = to_float(from[first + o % (8 * TILES)]);
+                const W* from = (const W*)which(args.bias, source + i);
+                if (gives(o) && from) bias[e][i] = to_float(from[first + o % (8 * TILES) + inside]);
             }
 
     if constexpr (NORM != NONE)

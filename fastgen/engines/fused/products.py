@@ -37,12 +37,13 @@ class Products(Recorder):
         """Launch products that share their input; ``y`` takes their outputs side by side."""
         self._check_products(products, epilogue)
         product = products[0]
-        x, weight, (inputs, outputs) = product.x, product.weight, product.sizes
+        x, weight, (inputs, outputs) = product.x, product.weight, products[-1].sizes
         args = LinearArgs(y=y.data_ptr(), scale=product.scale)
         args.weight[: len(products)] = [product.weight.data_ptr() for product in products]
         args.bias[: len(products)] = [pointer(product.bias) for product in products]
         gated = epilogue == "GATE"
-        segments, weights = (1, 2) if gated else (len(products), 1)
+        first = product.sizes[1] // outputs  # as many segments are of the first product
+        segments, weights = (1, 2) if gated else (len(products) - 1 + first, 1)
         warps = self._warps(inputs)
         tiles = self._tiles(outputs * segments, warps, weights, product.across)
         blocks, norm = -(-outputs // (8 * tiles)) * segments, "NONE"
@@ -55,6 +56,7 @@ class Products(Recorder):
         sizes = f"{inputs}, {outputs}, {segments}, {tiles}, {warps}"
         biased = any(product.bias is not None for product in products)
         flags = f"{str(biased).lower()}, {str(product.across).lower()}"
+        flags += f", {first}" if first > 1 else ""
         kind = f"{norm}, {epilogue}, {ACTIVATIONS[activation]}, {flags}"
         body = f"linear<{ELEMENTS[weight.dtype]}, {sizes}, {kind}>"
         self._launch(body, (blocks, 1), 32 * warps, args)
@@ -63,8 +65,12 @@ class Products(Recorder):
         weight = products[0].weight
         if weight.dtype not in (torch.float32, self._dtype):
             raise NotFused(f"weights in {weight.dtype}, activations in {self._dtype}")
-        kinds = {(p.weight.dtype, p.weight.shape, p.scale, p.across) for p in products}
-        if len(kinds) > 1:
+        kinds = {(p.weight.dtype, p.sizes, p.scale, p.across) for p in products[1:]}
+        inputs, outputs = products[-1].sizes  # the first may have several times the outputs
+        first = products[0].sizes[1] // outputs
+        kinds.add((weight.dtype, (inputs, outputs), products[0].scale, products[0].across))
+        alike = len(kinds) == 1 and products[0].sizes == (inputs, first * outputs)
+        if not alike or (first > 1 and (epilogue != "STORE" or products[0].across)):
             raise NotFused("products of one input that differ in shape, dtype or scale")
         if epilogue == "GATE" and products[0].across:
             raise NotFused("gated products of [in, out] weights")

@@ -11,7 +11,7 @@ from fastgen.engines import NotFused
 from fastgen.engines.nvrtc import ELEMENTS, Launch
 from fastgen.target import Target
 
-_SOURCES = ("common.cu", "linear.cu", "attention.cu")
+_SOURCES = ("common.cu", "linear.cu", "rotary.cu", "attention.cu")
 _REGISTERS = 2**16  # of a processor
 _LEAST_REGISTERS = 64  # that a thread needs, about
 
