@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fastgen.blockwise import Weights
+
 KVLayout = Literal["BHLD", "BLHD"]
 
 
@@ -38,6 +40,11 @@ class Target:
     attends: bool = True
     """The standard operator Attention is served in any head size and dtype; otherwise it is written
     as its products and Softmax."""
+    weights: Weights = "full"
+    """What ``Ops.linear`` multiplies by: parameters as they are, or made of them once (see
+    ``blockwise.py``)."""
+    group: int = 0
+    """Inputs of such a weight that share a scale; 0 is a whole row."""
 
     @property
     def residual_dtype(self) -> str:
@@ -85,7 +92,7 @@ def onnxruntime_cuda(dtype: str) -> Target:
 
 def tensorrt(dtype: str, backend: str = "tensorrt") -> Target:
     """TensorRT, or TensorRT for RTX (``backend="tensorrt-rtx"``): standard operators alone, typed
-    strongly. INT8 and FP8 weights will be a field here, as what a backend can multiply by."""
+    strongly."""
     return Target(
         backend,
         "cuda",

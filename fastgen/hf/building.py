@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from onnxscript import nn as graph_nn
 
+from fastgen.blockwise import parse
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
 from fastgen.hf.engine_key import engine_key
+from fastgen.hf.quantised import Key, Made, Weights
 from fastgen.hf.standing import Standing
 from fastgen.hf.stock import stock_class
 from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of
@@ -31,6 +33,8 @@ class BuildsEngines(torch.nn.Module):
     engine_options: Any
     _copies: tuple[Fingerprint, ...] = ()
     """What the weights were that engines hold a second time."""
+    _made: dict[Key, Made]
+    """What engines read instead of weights."""
 
     def _called(self) -> tuple[type, ...]:
         """Classes of the modules whose forward the engine's user calls, replaced or not."""
@@ -87,7 +91,7 @@ class BuildsEngines(torch.nn.Module):
             method: name of the method of ``root`` that builds the computation.
             specs: the graph's inputs and outputs.
         """
-        own = tensors_of(self)
+        own = self._weights()
         wanted = {n for n, _ in root.named_parameters()}
         if missing := sorted(wanted - own.keys()):
             raise NoEngine(f"parameters were replaced: {missing[0]} is gone")
@@ -112,9 +116,15 @@ class BuildsEngines(torch.nn.Module):
             engine = _kept(kept, key, build, load, title=f"{fast} {name} {where}")
         else:
             engine = load(build())
-        if copied := getattr(engine, "copied", ()):
-            self._copies += (Fingerprint(own[n] for n in copied),)
+        copied = getattr(engine, "copied", ())
+        if plain := [name for name in copied if not parse(name)]:
+            self._copies += (Fingerprint(own[n] for n in plain),)
+        own.packed(copied)
         return engine
+
+    def _weights(self) -> Weights:
+        """What engines read: parameters, and what is made of them."""
+        return Weights(tensors_of(self), self._made)
 
     def _engine_cache(self) -> EngineCache | None:
         options = self.engine_options

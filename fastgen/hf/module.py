@@ -177,7 +177,8 @@ class EngineModule(Explained, BuildsEngines):
                 self._drop_engine()
                 self._engine_weights = weights
             self._glance = Glance(self, self._copies_weights())
-        if not all(copy.same() for copy in self._copies):  # an edit through .data
+        sources = (made.source for made in self._made.values())
+        if not all(copy.same() for copy in (*self._copies, *sources)):  # an edit through .data
             self._drop_engine()
         if self._refusal is not None:
             raise NoEngine(self._refusal)
@@ -201,11 +202,13 @@ class EngineModule(Explained, BuildsEngines):
 
     def _drop_engine(self) -> None:
         self._engine = self._refusal = self._standing = None
-        self._copies = ()
+        self._copies, self._made = (), {}
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
-        return self.engine_options.prepack > 0 and self.device.type == "cpu"
+        options = self.engine_options
+        packs = options.prepack > 0 and self.device.type == "cpu"
+        return packs or options.weights != "full"
 
     # What torch does to a module
 
@@ -231,6 +234,7 @@ class EngineModule(Explained, BuildsEngines):
             "_engine",
             "_engine_weights",
             "_copies",
+            "_made",
             "_refusal",
             "_standing",
             "_reported",

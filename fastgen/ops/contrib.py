@@ -9,11 +9,6 @@ from fastgen.ops.values import Angles, Bias, KVSlots, Value
 from fastgen.target import Target
 
 
-def lowering(builder: GraphBuilder, target: Target) -> Ops:
-    """The vocabulary, lowered to what the Target has."""
-    return ContribOps(builder, target) if target.contrib else Ops(builder, target)
-
-
 class ContribOps(Ops):
     """Fused operators of com.microsoft, and norms that ONNX Runtime had before the standard."""
 

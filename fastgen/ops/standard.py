@@ -42,6 +42,8 @@ class Ops(Heads):
         self._residual = ir.DataType[_ir_name(target.residual_dtype)]
         self._spelled: dict[Bias, Value] = {}
         self._tiled: dict[tuple[Bias, int], Value] = {}
+        self.made: dict[str, Value] = {}
+        """What the graph reads that is made of parameters, by name (see ``quantised.py``)."""
 
     # Values and dtypes
 
