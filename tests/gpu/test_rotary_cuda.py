@@ -22,7 +22,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], int, int]] = {
     "one row, normed": ("Qwen3", 4, {}, 1, 20),
     "own keys": ("Llama", 8, {}, 2, 20),
     "one head of keys": ("Qwen3", 1, {}, 3, 20),
-    "groups of seven": ("Llama", 2, {HEADS: 14}, 2, 20),
+    "groups of seven": ("Llama", 2, {HEADS: 14, "hidden_size": 448}, 2, 20),
     "biases": ("Llama", 2, {"attention_bias": True}, 3, 20),
     "four rows": ("Llama", 2, {}, 4, 20),
     "sixteen rows": ("Qwen3", 4, {}, 16, 20),

@@ -214,7 +214,8 @@ INLINE void attention(const AttentionArgs& args) {
 
     // The new keys and values are read where the product left them, whichever block stores them
     const T* fresh = args.q + (long long)b * QUERIES * args.stride + kv_part;
-    const T* own = fresh + (GROUP > 1 ? h * D - kv_part : 0) + row % QUERIES * args.stride;
+    const int beside = GROUP > 1 ? h * D - kv_part : 0;  // the queries' heads lie further on
+    const T* own = fresh + beside + row % QUERIES * args.stride;
     if constexpr (TURN != AS_IS) {
         for (int base = 0; base < QUERIES; base += GROUPS) {  // all lanes stay for the norms' sums
             const int i = min(base + group, QUERIES - 1);
@@ -234,7 +235,7 @@ INLINE void attention(const AttentionArgs& args) {
         const long long slot_of_own = old + row % QUERIES + token;
         const bool stores = SELF && split == 0 && r % HEADS == 0 && h % GROUP == 0;
         if (stores && threadIdx.x < D && slot_of_own < args.slots) {
-            const T* mine = own + token * args.stride + threadIdx.x;
+            const T* mine = own + token * args.stride + threadIdx.x - beside;
             const T* new_key = TURN ? &new_keys[(row % QUERIES + token) % NEW][threadIdx.x] : mine + width;
             key[slot_of_own * kv_width + threadIdx.x] = *new_key;
             value[slot_of_own * kv_width + threadIdx.x] = mine[width + kv_width];
