@@ -15,6 +15,7 @@ import torch
 from onnxscript import GraphBuilder
 
 from fastgen.errors import UnsupportedConfigError
+from fastgen.ops.heads import Heads
 from fastgen.ops.values import Bias, KVSlots, Value
 from fastgen.target import Target
 
@@ -30,7 +31,7 @@ _TORCH_DTYPES = {
 }
 
 
-class Ops:
+class Ops(Heads):
     """Operations lowered for one Target; passed as ``op`` to every module's ``forward``."""
 
     def __init__(self, builder: GraphBuilder, target: Target) -> None:
@@ -40,6 +41,7 @@ class Ops:
         self._compute = ir.DataType[_ir_name(target.dtype)]
         self._residual = ir.DataType[_ir_name(target.residual_dtype)]
         self._spelled: dict[Bias, Value] = {}
+        self._tiled: dict[tuple[Bias, int], Value] = {}
         self.made: dict[str, Value] = {}
         """What the graph reads that is made of parameters, by name (see ``quantised.py``)."""
 
@@ -332,14 +334,17 @@ class Ops:
         scale: float = 1.0,
     ) -> tuple[Value, Value, Value]:
         """Write k and v [B, Q, H*D] into their slots, then attend, with products of queries and
-        keys times ``scale``; also gives the KV buffers."""
-        rows = self._split(k, heads), self._split(v, heads)
+        keys times ``scale``; also gives the KV buffers. ``heads`` are q's."""
+        groups = slots.groups
+        stored = heads if groups is None else groups.count
+        rows = self._split(k, stored), self._split(v, stored)
         key = self.onnx.TensorScatter(slots.key, rows[0], slots.first_slot, axis=-2)
         value = self.onnx.TensorScatter(slots.value, rows[1], slots.first_slot, axis=-2)
         # TensorRT would copy the whole key buffer at every step if the scale were 1
-        q = self._split(self.cast(self._scaled(q, scale), self._compute), heads)
-        spelled = self.spelled_out(bias, slots.first_slot)
-        return self._attend(q, key, value, spelled, _CACHED_SCALE), key, value
+        q = self._folded(self.cast(self._scaled(q, scale), self._compute), groups)
+        spelled = self._folded_bias(bias, slots.first_slot, groups)
+        y = self._attend(self._split(q, stored), key, value, spelled, _CACHED_SCALE)
+        return self._unfolded(y, groups), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         """[B, K, H*D] -> the layout of a KV buffer."""
