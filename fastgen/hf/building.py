@@ -1,19 +1,21 @@
 """How a module's engine is made: its Target, the parts that no graph knows, the engine cache."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from onnxscript import nn as graph_nn
 
-from fastgen.blockwise import parse
+from fastgen import processes
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
+from fastgen.hf import found
 from fastgen.hf.engine_key import engine_key
+from fastgen.hf.let_go import Gone
 from fastgen.hf.quantised import Key, Made, Weights
 from fastgen.hf.standing import Standing
 from fastgen.hf.stock import stock_class
@@ -49,6 +51,8 @@ class BuildsEngines(torch.nn.Module):
             raise self._while_as_it_is(name, first, str(error)) from error
         kept = tuple(getattr(self, "_keep_in_fp32_modules", None) or ())
         for name, parameter in parameters.items():
+            if isinstance(parameter, Gone):
+                parameter.refuse()
             if type(parameter.data) is not torch.Tensor or parameter.layout != torch.strided:
                 reason = f"weights are no plain tensors ({name} is a {_kind(parameter)}): "
                 raise self._while_as_it_is(name, parameter, reason + _QUANTISED)
@@ -63,6 +67,8 @@ class BuildsEngines(torch.nn.Module):
                 raise NoEngine(f"{name} is {parameter.dtype}, other weights {first.dtype}")
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
+        if target.dtype == "float16":
+            target = replace(target, wide=found.recalled(self))
         return target
 
     def _while_as_it_is(self, name: str, parameter: torch.Tensor, reason: str) -> Standing:
@@ -117,14 +123,18 @@ class BuildsEngines(torch.nn.Module):
         else:
             engine = load(build())
         copied = getattr(engine, "copied", ())
-        if plain := [name for name in copied if not parse(name)]:
-            self._copies += (Fingerprint(own[n] for n in plain),)
         own.packed(copied)
+        if left := own.sources(copied):
+            threads = options.intra_op_threads or processes.threads()
+            self._copies += (Fingerprint(left, threads),)
         return engine
 
     def _weights(self) -> Weights:
         """What engines read: parameters, and what is made of them."""
-        return Weights(tensors_of(self), self._made)
+        tables = None
+        if not self.engine_options.keep_torch_weights:
+            tables = {id(m.weight) for m in self.modules() if isinstance(m, torch.nn.Embedding)}
+        return Weights(tensors_of(self), self._made, tables)
 
     def _engine_cache(self) -> EngineCache | None:
         options = self.engine_options

@@ -177,8 +177,7 @@ class EngineModule(Explained, BuildsEngines):
                 self._drop_engine()
                 self._engine_weights = weights
             self._glance = Glance(self, self._copies_weights())
-        sources = (made.source for made in self._made.values())
-        if not all(copy.same() for copy in (*self._copies, *sources)):  # an edit through .data
+        if not all(copy.same() for copy in self._copies):  # an edit through .data
             self._drop_engine()
         if self._refusal is not None:
             raise NoEngine(self._refusal)
@@ -190,6 +189,8 @@ class EngineModule(Explained, BuildsEngines):
                 if trial.path(type(self), "forward", self.engine_options) == "torch":
                     raise NoEngine(trial.reason("forward", "torch"))
                 engine = self._engine = self._build_engine(target)
+                if not self.engine_options.keep_torch_weights:
+                    self._weights().let_go()
             except Standing:
                 raise
             except (NoEngine, UnsupportedConfigError) as error:

@@ -4,7 +4,9 @@ import torch
 from onnx_ir import DataType
 from onnxscript import GraphBuilder
 
-from fastgen.ops.standard import Ops, is_power_of_two
+from fastgen.ops import names
+from fastgen.ops.standard import Ops
+from fastgen.ops.typed import is_power_of_two
 from fastgen.ops.values import Angles, Bias, KVSlots, Value
 from fastgen.target import Target
 
@@ -18,13 +20,8 @@ class ContribOps(Ops):
         self._seen: dict[Value, Value] = {}
         self._tables: dict[Angles, tuple[Value, Value, Value]] = {}
 
-    def linear(
-        self,
-        x: Value,
-        weight: Value,
-        bias: Value | None = None,
-        scale: float = 1.0,
-        transposed: bool = False,
+    def _product(
+        self, x: Value, weight: Value, bias: Value | None, scale: float, transposed: bool
     ) -> Value:
         """See ``Ops.linear``. FusedMatMul's alpha is rounded to the compute dtype, so only a power
         of two is exact; on a CPU any but 1 leaves the kernel for single rows."""
@@ -35,43 +32,64 @@ class ContribOps(Ops):
         return self._typed(y, weight.dtype)
 
     def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
+        """See ``Ops.rms_norm``; the kernel gives the weight's dtype."""
+        name = names.of_parameter(weight)
+        if self._gives(name, weight.dtype) != weight.dtype:
+            return super().rms_norm(x, weight, eps)
         normed = self.onnx.SimplifiedLayerNormalization(x, weight, epsilon=eps, axis=-1)
-        return self._typed(normed, weight.dtype)
+        return names.give(self._typed(normed, weight.dtype), name)
 
     def add_rms_norm(
         self, residual: Value, x: Value, weight: Value, eps: float
     ) -> tuple[Value, Value]:
         """See ``Ops.add_rms_norm``; one kernel where all share a dtype."""
-        if not x.dtype == residual.dtype == weight.dtype or _too_wide(weight):
+        if not self._one_dtype(residual, x, weight) or _too_wide(weight):
             return super().add_rms_norm(residual, x, weight, eps)
         normed, _, _, total = self.contrib.SkipSimplifiedLayerNormalization(
             x, residual, weight, epsilon=eps, _outputs=4
         )
-        return self._typed(total, residual.dtype), self._typed(normed, weight.dtype)
+        return self._as_norm(total, normed, weight)
+
+    def _one_dtype(self, residual: Value, x: Value, weight: Value) -> bool:
+        """Whether a sum and its norm are to be read and given in one dtype."""
+        name = names.of_parameter(weight)
+        total = self._gives(names.total(name), residual.dtype)
+        dtypes = {x.dtype, residual.dtype, weight.dtype, total, self._gives(name, weight.dtype)}
+        return len(dtypes) == 1
+
+    def _as_norm(self, total: Value, normed: Value, weight: Value) -> tuple[Value, Value]:
+        """Results of one kernel, named."""
+        name = names.of_parameter(weight)
+        total = names.give(self._typed(total, weight.dtype), names.total(name))
+        return total, names.give(self._typed(normed, weight.dtype), name)
 
     def layer_norm(self, x: Value, weight: Value, bias: Value, eps: float) -> Value:
         """See ``Ops.layer_norm``; the kernel itself computes in float32."""
-        if x.dtype != weight.dtype:
+        name = names.of_parameter(weight)
+        if not x.dtype == weight.dtype == self._gives(name, weight.dtype):
             return super().layer_norm(x, weight, bias, eps)
         normed = self.onnx.LayerNormalization(x, weight, bias, epsilon=eps, axis=-1)
-        return self._typed(normed, weight.dtype)
+        return names.give(self._typed(normed, weight.dtype), name)
 
     def add_layer_norm(
         self, residual: Value, x: Value, weight: Value, bias: Value, eps: float
     ) -> tuple[Value, Value]:
         """See ``Ops.add_layer_norm``; one kernel where all share a dtype, but on a CPU, where that
         kernel takes several times as long as the two."""
-        same = x.dtype == residual.dtype == weight.dtype == self._residual
+        same = self._one_dtype(residual, x, weight)
+        same = same and (self.choice.made or weight.dtype == self._residual)
         if not same or self.target.device == "cpu" or _too_wide(weight):
             return super().add_layer_norm(residual, x, weight, bias, eps)
         normed, _, _, total = self.contrib.SkipLayerNormalization(
             x, residual, weight, bias, epsilon=eps, _outputs=4
         )
-        return self._typed(total, residual.dtype), self._typed(normed, weight.dtype)
+        return self._as_norm(total, normed, weight)
 
     def activation(self, x: Value, name: str) -> Value:
         """See ``Ops.activation``; the kernels themselves compute in float32."""
-        return self._finite(self._typed(self._activation(x, name), x.dtype))
+        own, rule = names.activation(names.of(x)), x.dtype
+        (x,) = self._reads(x, result=self._gives(own, rule))
+        return self._clamped(self._typed(self._activation(x, name), x.dtype), own, rule)
 
     def _activation(self, x: Value, name: str) -> Value:
         if name in ("gelu_new", "gelu_pytorch_tanh") and self.target.device == "cuda":
@@ -92,9 +110,10 @@ class ContribOps(Ops):
     def attention(
         self, q: Value, k: Value, v: Value, bias: Value | None, heads: int, scale: float = 1.0
     ) -> Value:
+        name, (q, k, v, bias) = self._factors(q, k, v, bias)
         more = () if bias is None else (None, None, bias)
         y = self.contrib.MultiHeadAttention(q, k, v, *more, num_heads=heads, scale=scale)
-        return self._typed(y, self._compute)
+        return names.give(self._typed(y, q.dtype), name)
 
     def cached_attention(
         self,
@@ -118,14 +137,17 @@ class ContribOps(Ops):
                 _outputs=3,
             )
             return self._unfolded(self._typed(y, self._compute), groups), key, value
+        k, v = (self.cast(x, self._compute) for x in (k, v))
         key = self.onnx.TensorScatter(slots.key, k, slots.first_slot, axis=1)
         value = self.onnx.TensorScatter(slots.value, v, slots.first_slot, axis=1)
+        key, value = (self._typed(x, self._compute) for x in (key, value))
         y = self.attention(q, key, value, spelled, heads, scale)
         return self._unfolded(y, groups), key, value
 
     def rotary(self, x: Value, angles: Angles, heads: int) -> Value:
         """See ``Ops.rotary``. The kernel finds angles in a table of x's dtype, by row: each token's
         are there as they are."""
+        x = self.cast(x, self._compute)
         if angles not in self._tables:
             whole = self.constant([-1, angles.frequencies], torch.int64)
             rows = [
@@ -138,7 +160,7 @@ class ContribOps(Ops):
             places = self.onnx.Expand(places, self.onnx.Shape(x, end=2))
             self._tables[angles] = places, *rows
         y = self.contrib.RotaryEmbedding(x, *self._tables[angles], num_heads=heads)
-        return self._typed(y, x.dtype)
+        return self._as(y, x)
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         return x if self.target.kv_layout == "BLHD" else super().as_kv(x, heads, head_size)

@@ -7,21 +7,16 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from fastgen.ops.typed import Typed
 from fastgen.ops.values import Angles, Bias, Groups, Value
 
 
-class Heads:
-    """Mixin of ``Ops``, which gives what is only declared here."""
+class Heads(Typed):
+    """Base of ``Ops``, which gives what is only declared here."""
 
-    onnx: Any
-    constant: Any
-    cast: Any
     rms_norm: Any
     spelled_out: Any
-    _compute: ir.DataType
     _tiled: dict[tuple[Bias, int], Value]
-    _typed: Any
-    _scaled: Any
 
     def rotary_angles(
         self, positions: Value, frequencies: Sequence[float], scale: float = 1.0
@@ -50,17 +45,18 @@ class Heads:
             self.onnx.Sub(self.onnx.Mul(first, cosines), self.onnx.Mul(second, sines)),
             self.onnx.Add(self.onnx.Mul(second, cosines), self.onnx.Mul(first, sines)),
         )
-        y = self._merged(self.onnx.Concat(*turned, axis=-1), ir.DataType.FLOAT)
+        y = self._as(self._merged(self.onnx.Concat(*turned, axis=-1)), wide)
         return self.cast(y, x.dtype)
 
     def head_norm(self, x: Value, weight: Value, eps: float) -> Value:
         """Root-mean-square norm of each head of [B, Q, H*D], with one weight [D] for all."""
         split = self.onnx.Reshape(x, self.constant([0, 0, -1, weight.shape[0]], torch.int64))
-        return self._merged(self.rms_norm(self._typed(split, x.dtype), weight, eps), x.dtype)
+        normed = self.rms_norm(self._as(split, x), weight, eps)
+        return self._as(self._merged(normed), normed)
 
-    def _merged(self, x: Value, dtype: ir.DataType) -> Value:
+    def _merged(self, x: Value) -> Value:
         """[B, Q, H, D] -> [B, Q, H*D]."""
-        return self._typed(self.onnx.Reshape(x, self.constant([0, 0, -1], torch.int64)), dtype)
+        return self.onnx.Reshape(x, self.constant([0, 0, -1], torch.int64))
 
     # Grouped queries: the heads of a group become queries of one head, which attention reads as it
     # does any others
@@ -72,7 +68,7 @@ class Heads:
         split = self.constant([0, 0, groups.count, groups.size, groups.head_size], torch.int64)
         by_head = self.onnx.Transpose(self.onnx.Reshape(q, split), perm=[0, 3, 1, 2, 4])
         shape = self.constant([0, -1, groups.count * groups.head_size], torch.int64)
-        return self._typed(self.onnx.Reshape(by_head, shape), q.dtype)
+        return self._as(self.onnx.Reshape(by_head, shape), q)
 
     def _unfolded(self, y: Value, groups: Groups | None) -> Value:
         """What attention gives for folded queries -> [B, Q, H*D]."""
@@ -82,7 +78,7 @@ class Heads:
         by_token = self.onnx.Transpose(self.onnx.Reshape(y, split), perm=[0, 2, 3, 1, 4])
         width = groups.count * groups.size * groups.head_size
         shape = self.constant([0, -1, width], torch.int64)
-        return self._typed(self.onnx.Reshape(by_token, shape), self._compute)
+        return self._as(self.onnx.Reshape(by_token, shape), y)
 
     def _folded_bias(self, bias: Bias, first_slot: Value, groups: Groups | None) -> Value:
         """``spelled_out``, for folded queries: [B or 1, 1, size * Q, K]."""
@@ -94,5 +90,5 @@ class Heads:
         key = bias, groups.size
         if key not in self._tiled:
             repeats = self.constant([1, 1, groups.size, 1], torch.int64)
-            self._tiled[key] = self._typed(self.onnx.Tile(spelled, repeats), self._compute)
+            self._tiled[key] = self._as(self.onnx.Tile(spelled, repeats), spelled)
         return self._tiled[key]

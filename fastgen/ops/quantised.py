@@ -35,16 +35,11 @@ def lowering(builder: GraphBuilder, target: Target) -> Ops:
 class QuantisedOps(Ops):
     """Standard operators, which multiply by what values and scales stand for."""
 
-    def linear(
-        self,
-        x: Value,
-        weight: Value,
-        bias: Value | None = None,
-        scale: float = 1.0,
-        transposed: bool = False,
+    def _product(
+        self, x: Value, weight: Value, bias: Value | None, scale: float, transposed: bool
     ) -> Value:
         """See ``Ops.linear``."""
-        return super().linear(x, self._spelled_weight(weight, transposed), bias, scale)
+        return super()._product(x, self._spelled_weight(weight, transposed), bias, scale, False)
 
     def _made(self, weight: Value, transposed: bool) -> tuple[Value, Value]:
         """The initializers that stand for a parameter in the Target's format."""
@@ -99,13 +94,8 @@ class QuantisedOps(Ops):
 class QuantisedContribOps(QuantisedOps, ContribOps):
     """ONNX Runtime's MatMulNBits."""
 
-    def linear(
-        self,
-        x: Value,
-        weight: Value,
-        bias: Value | None = None,
-        scale: float = 1.0,
-        transposed: bool = False,
+    def _product(
+        self, x: Value, weight: Value, bias: Value | None, scale: float, transposed: bool
     ) -> Value:
         """See ``Ops.linear``. On a CPU blocks of the input are rounded to 8 bits, too, as only such
         kernels are faster there than those of full weights."""

@@ -184,20 +184,20 @@ CONFIGS: dict[str, tuple[str, Any]] = {
         "T5ForConditionalGeneration",
         lambda: T5Config(
             **{"d_model": 256, "d_kv": 64, "d_ff": 512, "num_heads": 4, "num_layers": 2},
-            **{"vocab_size": 501, "decoder_start_token_id": 0, "tie_word_embeddings": False},
+            **{"vocab_size": 501, "decoder_start_token_id": 0},
         ),
     ),
     "GPT-2": (
         "GPT2LMHeadModel",
         lambda: GPT2Config(
             **{"n_embd": 256, "n_head": 4, "n_layer": 2, "vocab_size": 501},
-            **{"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False},
+            **{"bos_token_id": 0, "eos_token_id": 0},
         ),
     ),
     "BART": (
         "BartForConditionalGeneration",
         lambda: BartConfig(
-            **{"d_model": 256, "vocab_size": 501, "tie_word_embeddings": False},
+            **{"d_model": 256, "vocab_size": 501},
             **{f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in SIDES.items()},
             forced_eos_token_id=None,
         ),
@@ -211,6 +211,7 @@ def pair(family: str, kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
     import transformers
 
     stock, config = CONFIGS[family][0], CONFIGS[family][1]()
+    config.tie_word_embeddings = False  # T5Config takes no such argument
     torch.manual_seed(0)
     fast = getattr(fastgen, f"Fast{stock}")(copy.deepcopy(config)).eval()
     for parameter in fast.parameters():

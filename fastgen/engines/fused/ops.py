@@ -26,6 +26,7 @@ from fastgen.engines.fused.values import (
     Residual,
     pointer,
 )
+from fastgen.ops import names
 from fastgen.ops.values import Bias, KVSlots
 
 MAX_SLOTS = 8192  # a block keeps the bias of its slots in shared memory
@@ -210,6 +211,7 @@ class FusedOps(Rotary):
     # Norms
 
     def rms_norm(self, x: Embedded | Residual, weight: Any, eps: float) -> Normed:
+        self._rounds(names.of_parameter(weight))
         return Normed(self._as_residual(x), self._narrow(weight), None, eps)
 
     def add_rms_norm(
@@ -219,6 +221,7 @@ class FusedOps(Rotary):
         return total, self.rms_norm(total, weight, eps)
 
     def layer_norm(self, x: Embedded | Residual, weight: Any, bias: Any, eps: float) -> Normed:
+        self._rounds(names.of_parameter(weight))
         return Normed(self._as_residual(x), self._narrow(weight), self._narrow(bias), eps)
 
     def add_layer_norm(
@@ -255,7 +258,9 @@ class FusedOps(Rotary):
         own = matrix.values.dtype if matrix.blocks is None else self._dtype
         if vector is not None and (vector.dtype != own or not vector.is_contiguous()):
             raise NotFused(f"{bias.name} in {vector.dtype}, its product in {own}")
-        return Product(x, matrix, scale, vector)
+        name = names.of_parameter(weight)
+        self._rounds(names.product(name))
+        return Product(x, matrix, scale, vector, name)
 
     def wide_linear(self, x: Normed | Activated | torch.Tensor, weight: Any) -> Product:
         return self.linear(x, weight)  # sums stay in float32 until they meet the residual stream
@@ -269,11 +274,13 @@ class FusedOps(Rotary):
     def activation(self, x: Product, name: str) -> Activated:
         if name not in ACTIVATIONS:
             raise NotFused(f"activation {name!r}: one of {sorted(ACTIVATIONS)}")
+        self._rounds(x.name, names.activation(x.name))
         return Activated(x, name)
 
     def multiply(self, x: Activated, y: Product) -> Activated:
         if x.gate is not None or y.x is not x.product.x:
             raise NotFused("a gate that is not a second product of the same input")
+        self._rounds(y.name, names.multiply(x.product.name))
         return replace(x, gate=y)
 
     # Attention
@@ -289,6 +296,7 @@ class FusedOps(Rotary):
     ) -> torch.Tensor:
         if bias is None or tuple(bias.shape) != (self._batch, 1, self._queries, k.shape[1]):
             raise NotFused("attention with another bias than a mask over sources")
+        self._rounds(q.name, names.attention(q.name))
         query = self._buffer("query", q.sizes[1])
         self._linear(query, [q], "STORE")
         return self._attention(query, k, v, heads, mask=bias.data_ptr(), scale=scale)
@@ -327,6 +335,7 @@ class FusedOps(Rotary):
         attention has to do itself."""
         q, k, turn = self._unturned(q, k)
         products = _side_by_side(q, k, v)
+        self._rounds(*(p.name for p in products), names.attention(products[0].name))
         rows = self._buffer("query, key, value", sum(p.sizes[1] for p in products))
         self._linear(rows, products, "STORE")
         if turn.angles is None or self._turns_inside():

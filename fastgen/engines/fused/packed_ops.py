@@ -31,7 +31,8 @@ from fastgen.engines.fused.packed_kernels import (
 from fastgen.engines.fused.packed_products import Product, Products, Recorded
 from fastgen.engines.fused.packed_values import MAX_TERMS, VECTOR, Buffer, Norm, Rounded, Term
 from fastgen.engines.fused.products import ACTIVATIONS
-from fastgen.engines.fused.recorder import Builder
+from fastgen.engines.fused.recorder import Builder, narrow_results
+from fastgen.ops import names
 from fastgen.target import Target
 
 MAX_WIDTH = 8192  # of a row, that a block of the kernels holds
@@ -91,6 +92,7 @@ class PackedOps:
         """Whether some launch asks for tokens' columns."""
         self._parameters = parameters
         self._dtype = getattr(torch, target.dtype)
+        self._rounds = narrow_results(target)
         self._form = Format("fp8", 0) if target.weights == "fp8" else None
         """How weights that are multiplied by are held, if not as they are."""
         self._leaving: dict[Buffer, LeavesRows] = {}
@@ -124,6 +126,7 @@ class PackedOps:
             x.plain = True
             return x
         if isinstance(x, Product):
+            self._rounds(x.name)
             return self._record(Products([x]))[0]
         if isinstance(x, Activated):
             return self._activated(x.product, x.kind, x.gate)
@@ -238,6 +241,7 @@ class PackedOps:
         return stream
 
     def _norm(self, weight: Any, bias: Any, eps: float) -> Norm:
+        self._rounds(names.of_parameter(weight))
         norm = Norm(self._weight(weight), None if bias is None else self._weight(bias), eps)
         if len(norm.weight) > MAX_WIDTH:
             raise NotFused(f"a norm of rows of {len(norm.weight)}: {MAX_WIDTH} at most")
@@ -262,13 +266,15 @@ class PackedOps:
     ) -> Product:
         matrix = self._weight(weight) if transposed else self._weight(weight).T
         addend = None if bias is None else self._weight(bias, matrix.shape[1])
+        name = names.of_parameter(weight)
+        self._rounds(names.product(name))
         if self._form is None:
-            return Product(self.rows(x), matrix, addend, scale)
+            return Product(self.rows(x), matrix, addend, scale, name=name)
         if scale != 1.0 or any(size % 16 for size in matrix.shape):
             raise NotFused(f"scaled products in fp8, or of {tuple(matrix.shape)}: 16 must divide")
-        names = replace(self._form, transposed=transposed).names(weight.name)
-        values, scales = (self._parameters[name] for name in names)
-        return Product(self._rounded(x), values.T, addend, scales=scales.T)
+        made = replace(self._form, transposed=transposed).names(weight.name)
+        values, scales = (self._parameters[n] for n in made)
+        return Product(self._rounded(x), values.T, addend, scales=scales.T, name=name)
 
     def _rounded(self, x: Any) -> Rounded:
         """The numbers of a value as 8-bit floats."""
@@ -296,11 +302,13 @@ class PackedOps:
         pair = isinstance(x, Activated) and isinstance(y, Product) and x.gate is None
         if not pair or x.product.matrix.shape != y.matrix.shape:
             raise NotFused("a gate that is not a second product of the activated one's size")
+        self._rounds(y.name, names.multiply(x.product.name))
         return replace(x, gate=y)
 
     def activation(self, x: Product, name: str) -> Activated:
         if name not in ACTIVATIONS or not isinstance(x, Product):
             raise NotFused(f"activation {name!r}: one of {sorted(ACTIVATIONS)}, of a product")
+        self._rounds(x.name, names.activation(x.name))
         return Activated(x, ACTIVATIONS[name])
 
     def position_table(self, weight: Any, buckets: Sequence[int], future: int | None) -> Table:
@@ -339,6 +347,7 @@ class PackedOps:
         of_one = all(isinstance(x, Product) for x in (q, k, v))
         if not of_one or not (q.matrix.shape == k.matrix.shape == v.matrix.shape):
             raise NotFused("attention of other values than three products of a size")
+        self._rounds(q.name, k.name, v.name, names.attention(q.name))
         head_size, step = q.matrix.shape[1] // heads, 4 if self._dtype == torch.float32 else 8
         if isinstance(bias, Table):
             BiasedAttention.check(bias, heads, head_size)

@@ -40,6 +40,8 @@ class Product:
     """A residual stream that it is added to."""
     scales: torch.Tensor | None = None
     """float32 [1, out] of a matrix of 8-bit floats."""
+    name: str = ""
+    """Of the operation (see ``ops/names.py``)."""
 
     @property
     def reads(self) -> list[Buffer]:

@@ -71,10 +71,10 @@ class Products(Recorder):
         flags += f", {first}" if first > 1 else ""
         kind = f"{norm}, {epilogue}, {ACTIVATIONS[activation]}, {flags}"
         body = f"linear<{weight.element}, {sizes}, {kind}>"
-        least = 1
-        if weight.blocks is not None:  # as many as still have 80 registers a thread, and two
-            least = min(-(-blocks // self._processors), max(2, 24 // warps))
-        self._launch(body, (blocks, 1), 32 * warps, args, least)
+        together = None
+        if weight.blocks is not None:  # 80 registers a thread, and no wave of one block alone
+            together = max(24 // warps, min(-(-blocks // self._processors), 2))
+        self._launch(body, (blocks, 1), 32 * warps, args, together)
 
     def _shared(self, weight: Matrix, warps: int, tiles: int) -> int:
         """Bytes that a block holds of its tiles: sums of every warp, scales of every group."""
@@ -114,7 +114,7 @@ class Products(Recorder):
                     return tiles
             return 2
         least = self._processors // (1 if self._rows == 1 else 2)
-        most = 8 if weight.element.startswith("Ints<4") else 4
+        most = 8 if weight.blocks is not None and warps <= 8 else 4  # beside 80 registers a thread
         for tiles in (8, 4, 2):
             outputs_held = 8 * tiles * self._rows  # one a thread, and float sums of every warp
             fits = outputs_held <= 32 * warps and 4 * warps * weights * outputs_held <= 2**14

@@ -11,6 +11,7 @@ from fastgen.blockwise import Blocks, Format
 from fastgen.engines import NotFused
 from fastgen.engines.fused.values import Matrix
 from fastgen.engines.nvrtc import ELEMENTS, Launch
+from fastgen.ops import names
 from fastgen.target import Target
 
 _SOURCES = ("common.cu", "weights.cu", "linear.cu", "rotary.cu", "attention.cu")
@@ -27,6 +28,20 @@ class Builder:
     def pop_module(self) -> None: ...
 
 
+def narrow_results(target: Target) -> Callable[..., None]:
+    """What refuses operations, by their names, whose results are to be float32 (``Target.wide``):
+    for those that kernels give in the compute dtype. Sums of the residual stream, and what is only
+    added to them, have float32 anyway."""
+    choice = names.Choice(target)
+
+    def check(*operations: str) -> None:
+        for name in operations:
+            if name in choice:
+                raise NotFused(f"{name} is to be float32, which fused kernels give in float16")
+
+    return check
+
+
 class Recorder:
     """The launches of one step over given tensors."""
 
@@ -41,6 +56,7 @@ class Recorder:
         self.device = tensors["input_ids"].device
         self.launches: list[Launch | Callable[[int], None]] = []
         """In their order; a function queues work on torch's current stream, given its handle."""
+        self._rounds = narrow_results(target)
         self._parameters = parameters
         self.made: dict[str, torch.Tensor] = {}
         """Weights of fewer bits that are read, values and scales, by name."""
@@ -77,12 +93,13 @@ class Recorder:
         grid: tuple[int, int],
         threads: int,
         args: ctypes.Structure,
-        least: int = 1,
+        together: int | None = None,
         **more: int,
     ) -> None:
-        """Launch an instantiation of a kernel template; a processor holds ``least`` blocks."""
+        """Launch an instantiation of a kernel template; ``together``: blocks of a processor."""
         alone = more.get("cluster", 1) == 1  # a cluster's blocks are placed together anyway
-        together = max(self._together(grid[0] * grid[1], threads) if alone else 1, least)
+        if together is None:
+            together = self._together(grid[0] * grid[1], threads) if alone else 1
         bounds = f"{threads}, {together}" if together > 1 else f"{threads}"
         if (body, bounds) not in self._names:
             name = f"{body.split('<')[0]}_{len(self._names)}"

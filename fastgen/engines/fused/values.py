@@ -101,6 +101,8 @@ class Product:
     weight: Matrix
     scale: float
     bias: torch.Tensor | None = None
+    name: str = ""
+    """Of the operation (see ``ops/names.py``)."""
 
     @property
     def sizes(self) -> tuple[int, int]:
