@@ -11,6 +11,7 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:  # the same names again: type checkers do not read a dict
     from fastgen.auto import *
     from fastgen.errors import FallbackWarning as FallbackWarning
+    from fastgen.errors import WeightsGoneError as WeightsGoneError
     from fastgen.models.bart import *
     from fastgen.models.bert import *
     from fastgen.models.gpt2 import *

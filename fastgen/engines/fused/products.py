@@ -43,13 +43,14 @@ class Products(Recorder):
         """Launch products that share their input; ``y`` takes their outputs side by side."""
         self._check_products(products, epilogue)
         product = products[0]
-        x, weight, (inputs, outputs) = product.x, product.weight, product.sizes
+        x, weight, (inputs, outputs) = product.x, product.weight, products[-1].sizes
         args = LinearArgs(y=y.data_ptr(), scale=product.scale)
         args.weight[: len(products)] = [product.weight.values.data_ptr() for product in products]
         args.scales[: len(products)] = [pointer(product.weight.scales) for product in products]
         args.bias[: len(products)] = [pointer(product.bias) for product in products]
         gated = epilogue == "GATE"
-        segments, weights = (1, 2) if gated else (len(products), 1)
+        first = product.sizes[1] // outputs  # as many segments are of the first product
+        segments, weights = (1, 2) if gated else (len(products) - 1 + first, 1)
         warps = self._warps(inputs)
         if weight.blocks is not None:
             warps = self._narrow_warps(inputs, isinstance(x, Normed))
@@ -67,12 +68,13 @@ class Products(Recorder):
         sizes = f"{inputs}, {outputs}, {segments}, {tiles}, {warps}"
         biased = any(product.bias is not None for product in products)
         flags = f"{str(biased).lower()}, {str(weight.across).lower()}"
+        flags += f", {first}" if first > 1 else ""
         kind = f"{norm}, {epilogue}, {ACTIVATIONS[activation]}, {flags}"
         body = f"linear<{weight.element}, {sizes}, {kind}>"
-        least = 1
-        if weight.blocks is not None:  # as many as still have 80 registers a thread, and two
-            least = min(-(-blocks // self._processors), max(2, 24 // warps))
-        self._launch(body, (blocks, 1), 32 * warps, args, least)
+        together = None
+        if weight.blocks is not None:  # 80 registers a thread, and no wave of one block alone
+            together = max(24 // warps, min(-(-blocks // self._processors), 2))
+        self._launch(body, (blocks, 1), 32 * warps, args, together)
 
     def _shared(self, weight: Matrix, warps: int, tiles: int) -> int:
         """Bytes that a block holds of its tiles: sums of every warp, scales of every group."""
@@ -82,8 +84,12 @@ class Products(Recorder):
         return held
 
     def _check_products(self, products: list[Product], epilogue: str) -> None:
-        kinds = {(p.weight.element, p.weight.across, p.sizes, p.scale) for p in products}
-        if len(kinds) > 1:
+        inputs, outputs = products[-1].sizes  # the first may have several times the outputs
+        first = products[0].sizes[1] // outputs
+        kinds = {(p.weight.element, p.weight.across, p.scale) for p in products}
+        sizes = {p.sizes for p in products[1:]} | {(inputs, outputs)}
+        alike = len(kinds) == len(sizes) == 1 and products[0].sizes == (inputs, first * outputs)
+        if not alike or (first > 1 and (epilogue != "STORE" or products[0].weight.across)):
             raise NotFused("products of one input that differ in shape, dtype or scale")
         if epilogue == "GATE" and products[0].weight.across:
             raise NotFused("gated products of [in, out] weights")
@@ -108,7 +114,7 @@ class Products(Recorder):
                     return tiles
             return 2
         least = self._processors // (1 if self._rows == 1 else 2)
-        most = 8 if weight.element.startswith("Ints<4") else 4
+        most = 8 if weight.blocks is not None and warps <= 8 else 4  # beside 80 registers a thread
         for tiles in (8, 4, 2):
             outputs_held = 8 * tiles * self._rows  # one a thread, and float sums of every warp
             fits = outputs_held <= 32 * warps and 4 * warps * weights * outputs_held <= 2**14

@@ -14,7 +14,7 @@ from fastgen.engines.nvrtc import ELEMENTS, Launch
 from fastgen.ops import names
 from fastgen.target import Target
 
-_SOURCES = ("common.cu", "weights.cu", "linear.cu", "attention.cu")
+_SOURCES = ("common.cu", "weights.cu", "linear.cu", "rotary.cu", "attention.cu")
 _REGISTERS = 2**16  # of a processor
 _LEAST_REGISTERS = 64  # that a thread needs, about
 _WARP_INPUTS = 64  # of a weight of fewer bits that a warp reads at a time: all of one group
@@ -93,12 +93,13 @@ class Recorder:
         grid: tuple[int, int],
         threads: int,
         args: ctypes.Structure,
-        least: int = 1,
+        together: int | None = None,
         **more: int,
     ) -> None:
-        """Launch an instantiation of a kernel template; a processor holds ``least`` blocks."""
+        """Launch an instantiation of a kernel template; ``together``: blocks of a processor."""
         alone = more.get("cluster", 1) == 1  # a cluster's blocks are placed together anyway
-        together = max(self._together(grid[0] * grid[1], threads) if alone else 1, least)
+        if together is None:
+            together = self._together(grid[0] * grid[1], threads) if alone else 1
         bounds = f"{threads}, {together}" if together > 1 else f"{threads}"
         if (body, bounds) not in self._names:
             name = f"{body.split('<')[0]}_{len(self._names)}"

@@ -8,16 +8,19 @@ template <int BITS, int GROUP, class S> struct Ints {};
 struct Fp8 {};
 
 // How a weight lies: BITS a column, COLUMNS of a lane in one step of its warp; GROUP columns have a
-// scale of their own, 0: none. ROW_SCALED: each row has one. Scale, Bias: their dtypes.
+// scale of their own, 0: none. ROW_SCALED: each row has one. Scale, Bias: their dtypes; Input: that of
+// x where a kernel norms it.
 template <class W> struct Format {
     typedef W Scale;
     typedef W Bias;
+    typedef T Input;
     static constexpr int BITS = 8 * sizeof(W), COLUMNS = 8, GROUP = 0;
     static constexpr bool ROW_SCALED = false;
 };
 template <int B, int G, class S> struct Format<Ints<B, G, S>> {
     typedef S Scale;
     typedef T Bias;
+    typedef fp16 Input;
     static constexpr int BITS = B, COLUMNS = 16, GROUP = G;  // a warp's 64 columns are of one group
     static constexpr bool ROW_SCALED = false;
     static_assert(G % 64 == 0, "a warp's step must lie within a group");
@@ -25,6 +28,7 @@ template <int B, int G, class S> struct Format<Ints<B, G, S>> {
 template <> struct Format<Fp8> {
     typedef float Scale;
     typedef T Bias;
+    typedef fp16 Input;
     static constexpr int BITS = 8, COLUMNS = 16, GROUP = 0;
     static constexpr bool ROW_SCALED = true;
 };
@@ -98,73 +102,67 @@ template <int TILES, class W> INLINE void turn(Fragment<W> (&w)[TILES]) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Two columns of a weight as two numbers of T in one register, without their scale, exactly. Bits
-// are laid into the mantissa of a number whose last bit counts one: 0x4300 is 128 in bf16, 0x6400
-// is 1024 in fp16.
+// Weights of fewer bits as numbers of fp16, which all of their values are, two in a register, by the
+// fewest instructions. Bits of an integer become the last ones of a mantissa: u is 1024 + u then, and
+// four bits one nibble higher 1024 + 16 u. Products take what is too much from their sums.
 
-INLINE unsigned fma_two(unsigned x, unsigned y, unsigned z, bf16) {  // x * y + z
-    unsigned d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(y), "r"(z));
-    return d;
-}
-INLINE unsigned fma_two(unsigned x, unsigned y, unsigned z, fp16) {
+INLINE unsigned fma_two(unsigned x, unsigned y, unsigned z) {  // x * y + z, of fp16
     unsigned d;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(y), "r"(z));
     return d;
 }
+constexpr unsigned ONE = 0x3c003c00, SIXTEENTH = 0x2c002c00, NOTHING = 0x80008000;  // + -0 is exact
 
-// Bytes i and i + 1 of a word (i: 0 or 2), each in a half of a register that has `rest` elsewhere.
-INLINE unsigned bytes_low(unsigned word, int i, unsigned rest) {
-    return __byte_perm(word, rest, i ? 0x4342 : 0x4140);
-}
-INLINE unsigned bytes_high(unsigned word, int i) { return __byte_perm(word, 0, i ? 0x3424 : 0x1404); }
-
-// Integers of 8 bits around 128: the low seven bits in 128 + low, less 256, or less 128 with the high bit
-INLINE unsigned two_of_8(unsigned word, int i, bf16) {
-    const unsigned both = bytes_low(word, i, 0);
-    const unsigned low = (both & 0x007f007f) | 0x43004300, less = (both & 0x00800080) ^ 0x43804380;
-    return fma_two(less, 0xbf80bf80, low, bf16());
-}
-INLINE unsigned two_of_8(unsigned word, int i, fp16) {
-    return fma_two(bytes_low(word, i, 0x64646464), 0x3c003c00, 0xe480e480, fp16());  // - 1152
-}
-// Integers of 4 bits around 8: columns i and i + 4 of a word's eight (i: 0 to 3)
-INLINE unsigned two_of_4(unsigned word, int i, bf16) {
-    return fma_two(((word >> 4 * i) & 0x000f000f) | 0x43004300, 0x3f803f80, 0xc308c308, bf16());
-}
-INLINE unsigned two_of_4(unsigned word, int i, fp16) {
-    return fma_two(((word >> 4 * i) & 0x000f000f) | 0x64006400, 0x3c003c00, 0xe408e408, fp16());
-}
-// e4m3 with its bits where T has them, and T's larger exponent made up for; subnormal ones too
-INLINE unsigned two_of_fp8(unsigned word, int i, bf16) {
-    const unsigned both = bytes_high(word, i);
-    return fma_two((both >> 4 & 0x07f007f0) | (both & 0x80008000), 0x7b807b80, 0x80008000, bf16());
-}
-INLINE unsigned two_of_fp8(unsigned word, int i, fp16) {
-    const unsigned both = bytes_high(word, i);
-    return fma_two((both >> 1 & 0x3f803f80) | (both & 0x80008000), 0x5c005c00, 0x80008000, fp16());
+INLINE unsigned two_of_fp8(unsigned word, int i) {  // bytes i and i + 1; i: 0 or 2
+#if __CUDA_ARCH__ >= 890
+    unsigned d;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"((unsigned short)(word >> 8 * i)));
+    return d;
+#else  // its bits where fp16 has them, and the larger exponent made up for; subnormal ones too
+    const unsigned both = __byte_perm(word, 0, i ? 0x3424 : 0x1404);
+    return fma_two((both >> 1 & 0x3f803f80) | (both & 0x80008000), 0x5c005c00, NOTHING);
+#endif
 }
 
 // Columns 8 * part and the next seven of a lane's share, in the order of in_order().
-template <class E, int G, class S> INLINE uint4 eight(const Fragment<Ints<8, G, S>>& w, int part) {
-    const unsigned a = w.word[2 * part], b = w.word[2 * part + 1];
-    return make_uint4(two_of_8(a, 0, E()), two_of_8(a, 2, E()), two_of_8(b, 0, E()), two_of_8(b, 2, E()));
+template <int G, class S> INLINE uint4 eight(const Fragment<Ints<8, G, S>>& w, int part) {
+    const unsigned a = w.word[2 * part], b = w.word[2 * part + 1], rest = 0x64646464;
+    return make_uint4(__byte_perm(a, rest, 0x4140), __byte_perm(a, rest, 0x4342),
+                      __byte_perm(b, rest, 0x4140), __byte_perm(b, rest, 0x4342));
 }
-template <class E, int G, class S> INLINE uint4 eight(const Fragment<Ints<4, G, S>>& w, int part) {
-    const unsigned a = w.word[part];
-    return make_uint4(two_of_4(a, 0, E()), two_of_4(a, 1, E()), two_of_4(a, 2, E()), two_of_4(a, 3, E()));
+template <int G, class S> INLINE uint4 eight(const Fragment<Ints<4, G, S>>& w, int part) {
+    const unsigned a = w.word[part], b = a >> 8;
+    return make_uint4((a & 0x000f000f) | 0x64006400, (a & 0x00f000f0) | 0x64006400,
+                      (b & 0x000f000f) | 0x64006400, (b & 0x00f000f0) | 0x64006400);
 }
-template <class E> INLINE uint4 eight(const Fragment<Fp8>& w, int part) {
+INLINE uint4 eight(const Fragment<Fp8>& w, int part) {
     const unsigned a = w.word[2 * part], b = w.word[2 * part + 1];
-    return make_uint4(two_of_fp8(a, 0, E()), two_of_fp8(a, 2, E()), two_of_fp8(b, 0, E()),
-                      two_of_fp8(b, 2, E()));
+    return make_uint4(two_of_fp8(a, 0), two_of_fp8(a, 2), two_of_fp8(b, 0), two_of_fp8(b, 2));
 }
 
-// Eight columns of x in the order in which eight() gives those of W; in_place(): the other way.
+// What eight() gives too much, negated, for inputs as in_order() gives them: 1024 and the zero point.
+template <class W> INLINE uint4 excess() {
+    const unsigned even = Format<W>::BITS == 4 ? 0xe408e408 : 0xe480e480;  // 1032 or 1152
+    return make_uint4(even, 0xe480e480, even, 0xe480e480);
+}
+// The numbers themselves
+template <class W> INLINE uint4 centred(uint4 x) {
+    if (Format<W>::ROW_SCALED) return x;
+    const bool four = Format<W>::BITS == 4;
+    const unsigned even = four ? 0xe408e408 : 0xe480e480, odd = four ? 0xd480d480 : 0xe480e480;  // 72
+    const unsigned unit = four ? SIXTEENTH : ONE;
+    return make_uint4(fma_two(x.x, ONE, even), fma_two(x.y, unit, odd), fma_two(x.z, ONE, even),
+                      fma_two(x.w, unit, odd));
+}
+
+// Eight columns of x, in fp16, in the order in which eight() gives those of W, the sixteenth of those
+// whose weights are 16 times too large; in_place(): the order only, the other way.
 template <class W> INLINE uint4 in_order(uint4 x) {
     if (Format<W>::BITS != 4) return x;
-    return make_uint4(__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632),
-                      __byte_perm(x.y, x.w, 0x5410), __byte_perm(x.y, x.w, 0x7632));
+    return make_uint4(__byte_perm(x.x, x.z, 0x5410),
+                      fma_two(__byte_perm(x.x, x.z, 0x7632), SIXTEENTH, NOTHING),
+                      __byte_perm(x.y, x.w, 0x5410),
+                      fma_two(__byte_perm(x.y, x.w, 0x7632), SIXTEENTH, NOTHING));
 }
 template <class W> INLINE uint4 in_place(uint4 x) {
     if (Format<W>::BITS != 4) return x;
