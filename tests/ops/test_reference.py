@@ -8,6 +8,7 @@ import torch
 from fastgen import registry
 from fastgen.precision import find_unstable, passes
 from fastgen.target import onnxruntime_cuda
+from tests import rotary
 from tests.configs import EVERY, TINY, TINY_BART, TINY_DECODER, build_pair
 from tests.models.test_bert import TINY as TINY_BERT
 from tests.models.test_bert import build
@@ -55,6 +56,19 @@ def test_hidden_states_of_bert(variant: str, in_float32: None) -> None:
     seen = batch["attention_mask"].bool()
     expected = pair.stock(**batch).last_hidden_state
     torch.testing.assert_close(found[passes.ENCODED].tensor[seen], expected[seen], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_heads"), [("Llama", 4), ("Llama", 2), ("Qwen3", 1), ("Qwen3", 2)]
+)
+@torch.no_grad()
+def test_rotary_positions_grouped_queries_and_norms_of_heads(
+    family: str, kv_heads: int, in_float32: None
+) -> None:
+    stock, fast = rotary.pair(family, kv_heads)
+    batch = ragged() | {"attention_mask": torch.ones(3, 9, dtype=torch.int64)}
+    (found,) = passes.Passes(fast, [batch]).run(None)
+    torch.testing.assert_close(found["logits"].tensor, stock(**batch).logits, **CLOSE)
 
 
 SIZES: dict[str, dict[str, Any]] = {
