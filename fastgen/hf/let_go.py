@@ -17,6 +17,7 @@ class Gone(torch.Tensor):
     _named: str
     _place: int
     _edits: int
+    _uncounted: bool
 
     @staticmethod
     def __new__(cls, parameter: torch.Tensor, name: str) -> "Gone":
@@ -29,7 +30,8 @@ class Gone(torch.Tensor):
             requires_grad=parameter.requires_grad,
         )
         gone._named, gone._place = name, parameter.data_ptr()
-        gone._edits = 0 if parameter.is_inference() else parameter._version
+        gone._uncounted = parameter.is_inference()
+        gone._edits = 0 if gone._uncounted else parameter._version
         gone._is_param = isinstance(parameter, torch.nn.Parameter)  # type: ignore[attr-defined]
         return gone
 
@@ -64,6 +66,10 @@ class Gone(torch.Tensor):
     @property
     def _version(self) -> int:
         return self._edits
+
+    def is_inference(self) -> bool:
+        """Whether it was made in inference mode, in which torch counts no edits."""
+        return self._uncounted
 
 
 def let_go(parameter: torch.Tensor, name: str) -> None:
