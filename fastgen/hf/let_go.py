@@ -21,7 +21,7 @@ class Gone(torch.Tensor):
 
     @staticmethod
     def __new__(cls, parameter: torch.Tensor, name: str) -> "Gone":
-        gone: Gone = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        gone: Gone = torch.Tensor._make_wrapper_subclass(
             cls,
             parameter.shape,
             strides=parameter.stride(),
@@ -32,14 +32,14 @@ class Gone(torch.Tensor):
         gone._named, gone._place = name, parameter.data_ptr()
         gone._uncounted = parameter.is_inference()
         gone._edits = 0 if gone._uncounted else parameter._version
-        gone._is_param = isinstance(parameter, torch.nn.Parameter)  # type: ignore[attr-defined]
+        gone._is_param = isinstance(parameter, torch.nn.Parameter)
         return gone
 
     # what only describes a tensor is answered without a look at its subclass
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         parts = [*args, *(kwargs or {}).values()]
         parts += [item for part in parts if isinstance(part, (list, tuple)) for item in part]
         next(part for part in parts if isinstance(part, cls)).refuse()
@@ -52,7 +52,7 @@ class Gone(torch.Tensor):
             "Load the model once more (from_pretrained), or with keep_torch_weights=True."
         )
 
-    __deepcopy__ = __reduce_ex__ = numpy = untyped_storage = refuse  # type: ignore[assignment]
+    __deepcopy__ = __reduce_ex__ = numpy = untyped_storage = refuse
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Gone({self._named}, {tuple(self.shape)}, {self.dtype})"
@@ -64,7 +64,7 @@ class Gone(torch.Tensor):
         return self._place
 
     @property
-    def _version(self) -> int:
+    def _version(self) -> int:  # type: ignore[override]
         return self._edits
 
     def is_inference(self) -> bool:
