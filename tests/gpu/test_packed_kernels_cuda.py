@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgen.blockwise import dequantise, quantise
 from fastgen.engines.fused import packed_kernels as kernels
 from fastgen.engines.fused.encoder import compile_kernels, side_streams
 from fastgen.engines.fused.packed_attention import Attention, BiasedAttention, Table
 from fastgen.engines.fused.packed_places import Count, Place, Spread
 from fastgen.engines.fused.packed_products import Product, Products
-from fastgen.engines.fused.packed_values import Buffer, Call, Norm, Rounded, Size, Term
+from fastgen.engines.fused.packed_values import Buffer, Call, Norm, Size, Term
 from tests.gpu.models import DEVICE, DTYPES, ids, ragged
 
 pytestmark = pytest.mark.cuda
@@ -255,93 +254,3 @@ def test_products_side_by_side(dtype: torch.dtype) -> None:
         expected = 0.5 * x.tensor.double() @ weight.T.double() + bias.double()
         rough = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
         torch.testing.assert_close(y.tensor.double(), expected, rtol=rough, atol=rough)
-
-
-needs_fp8 = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
-    reason="8-bit floats need compute capability 8.9",
-)
-
-
-def rounded_buffer(rows: int, width: int, plain: bool = False) -> Buffer:
-    y = Buffer(width, torch.zeros(rows, width, dtype=torch.bfloat16, device=DEVICE), plain=plain)
-    y.rounded = Rounded(width)
-    values, scales = y.rounded.buffers
-    values.tensor = torch.zeros(rows, width, device=DEVICE).to(torch.float8_e4m3fn)
-    scales.tensor = torch.zeros(rows, 1, device=DEVICE)
-    return y
-
-
-def left_by(kernel: kernels.LeavesRows, size: Size, reference: bool) -> list[torch.Tensor]:
-    """What the kernel, or torch, leaves as 8-bit floats: the numbers they stand for, and scales."""
-    (kernel.reference if reference else kernel)(size)  # type: ignore[attr-defined, operator]
-    assert kernel.y.rounded is not None
-    values, scales = (buffer.tensor.float() for buffer in kernel.y.rounded.buffers)
-    return [values * scales, scales.clone()]
-
-
-def check_rounded(kernel: kernels.LeavesRows, rows: int) -> None:
-    size = size_of(1, rows, rows)
-    compile_kernels((kernel,), torch.bfloat16, DEVICE)
-    found, expected = (left_by(kernel, size, reference) for reference in (False, True))
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-12)
-    # a number in the middle between two may go either way
-    assert ((found[0] - expected[0]).abs() <= 0.07 * expected[0].abs() + 1e-2).all()
-    assert float((found[0] != expected[0]).float().mean()) < 5e-3 or rows == 1
-
-
-@needs_fp8
-@pytest.mark.parametrize("kind", [None, "RELU", "GELU_TANH"])
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("width", [32, 1024, 10240, 32768])
-def test_rows_are_rounded(width: int, gated: bool, kind: str | None) -> None:
-    if gated and kind is None:
-        return
-    x, gate = (Buffer(width, random(9, width, dtype=torch.bfloat16, seed=n)) for n in range(2))
-    x.tensor[4] = 0
-    kernel = kernels.Round(x, kind, gate if gated else None)
-    kernel.y = rounded_buffer(9, width)
-    check_rounded(kernel, 9)
-
-
-@needs_fp8
-@pytest.mark.parametrize("width", [32, 1024, 4096, 8192])
-def test_norms_are_rounded(width: int) -> None:
-    weight = random(width, dtype=torch.bfloat16, seed=7)
-    x, residual = (Buffer(width, random(9, width, dtype=torch.bfloat16, seed=n)) for n in range(2))
-    norm = Norm(weight, random(width, dtype=torch.bfloat16, seed=8), 1e-5)
-    check_rounded(kernels.NormRows(x, residual, norm, rounded_buffer(9, width, plain=True)), 9)
-    for delta in (None, x):
-        stream = Buffer(width, random(9, width, seed=3), dtype=torch.float32)
-        before = stream.tensor.clone()
-        kernel = kernels.NormStream(stream, Norm(weight, None, 1e-6), residual, delta)
-        kernel.y = rounded_buffer(9, width)
-        compile_kernels((kernel,), torch.bfloat16, DEVICE)
-        kernel(size_of(1, 9, 9))
-        added = before if delta is None else before + x.tensor.float()
-        torch.testing.assert_close(stream.tensor, added)
-        stream.tensor.copy_(before)
-        found = left_by(kernel, size_of(1, 9, 9), reference=False)
-        stream.tensor.copy_(before)
-        expected = left_by(kernel, size_of(1, 9, 9), reference=True)
-        torch.testing.assert_close(found[0], expected[0], rtol=0.07, atol=1e-2)
-
-
-@needs_fp8
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("rows", [1, 32, 96, 513])
-def test_products_of_8_bit_floats(rows: int, biased: bool) -> None:
-    kernel = kernels.Round(Buffer(256, random(rows, 256, dtype=torch.bfloat16)))
-    kernel.y = rounded_buffer(rows, 256)
-    numbers = left_by(kernel, size_of(1, rows, rows), reference=True)[0]
-    blocks = quantise(random(96, 256, dtype=torch.bfloat16, seed=1), "fp8")
-    bias = random(96, dtype=torch.bfloat16, seed=2) if biased else None
-    assert kernel.y.rounded is not None
-    x, matrix, scales = kernel.y.rounded, blocks.values.T, blocks.scales.T
-    products = Products([Product(x, matrix, bias, scales=scales)])
-    products.writes[0].tensor = torch.zeros(rows, 96, dtype=torch.bfloat16, device=DEVICE)
-    products(size_of(1, rows, rows))
-    expected = numbers.double() @ dequantise(blocks, (96, 256), torch.float64).T
-    expected = expected if bias is None else expected + bias.double()
-    found = products.writes[0].tensor.double()
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=5e-2)

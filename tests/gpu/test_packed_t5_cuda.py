@@ -11,7 +11,6 @@ import torch
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 import fastgen
-from fastgen.blockwise import dequantise, quantise
 from fastgen.execution.capturing import CAPTURED_TOKENS
 from fastgen.execution.encoder import Encoder
 from tests.gpu.models import DEVICE, fast_of, ids, medium_stock, ragged
@@ -220,38 +219,3 @@ def test_the_encoder_of_a_model_that_generates(dtype: torch.dtype) -> None:
     engine_of(fast)
     del call["decoder_input_ids"]
     assert fast.generate(**call, max_new_tokens=8).shape == (3, 9)
-
-
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """What rows of 8-bit floats with a scale each stand for."""
-    return dequantise(quantise(x.flatten(0, -2), "fp8"), x.shape, x.dtype).view_as(x)
-
-
-@torch.no_grad()
-def round_products(model: Any) -> Any:
-    """The model on the GPU in float32, whose products read rounded inputs and weights."""
-    model = copy.deepcopy(model).to(DEVICE)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight.copy_(rounded(module.weight.bfloat16()).float())
-            module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
-    return model
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
-    reason="8-bit floats need compute capability 8.9",
-)
-@pytest.mark.parametrize("shape", ["1.0", "1.1", "umt5"])
-@torch.no_grad()
-def test_weights_of_8_bit_floats(shape: str) -> None:
-    """As far from float32 as rounding makes it, and no farther."""
-    fast = fast_encoder(shape, torch.bfloat16, weights="fp8")
-    exact, same = copy.deepcopy(stock(shape)).to(DEVICE), round_products(stock(shape))
-    for size, mask in (((1, 7), None), ((3, 65), "holes"), ((40, 60), "right")):
-        call = arguments(*size, mask)
-        seen = call.get("attention_mask", torch.ones_like(call["input_ids"])).bool()
-        found, expected, whole = (model(**call)[0].float()[seen] for model in (fast, same, exact))
-        own, theirs = (float((x - whole).norm() / whole.norm()) for x in (found, expected))
-        assert own <= 1.2 * theirs + 1e-2, (size, own, theirs)
-    engine_of(fast)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import BartConfig, GPT2Config, T5Config
+from transformers.modeling_outputs import BaseModelOutput
 
 import fastgen
 from fastgen.blockwise import GROUPS, KINDS, Blocks, Format, dequantise, quantise
@@ -235,11 +236,17 @@ def pair(family: str, kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def generate(model: Any, rows: int, new_tokens: int, **kwargs: Any) -> Any:
+    """What follows a prompt, or hidden states: an encoder may round its activations as well."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 500, (rows, 12), generator=generator).to(DEVICE)
+    hidden = torch.randn(rows, 12, 256, generator=generator).bfloat16().to(DEVICE, model.dtype)
+    if model.config.is_encoder_decoder:
+        kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden)
+    else:
+        kwargs["input_ids"] = ids
     kwargs |= {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": 501}
     kwargs |= {"return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
+    return model.generate(attention_mask=torch.ones_like(ids), **kwargs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,7 +21,7 @@ from fastgen.target import Target
 MOST_TOKENS = 16384
 """Tokens of one run: enough to fill a GPU, and all that buffers must hold."""
 SIDE_TOKENS, FETCHED_TOKENS = 2048, 512
-_SOURCES = ("common.cu", "encoder_rows.cu", "encoder.cu")
+_SOURCES = ("common.cu", "encoder.cu")
 
 
 class PackedEngine:
@@ -51,8 +51,8 @@ class PackedEngine:
         # on a CPU torch computes what the kernels would
         if device.type == "cuda" and (reason := nvrtc.refusal(device)):
             raise NotFused(reason)
-        if reason := _weights_refusal(target, device):
-            raise NotFused(reason)
+        if target.weights in ("int8", "int4"):  # fp8 is of decoders, encoders read full weights
+            raise NotFused(f"no products of packed tokens by {target.weights} weights")
         self.target, self.device, self._padding = target, device, padding
         self._root, self._more_ids, self._engine_cache = root, more_ids, engine_cache
         self._dtype = getattr(torch, target.dtype)
@@ -62,8 +62,6 @@ class PackedEngine:
             if name not in parameters:
                 raise NotFused(f"{name} is gone")
             self._parameters[name] = parameters[name].detach()
-        self._given = parameters
-        """These, and where those of fewer bits are made."""
         self._scratch: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
         self._record()  # so that what is not served is known by now
         self._count, self._place = Count(), Place()
@@ -128,7 +126,7 @@ class PackedEngine:
         return binding
 
     def _record(self) -> tuple[PackedOps, Buffer]:
-        ops = PackedOps(self.target, self._given)
+        ops = PackedOps(self.target, self._parameters)
         names = "input_ids", *self._more_ids
         results = self._root.encode(
             ops,
@@ -141,19 +139,6 @@ class PackedEngine:
         if ops.embed is None:
             raise NotFused("an encoder that does not begin with normed embeddings")
         return ops, result
-
-
-def _weights_refusal(target: Target, device: torch.device) -> str | None:
-    """Why weights of fewer bits are not served; None if they are."""
-    if target.weights not in ("full", "fp8"):
-        return f"no products of packed tokens by {target.weights} weights"
-    if target.weights == "full" or device.type != "cuda":
-        return None
-    if target.dtype != "bfloat16":
-        return f"fp8 weights of a model in {target.dtype}: in bfloat16 they are served"
-    if torch.cuda.get_device_capability(device) < (8, 9):
-        return "products of fp8 weights need compute capability 8.9"
-    return None
 
 
 def compile_kernels(

@@ -62,7 +62,8 @@ template <class W, int STEPS> struct Product {
 // brings x of many steps into few registers; of a step's sums, only those of its rows count.
 template <class W, int STEPS> struct NarrowProduct {
     static constexpr int HELD = ROWS > 8 ? 16 : ROWS > 4 ? 8 : ROWS > 2 ? 4 : ROWS;  // rows of a step
-    static constexpr int HALF = HELD > 8 ? 1 : 8 / HELD, PER = HELD > 8 ? 1 : STEPS < 2 * HALF ? STEPS : 2 * HALF;
+    static constexpr int HALF = HELD > 8 ? 1 : 8 / HELD;  // steps in the rows 0 to 7
+    static constexpr int PER = HELD > 8 ? 1 : STEPS < 2 * HALF ? STEPS : 2 * HALF;
     struct Input {
         Columns eight[2];
         float scale[2], less[4];  // scale: of the rows low and high; less: see excess()
@@ -75,27 +76,29 @@ template <class W, int STEPS> struct NarrowProduct {
         Input input = {};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
+            const int low = own + 8 * i, high = HELD > 8 ? low : low + HALF * STEP;
             Columns& eight = input.eight[i];
-            eight.low = eight_columns(x, stride, own + 8 * i, row, columns);
-            if (HELD > 8) eight.high = eight_columns(x, stride, own + 8 * i, row + 8, columns);
-            else if (PER > HALF) eight.high = eight_columns(x, stride, own + 8 * i + HALF * STEP, row, columns);
+            eight.low = eight_columns(x, stride, low, row, columns);
+            if (HELD > 8 || PER > HALF)
+                eight.high = eight_columns(x, stride, high, HELD > 8 ? row + 8 : row, columns);
         }
         return input;
     }
+    // 16 columns of a row in bf16 to fp16, where the largest of the 64 that four lanes have is 2^14
     static INLINE void narrow(uint4& first, uint4& second, float& scale) {
+        const unsigned from[8] = {first.x,  first.y,  first.z,  first.w,
+                                  second.x, second.y, second.z, second.w};
         float x[16], largest = 0.f;
 #pragma unroll
         for (int e = 0; e < 16; e++) {
-            const uint4& eight = e < 8 ? first : second;
-            const unsigned two = e / 2 % 4 == 0 ? eight.x : e / 2 % 4 == 1 ? eight.y : e / 2 % 4 == 2 ? eight.z : eight.w;
-            x[e] = __uint_as_float(e % 2 ? two & 0xffff0000 : two << 16);
+            x[e] = __uint_as_float(e % 2 ? from[e / 2] & 0xffff0000 : from[e / 2] << 16);
             largest = fmaxf(largest, fabsf(x[e]));
         }
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-        const int exponent = max((int)(__float_as_uint(largest) >> 23), 15);  // becomes 2^14
-        const float factor = __uint_as_float((268 - exponent) << 23);
-        scale = __uint_as_float((exponent - 14) << 23);
+        const int exponent = max((int)(__float_as_uint(largest) >> 23), 15);
+        const float factor = __uint_as_float((268 - exponent) << 23);  // 2^14 over the largest's power
+        scale = __uint_as_float((exponent - 14) << 23);                // of two, and its inverse
         unsigned y[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) y[i] = two_of_float(x[2 * i] * factor, x[2 * i + 1] * factor);
@@ -114,17 +117,22 @@ template <class W, int STEPS> struct NarrowProduct {
         }
     }
     INLINE void add(const Input& x, int step, const Fragment<W>& w, Two scales, int lane) {
-        float own[4] = {x.less[0], x.less[1], x.less[2], x.less[3]};
+        float own[4] = {x.less[0], x.less[1], x.less[2], x.less[3]}, more[4] = {};
+        multiply(own, x.eight[0], eight(w, 0), fp16());  // two short chains: nothing else to wait for
+        multiply(more, x.eight[1], eight(w, 1), fp16());
 #pragma unroll
-        for (int i = 0; i < 2; i++) multiply(own, x.eight[i], eight(w, i), fp16());
+        for (int i = 0; i < 4; i++) own[i] += more[i];
         if constexpr (HELD > 8) {
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 c[i] += own[i] * ((i % 2 ? scales.second : scales.first) * x.scale[i / 2]);
         } else {
             const int half = step < HALF ? 0 : 1;
-            const float first = scales.first * x.scale[half], second = scales.second * x.scale[half];
-            if (lane / 4 / HELD == step % HALF) c[0] += own[2 * half] * first, c[1] += own[2 * half + 1] * second;
+            const float scale = x.scale[half];
+            if (lane / 4 / HELD == step % HALF) {
+                c[0] += own[2 * half] * (scales.first * scale);
+                c[1] += own[2 * half + 1] * (scales.second * scale);
+            }
         }
     }
     INLINE void store(float* sums, int lane) const {
@@ -177,7 +185,7 @@ struct LinearArgs {
     const void* x;          // T [ROWS, K], or with a norm the float residual stream
     const void* weight[3];  // W [N, K], ACROSS: [K, N]; one a segment; GATE: wi_0 and wi_1
     const void* scales[3];  // of weights of fewer bits: S [N, groups], or float [N]
-    const void* bias[3];    // [N], with BIAS, in the weights' dtype
+    const void* bias[3];    // [N], with BIAS, in the weights' dtype; the first of all three is of FIRST segments
     void* y;                // T [ROWS, SEGMENTS * N]; ADD: the float residual stream [ROWS, N]
     float scale;
     NormArgs norm;
@@ -191,7 +199,8 @@ template <class P> INLINE P which(P const (&pointers)[3], int i) {
 // way in registers of its THREADS, as weights are, until store().
 template <class W, int K, int OUTPUTS, int THREADS> struct Scales {
     typedef typename Format<W>::Scale S;
-    static constexpr int GROUP = Format<W>::GROUP ? Format<W>::GROUP : K, GROUPS = padded<W, K>() / GROUP;
+    static constexpr int GROUP = Format<W>::GROUP ? Format<W>::GROUP : K;
+    static constexpr int GROUPS = padded<W, K>() / GROUP;
     static constexpr int COUNT = Format<W>::GROUP ? GROUPS * OUTPUTS : 0;
     static constexpr int EACH = (COUNT + THREADS - 1) / THREADS;
     static constexpr int STRIDE = OUTPUTS + 2;  // writes of neighbouring groups fall on other banks
@@ -224,7 +233,7 @@ template <class W, int K, int OUTPUTS, int THREADS> struct Scales {
 
 // A block computes 8 * TILES outputs (of each of two weights with GATE); its warps share out K.
 template <class W, int K, int N, int SEGMENTS, int TILES, int WARPS, int NORM, int EPILOGUE, int ACT,
-          bool BIAS, bool ACROSS>
+          bool BIAS, bool ACROSS, int FIRST = 1>
 INLINE void linear(const LinearArgs& args) {
     typedef typename Format<W>::Bias Bias;
     constexpr int WEIGHTS = EPILOGUE == GATE ? 2 : 1, ALL = TILES * WEIGHTS;
@@ -250,12 +259,14 @@ INLINE void linear(const LinearArgs& args) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int segment = blockIdx.x / BLOCKS, first = blockIdx.x % BLOCKS * 8 * TILES;
     const int k0 = (warp * 4 + lane % 4) * COLUMNS;
+    const int source = FIRST > 1 ? max(segment - FIRST + 1, 0) : segment;  // of weight and bias
+    const int inside = FIRST > 1 && segment < FIRST ? segment * N : 0;     // the first of them
     const char* rows[ALL];
     Fragment<W> w[AHEAD][ALL], ring[RING];
     const auto row_of = [&](int a, int i) {  // row i of tile a, as there are N
-        return (long long)min(first + a / WEIGHTS * 8 + i, N - 1);
+        return (long long)(min(first + a / WEIGHTS * 8 + i, N - 1) + inside);
     };
-    const auto matrix = [&](int a) { return EPILOGUE == GATE ? a % 2 : segment; };
+    const auto matrix = [&](int a) { return EPILOGUE == GATE ? a % 2 : source; };
 #pragma unroll
     for (int a = 0; a < ALL; a++) {
         rows[a] = (const char*)which(args.weight, matrix(a));
@@ -291,11 +302,11 @@ INLINE void linear(const LinearArgs& args) {
 #pragma unroll
         for (int i = 0; i < WEIGHTS; i++) {
             const int o = threadIdx.x + e * WARPS * 32, n = first + o % (8 * TILES);
-            const Bias* from = (const Bias*)which(args.bias, segment + i);
-            if (BIAS && gives(o) && from) bias[e][i] = to_float(from[n]);
+            const Bias* from = (const Bias*)which(args.bias, source + i);
+            if (BIAS && gives(o) && from) bias[e][i] = to_float(from[n + inside]);
             scale[e][i] = args.scale;
             if (Format<W>::ROW_SCALED && gives(o))
-                scale[e][i] *= ((const float*)which(args.scales, segment + i))[n];
+                scale[e][i] *= ((const float*)which(args.scales, source + i))[n + inside];
         }
 
     if constexpr (NORM != NONE)
@@ -326,7 +337,8 @@ INLINE void linear(const LinearArgs& args) {
     for (int base = 0; base < STEPS; base += TOGETHER) {
         if (base) fetch(base);
 #pragma unroll
-        for (int i = 0; i < INPUTS; i++) Sums::template prepare<Same<Given, fp16>::value>(input[i]);
+        for (int i = 0; i < INPUTS; i++)
+            if (base + i * PER < STEPS) Sums::template prepare<Same<Given, fp16>::value>(input[i]);
 #pragma unroll
         for (int i = 0; i < TOGETHER; i++) {
             const int step = base + i, later = k0 + (step + AHEAD) * STEP;
@@ -341,7 +353,8 @@ INLINE void linear(const LinearArgs& args) {
                 product[a].add(input[i / PER], i % PER, own, scales, lane);
                 if (NARROW && next < STEPS * ALL)
                     own = load_weights<W>(rows[next % ALL], k0 + next / ALL * STEP, STORED);
-                if (!NARROW && !ACROSS && step + AHEAD < STEPS) own = load_weights<W>(rows[a], later, STORED);
+                if (!NARROW && !ACROSS && step + AHEAD < STEPS)
+                    own = load_weights<W>(rows[a], later, STORED);
             }
             if (ACROSS && step + AHEAD < STEPS) load(w[step % AHEAD], later);
         }

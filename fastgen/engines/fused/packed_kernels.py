@@ -19,7 +19,6 @@ from fastgen.engines.fused.packed_values import (
     Buffer,
     Call,
     Norm,
-    Rounded,
     Size,
     Term,
     vector,
@@ -67,42 +66,6 @@ class Kernel:
         return self._prepared is not None
 
 
-class OutArgs(ctypes.Structure):
-    _fields_ = [("y", _POINTER), ("values", _POINTER), ("scales", _POINTER)]
-
-
-class LeavesRows(Kernel):
-    """A kernel that leaves rows as they are, as 8-bit floats, or both: whatever somebody reads."""
-
-    y: Buffer
-    vector: int
-    """Elements of one load."""
-
-    @property
-    def left(self) -> list[Buffer]:
-        """What it writes of these."""
-        rounded = self.y.rounded
-        return [self.y] * self.y.plain + ([] if rounded is None else rounded.buffers)
-
-    @property
-    def store(self) -> str:
-        if self.y.rounded is None:
-            return "PLAIN"
-        return "BOTH" if self.y.plain else "ROUNDED"
-
-    def _point(self, out: OutArgs) -> None:
-        out.y = self.y.tensor.data_ptr() if self.y.plain else None
-        if self.y.rounded is not None:
-            out.values, out.scales = (b.tensor.data_ptr() for b in self.y.rounded.buffers)
-
-    def _leave(self, x: torch.Tensor) -> None:
-        """Its reference, of the first rows in float32."""
-        if self.y.plain:
-            self.y.tensor[: len(x)] = x.to(self.y.tensor.dtype)
-        if self.y.rounded is not None:
-            self.y.rounded.fill(x)
-
-
 class TermArgs(ctypes.Structure):
     _fields_ = [
         *(("table", _POINTER), ("ids", _POINTER)),
@@ -113,12 +76,12 @@ class TermArgs(ctypes.Structure):
 class EmbedArgs(ctypes.Structure):
     _fields_ = [
         *(("term", TermArgs * MAX_TERMS), ("tokens", _POINTER), ("total", _POINTER)),
-        *(("out", OutArgs), ("stream", _POINTER), ("weight", _POINTER), ("bias", _POINTER)),
+        *(("y", _POINTER), ("stream", _POINTER), ("weight", _POINTER), ("bias", _POINTER)),
         *(("eps", _FLOAT), ("sources", _INT)),
     ]
 
 
-class Embed(LeavesRows):
+class Embed(Kernel):
     """A sum of embeddings, normed; of a root-mean-square norm the sum itself, too."""
 
     def __init__(
@@ -132,8 +95,8 @@ class Embed(LeavesRows):
         self.terms, self.norm, self.y, self.stream = terms, norm, y, stream
         self.arguments = EmbedArgs(weight=norm.weight.data_ptr(), bias=pointer(norm.bias))
         self.arguments.eps = norm.eps
-        self.vector = min(norm.vector, *(vector(term.table) for term in terms))
-        self.threads = norm.threads(self.vector)
+        self._vector = min(norm.vector, *(vector(term.table) for term in terms))
+        self.threads = norm.threads(self._vector)
         for term, args in zip(terms, self.arguments.term, strict=False):
             args.table, args.count, args.offset = (
                 term.table.data_ptr(),
@@ -144,12 +107,12 @@ class Embed(LeavesRows):
 
     @property
     def body(self) -> str:
-        sizes = f"{self.y.width}, {self.vector}, {self.threads}"
-        return f"embed<{sizes}, {len(self.terms)}, {self.norm.kind}, {self.store}>"
+        sizes = f"{self.y.width}, {self._vector}, {self.threads}"
+        return f"embed<{sizes}, {len(self.terms)}, {self.norm.kind}>"
 
     @property
     def writes(self) -> Sequence[Buffer]:
-        return self.left if self.stream is None else [*self.left, self.stream]
+        return [self.y] if self.stream is None else [self.y, self.stream]
 
     def __call__(self, call: Call, size: Size) -> None:
         if not self.on_gpu:
@@ -159,8 +122,7 @@ class Embed(LeavesRows):
         for term, each in zip(self.terms, args.term, strict=False):
             each.ids = pointer(None if term.ids is None else call.ids[term.ids])
             each.one_id = term.ids is not None
-        args.tokens = call.tokens.data_ptr()
-        self._point(args.out)
+        args.tokens, args.y = call.tokens.data_ptr(), self.y.tensor.data_ptr()
         args.stream = None if self.stream is None else self.stream.tensor.data_ptr()
         args.total, args.sources = size.starts[-1:].data_ptr(), call.sources
         self.launch(len(call.tokens))
@@ -176,7 +138,7 @@ class Embed(LeavesRows):
                 ids = torch.zeros_like(tokens) if given is None else given.reshape(-1)[tokens]
             ids = (ids + term.offset).clamp(0, len(term.table) - 1)
             total = total + term.scale * term.table[ids].float()
-        self._leave(self.norm(total))
+        self.y.tensor[: len(tokens)] = self.norm(total).to(self.y.tensor.dtype)
         if self.stream is not None:
             self.stream.tensor[: len(tokens)] = total
 
@@ -184,38 +146,33 @@ class Embed(LeavesRows):
 class NormArguments(ctypes.Structure):
     _fields_ = [
         *(("x", _POINTER), ("residual", _POINTER), ("weight", _POINTER), ("bias", _POINTER)),
-        *(("out", OutArgs), ("eps", _FLOAT)),
+        *(("y", _POINTER), ("eps", _FLOAT)),
     ]
 
 
-class NormRows(LeavesRows):
+class NormRows(Kernel):
     """``norm(x + residual)``, a layer norm in float32."""
 
     def __init__(self, x: Buffer, residual: Buffer | None, norm: Norm, y: Buffer) -> None:
         super().__init__()
         self.x, self.residual, self.norm, self.y = x, residual, norm, y
         self.reads = [x] if residual is None else [x, residual]
-        self.vector, self.threads = norm.vector, norm.threads(norm.vector)
+        self.writes = [y]
+        self.threads = norm.threads(norm.vector)
         self.arguments = NormArguments(weight=norm.weight.data_ptr(), bias=pointer(norm.bias))
         self.arguments.eps = norm.eps
 
     @property
     def body(self) -> str:
         added = str(self.residual is not None).lower()
-        sizes = f"{self.y.width}, {self.norm.vector}, {self.threads}"
-        return f"norm_rows<{sizes}, {added}, {self.store}>"
-
-    @property
-    def writes(self) -> Sequence[Buffer]:
-        return self.left
+        return f"norm_rows<{self.y.width}, {self.norm.vector}, {self.threads}, {added}>"
 
     def __call__(self, size: Size) -> None:
         if not self.on_gpu:
             self.reference(size)
             return
         args = self.arguments
-        args.x = self.x.tensor.data_ptr()
-        self._point(args.out)
+        args.x, args.y = self.x.tensor.data_ptr(), self.y.tensor.data_ptr()
         args.residual = None if self.residual is None else self.residual.tensor.data_ptr()
         self.launch(size.tokens)
 
@@ -223,50 +180,37 @@ class NormRows(LeavesRows):
         total = self.x.tensor[: size.tokens].float()
         if self.residual is not None:
             total = total + self.residual.tensor[: size.tokens].float()
-        self._leave(self.norm(total))
+        self.y.tensor[: size.tokens] = self.norm(total).to(self.y.tensor.dtype)
 
 
 class StreamArgs(ctypes.Structure):
-    _fields_ = [
-        *(("x", _POINTER), ("delta", _POINTER), ("weight", _POINTER)),
-        *(("out", OutArgs), ("eps", _FLOAT)),
-    ]
+    _fields_ = [("x", _POINTER), ("weight", _POINTER), ("y", _POINTER), ("eps", _FLOAT)]
 
 
-class NormStream(LeavesRows):
-    """The root-mean-square norm of a residual stream, which is float32, and what is added first."""
+class NormStream(Kernel):
+    """The root-mean-square norm of a residual stream, which is float32."""
 
-    def __init__(self, x: Buffer, norm: Norm, y: Buffer, delta: Buffer | None = None) -> None:
+    def __init__(self, x: Buffer, norm: Norm, y: Buffer) -> None:
         super().__init__()
-        self.x, self.norm, self.y, self.delta = x, norm, y, delta
-        self.reads = [x] if delta is None else [x, delta]
-        self.vector, self.threads = norm.vector, norm.threads(norm.vector)
+        self.x, self.norm, self.y = x, norm, y
+        self.reads, self.writes = [x], [y]
+        self.threads = norm.threads(norm.vector)
         self.arguments = StreamArgs(weight=norm.weight.data_ptr(), eps=norm.eps)
 
     @property
     def body(self) -> str:
-        added = str(self.delta is not None).lower()
-        sizes = f"{self.y.width}, {self.norm.vector}, {self.threads}"
-        return f"norm_stream<{sizes}, {added}, {self.store}>"
-
-    @property
-    def writes(self) -> Sequence[Buffer]:
-        return self.left if self.delta is None else [*self.left, self.x]
+        return f"norm_stream<{self.y.width}, {self.norm.vector}, {self.threads}>"
 
     def __call__(self, size: Size) -> None:
         if not self.on_gpu:
             self.reference(size)
             return
-        self.arguments.x = self.x.tensor.data_ptr()
-        self.arguments.delta = None if self.delta is None else self.delta.tensor.data_ptr()
-        self._point(self.arguments.out)
+        self.arguments.x, self.arguments.y = self.x.tensor.data_ptr(), self.y.tensor.data_ptr()
         self.launch(size.tokens)
 
     def reference(self, size: Size) -> None:
-        x = self.x.tensor[: size.tokens]
-        if self.delta is not None:
-            x += self.delta.tensor[: size.tokens].float()
-        self._leave(self.norm(x))
+        normed = self.norm(self.x.tensor[: size.tokens])
+        self.y.tensor[: size.tokens] = normed.to(self.y.tensor.dtype)
 
 
 class ActivationArgs(ctypes.Structure):
@@ -301,44 +245,6 @@ class Activate(Kernel):
         x = self.x.tensor[: size.tokens]
         y = _ACTIVATIONS[self.kind](x.float())
         x.copy_(y if self.gate is None else y * self.gate.tensor[: size.tokens].float())
-
-
-class RoundArgs(ctypes.Structure):
-    _fields_ = [("x", _POINTER), ("gate", _POINTER), ("out", OutArgs)]
-
-
-class Round(LeavesRows):
-    """Rows as 8-bit floats, activated and times a gate if there are such."""
-
-    def __init__(self, x: Buffer, kind: str | None = None, gate: Buffer | None = None) -> None:
-        super().__init__()
-        self.x, self.kind, self.gate = x, kind, gate
-        self.y = Buffer(x.width, plain=False, rounded=Rounded(x.width))
-        self.reads, self.writes = [x] if gate is None else [x, gate], self.left
-        self.arguments = RoundArgs()
-        self.vector = 1 if x.width % VECTOR else VECTOR
-        self.threads = min(1024, -(-x.width // (64 * VECTOR)) * 32)  # two loads each
-
-    @property
-    def body(self) -> str:
-        gated = str(self.gate is not None).lower()
-        sizes = f"{self.x.width}, {VECTOR}, {self.threads}"
-        return f"round_rows<{sizes}, {'-1' if self.kind is None else self.kind}, {gated}>"
-
-    def __call__(self, size: Size) -> None:
-        if not self.on_gpu:
-            self.reference(size)
-            return
-        self.arguments.x = self.x.tensor.data_ptr()
-        self.arguments.gate = None if self.gate is None else self.gate.tensor.data_ptr()
-        self._point(self.arguments.out)
-        self.launch(size.tokens)
-
-    def reference(self, size: Size) -> None:
-        x = self.x.tensor[: size.tokens].float()
-        if self.kind is not None:
-            x = _ACTIVATIONS[self.kind](x)
-        self._leave(x if self.gate is None else x * self.gate.tensor[: size.tokens].float())
 
 
 class PrefetchArgs(ctypes.Structure):

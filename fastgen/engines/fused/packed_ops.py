@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from fastgen.blockwise import Format
 from fastgen.engines import NotFused
 from fastgen.engines.fused.packed_attention import (
     MAX_HEAD_SIZE,
@@ -20,23 +19,15 @@ from fastgen.engines.fused.packed_attention import (
     BiasedAttention,
     Table,
 )
-from fastgen.engines.fused.packed_kernels import (
-    Activate,
-    Embed,
-    LeavesRows,
-    NormRows,
-    NormStream,
-    Round,
-)
+from fastgen.engines.fused.packed_kernels import Activate, Embed, NormRows, NormStream
 from fastgen.engines.fused.packed_products import Product, Products, Recorded
-from fastgen.engines.fused.packed_values import MAX_TERMS, VECTOR, Buffer, Norm, Rounded, Term
+from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Term
 from fastgen.engines.fused.products import ACTIVATIONS
 from fastgen.engines.fused.recorder import Builder, narrow_results
 from fastgen.ops import names
 from fastgen.target import Target
 
 MAX_WIDTH = 8192  # of a row, that a block of the kernels holds
-MAX_ROUNDED_WIDTH = 32768  # and of one that is rounded alone
 
 
 # Values
@@ -93,10 +84,6 @@ class PackedOps:
         self._parameters = parameters
         self._dtype = getattr(torch, target.dtype)
         self._rounds = narrow_results(target)
-        self._form = Format("fp8", 0) if target.weights == "fp8" else None
-        """How weights that are multiplied by are held, if not as they are."""
-        self._leaving: dict[Buffer, LeavesRows] = {}
-        """What leaves rows that may be rounded."""
         self._zeros: dict[int, torch.Tensor] = {}
         self._streams: dict[Embedded, Stream] = {}
         self._additions = 0
@@ -107,7 +94,7 @@ class PackedOps:
     # Values
 
     def _weight(self, value: Any, width: int | None = None) -> torch.Tensor:
-        weight = self._parameters[value.name].detach()
+        weight = self._parameters[value.name]
         if weight.dtype != self._dtype:
             raise NotFused(f"{value.name} in {weight.dtype}, activations in {self._dtype}")
         if not weight.is_contiguous():
@@ -123,7 +110,6 @@ class PackedOps:
     def rows(self, x: Any) -> Buffer:
         """The numbers of a value."""
         if isinstance(x, Buffer):
-            x.plain = True
             return x
         if isinstance(x, Product):
             self._rounds(x.name)
@@ -144,12 +130,11 @@ class PackedOps:
             y, factor = self._record(Products([product, gate]))
             self._record(Activate(y, kind, factor))
             return y
-        whole = self._form is None
-        narrow = whole and self._dtype != torch.float32 and kind in ("GELU_TANH", "GELU_ERF")
-        if whole and kind == "RELU" and product.bias is None and self._dtype != torch.float16:
+        narrow = self._dtype != torch.float32 and kind in ("GELU_TANH", "GELU_ERF")
+        if kind == "RELU" and product.bias is None and self._dtype != torch.float16:
             # in float16 our own kernel keeps it finite, as T5 must
             product = replace(product, bias=self._no_bias(product.matrix))
-        if whole and product.bias is not None and (narrow or kind == "RELU"):
+        if product.bias is not None and (narrow or kind == "RELU"):
             activation = "GELU_TANH" if narrow else kind
             return self._record(Products([replace(product, activation=activation)]))[0]
         (y,) = self._record(Products([product]))
@@ -184,28 +169,19 @@ class PackedOps:
             if self.embed is not None or any(t.table.shape[1] != y.width for t in x.terms):
                 raise NotFused("a second norm of embeddings, or one of another width")
             self.embed = Embed(x.terms, norm, y)
-            return self._may_round(self.embed)
-        kernel = NormRows(self._of_width(x, y.width), None, norm, y)
-        self._record(kernel)
-        return self._may_round(kernel)
+        else:
+            self._record(NormRows(self._of_width(x, y.width), None, norm, y))
+        return y
 
     def add_layer_norm(
         self, residual: Any, x: Any, weight: Any, bias: Any, eps: float
     ) -> tuple[Total, Buffer]:
         norm = self._norm(weight, bias, eps)
         y, before = Buffer(len(norm.weight)), self._of_width(residual, len(norm.weight))
-        kernel = NormRows(self._of_width(x, y.width), before, norm, y)
-        self._record(kernel)
-        return Total(), self._may_round(kernel)
+        self._record(NormRows(self._of_width(x, y.width), before, norm, y))
+        return Total(), y
 
-    def _may_round(self, kernel: LeavesRows) -> Buffer:
-        """The rows that a norm leaves: in what form, those who read them say."""
-        if self._form is not None:
-            kernel.y.plain = False
-            self._leaving[kernel.y] = kernel
-        return kernel.y
-
-    def rms_norm(self, x: Any, weight: Any, eps: float, delta: Buffer | None = None) -> Buffer:
+    def rms_norm(self, x: Any, weight: Any, eps: float) -> Buffer:
         norm = self._norm(weight, None, eps)
         y = Buffer(len(norm.weight))
         if isinstance(x, Embedded) and x not in self._streams:
@@ -213,13 +189,12 @@ class PackedOps:
                 raise NotFused("a second norm of embeddings, or one of another width")
             stream = self._streams[x] = Stream(Buffer(y.width, dtype=torch.float32))
             self.embed = Embed(x.terms, norm, y, stream.buffer)
-            return self._may_round(self.embed)
+            return y
         stream = self._stream(x)
         if stream.buffer.width != y.width:
             raise NotFused(f"a norm of {y.width} columns of a stream of {stream.buffer.width}")
-        kernel = NormStream(stream.buffer, norm, y, delta)
-        self._record(kernel)
-        return self._may_round(kernel)
+        self._record(NormStream(stream.buffer, norm, y))
+        return y
 
     def add_rms_norm(self, residual: Any, x: Any, weight: Any, eps: float) -> tuple[Stream, Buffer]:
         stream = self._stream(residual)
@@ -227,11 +202,10 @@ class PackedOps:
             raise NotFused("what is added to a residual stream is no product, or has a bias")
         if x.matrix.shape[1] != stream.buffer.width:
             raise NotFused(f"{x.matrix.shape[1]} columns onto a stream of {stream.buffer.width}")
-        direct = self._form is None  # products of 8-bit floats are not summed onto others
-        (delta,) = self._record(Products([replace(x, onto=stream.buffer) if direct else x]))
+        self._record(Products([replace(x, onto=stream.buffer)]))
         self._additions += 1
         total = Stream(stream.buffer, self._additions)
-        return total, self.rms_norm(total, weight, eps, None if direct else delta)
+        return total, self.rms_norm(total, weight, eps)
 
     def _stream(self, x: Any) -> Stream:
         """A residual stream that nothing was added to since."""
@@ -268,32 +242,7 @@ class PackedOps:
         addend = None if bias is None else self._weight(bias, matrix.shape[1])
         name = names.of_parameter(weight)
         self._rounds(names.product(name))
-        if self._form is None:
-            return Product(self.rows(x), matrix, addend, scale, name=name)
-        if scale != 1.0 or any(size % 16 for size in matrix.shape):
-            raise NotFused(f"scaled products in fp8, or of {tuple(matrix.shape)}: 16 must divide")
-        made = replace(self._form, transposed=transposed).names(weight.name)
-        values, scales = (self._parameters[n] for n in made)
-        return Product(self._rounded(x), values.T, addend, scales=scales.T, name=name)
-
-    def _rounded(self, x: Any) -> Rounded:
-        """The numbers of a value as 8-bit floats."""
-        kernel = self._leaving.get(x) if isinstance(x, Buffer) else None
-        if isinstance(x, Activated):
-            products = [x.product] if x.gate is None else [x.product, x.gate]
-            y, *gates = self._record(Products(products))
-            x, kernel = y, Round(y, x.kind, *gates)
-            self._record(kernel)
-        elif kernel is None:
-            kernel = self._leaving[x] = Round(self.rows(x))
-            self._record(kernel)
-        width = kernel.y.width
-        if width > MAX_ROUNDED_WIDTH or kernel.vector != VECTOR:
-            most = f"{MAX_ROUNDED_WIDTH} at most, and aligned"
-            raise NotFused(f"rows of {width} as 8-bit floats: {most}")
-        if kernel.y.rounded is None:
-            kernel.y.rounded = Rounded(width)
-        return kernel.y.rounded
+        return Product(self.rows(x), matrix, addend, scale, name=name)
 
     def wide_linear(self, x: Any, weight: Any) -> Product:
         return self.linear(x, weight)  # its sums stay float32 on a residual stream

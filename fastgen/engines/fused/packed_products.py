@@ -1,4 +1,4 @@
-"""Products of packed rows by cuBLAS, of a model's weights or of 8-bit floats made of them."""
+"""Products of packed rows by cuBLAS, some of them side by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from fastgen.engines.fused.packed_kernels import Prefetch
-from fastgen.engines.fused.packed_values import Buffer, Rounded, Size
+from fastgen.engines.fused.packed_values import Buffer, Size
 
 FILLING, FILLING_TOKENS = 2**24, 256  # elements of a matrix, and tokens
 
@@ -29,28 +29,18 @@ class Recorded(Protocol):
 class Product:
     """``scale * x @ matrix + bias``, activated if there is an activation."""
 
-    x: Buffer | Rounded
+    x: Buffer
     matrix: torch.Tensor
-    """[in, out]; of 8-bit floats, if x is."""
     bias: torch.Tensor | None
     scale: float = 1.0
     activation: str | None = None
     """One of cuBLAS: RELU, or GELU_TANH."""
     onto: Buffer | None = None
     """A residual stream that it is added to."""
-    scales: torch.Tensor | None = None
-    """float32 [1, out] of a matrix of 8-bit floats."""
     name: str = ""
     """Of the operation (see ``ops/names.py``)."""
 
-    @property
-    def reads(self) -> list[Buffer]:
-        return [self.x] if isinstance(self.x, Buffer) else self.x.buffers
-
     def into(self, buffer: Buffer, size: Size) -> None:
-        if isinstance(self.x, Rounded):
-            self._into_rounded(buffer, size, self.x)
-            return
         x, y = self.x.rows(size.tokens), buffer.rows(size.tokens)
         if self.onto is not None:
             if x.dtype == y.dtype:
@@ -68,27 +58,13 @@ class Product:
         else:
             torch.addmm(y, x, self.matrix, beta=0.0, alpha=self.scale, out=y)
 
-    def _into_rounded(self, buffer: Buffer, size: Size, x: Rounded) -> None:
-        y, values, scales = (b.rows(size.tokens) for b in (buffer, x.values, x.scales))
-        assert self.scales is not None
-        if y.device.type == "cuda":
-            torch._scaled_mm(
-                *(values, self.matrix, scales, self.scales, self.bias),
-                out_dtype=y.dtype,
-                use_fast_accum=True,
-                out=y,
-            )
-            return
-        found = values.float() @ self.matrix.float() * scales * self.scales
-        y.copy_(found if self.bias is None else found + self.bias.float())
-
 
 class Products:
     """Products by cuBLAS, each with its bias; they do not depend on each other."""
 
     def __init__(self, products: Sequence[Product]) -> None:
         self.products = products
-        self.reads = [buffer for product in products for buffer in product.reads]
+        self.reads = [product.x for product in products]
         self.writes = [product.onto or Buffer(product.matrix.shape[1]) for product in products]
         self.ahead: Prefetch | None = None
         """Fetches the weights of the products that follow, if there is a stream for it."""

@@ -12,7 +12,6 @@ from fastgen import cuda
 VECTOR = 8  # elements of one load, where widths and addresses allow it
 THREADS = 256
 MAX_TERMS = 4
-LARGEST = 448.0  # of 8-bit floats
 
 
 @dataclass(eq=False)
@@ -25,10 +24,6 @@ class Buffer:
     """Whether the launch that writes it makes its memory, too."""
     dtype: torch.dtype | None = None
     """None: that of activations."""
-    plain: bool = True
-    """Whether somebody reads its rows as they are."""
-    rounded: "Rounded | None" = None
-    """The same rows as 8-bit floats, where somebody reads those."""
     _rows: Any = None
 
     def rows(self, count: int) -> torch.Tensor:
@@ -40,26 +35,6 @@ class Buffer:
             self._rows = self.tensor[:count]
         found = self._rows
         return found
-
-
-class Rounded:
-    """Rows as 8-bit floats (e4m3), which stand for themselves times a scale of each row."""
-
-    def __init__(self, width: int) -> None:
-        self.values = Buffer(width, dtype=torch.float8_e4m3fn)
-        self.scales = Buffer(1, dtype=torch.float32)
-
-    @property
-    def buffers(self) -> list[Buffer]:
-        return [self.values, self.scales]
-
-    def fill(self, x: torch.Tensor) -> None:
-        """What the kernels compute of rows in float32: the first ones."""
-        most = x.abs().amax(1, keepdim=True)
-        factor = torch.where(most > 0, LARGEST / most, 0.0)
-        rounded = (x * factor).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-        self.values.tensor[: len(x)] = rounded
-        self.scales.tensor[: len(x)] = most / LARGEST
 
 
 @dataclass(frozen=True, eq=False)

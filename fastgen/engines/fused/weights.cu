@@ -8,8 +8,8 @@ template <int BITS, int GROUP, class S> struct Ints {};
 struct Fp8 {};
 
 // How a weight lies: BITS a column, COLUMNS of a lane in one step of its warp; GROUP columns have a
-// scale of their own, 0: none. ROW_SCALED: each row has one. Scale, Bias: their dtypes; Input: that of x
-// where a kernel norms it.
+// scale of their own, 0: none. ROW_SCALED: each row has one. Scale, Bias: their dtypes; Input: that of
+// x where a kernel norms it.
 template <class W> struct Format {
     typedef W Scale;
     typedef W Bias;
