@@ -4,6 +4,8 @@ N outputs, K inputs, G inputs of a block. A weight is [N, K] here, however its m
 """
 
 import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,8 +20,9 @@ GROUPS: dict[str, int] = {"int8": 128, "int4": 64, "fp8": 0}
 
 _BITS = {"int8": 8, "int4": 4}
 _LARGEST = 448.0  # of float8_e4m3fn
-_FEW = {"cpu": 2**18, "cuda": 2**24}
-"""Elements that are worked on at once: on a CPU, what its cache holds in float32."""
+_FEW = {"cpu": 2**15, "cuda": 2**24}
+"""Elements that are worked on at once. On a CPU as many as torch computes in one thread: its own
+threads wait for each other after each operation, which takes long where other programs run."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +95,27 @@ def quantise(weight: torch.Tensor, kind: Kind, group: int | None = None) -> Bloc
     fp8 = kind == "fp8"
     values_dtype = torch.float8_e4m3fn if fp8 else torch.uint8
     scales_dtype = torch.float32 if fp8 else weight.dtype
-    values = torch.empty(shapes[0], dtype=values_dtype, device=weight.device)
-    scales = torch.empty(shapes[1], dtype=scales_dtype, device=weight.device)
+    with torch.inference_mode(False):  # the threads below are in no such mode
+        values = torch.empty(shapes[0], dtype=values_dtype, device=weight.device)
+        scales = torch.empty(shapes[1], dtype=scales_dtype, device=weight.device)
     rows = max(1, _FEW[weight.device.type] // max(1, weight.shape[1]))
-    for at in range(0, len(weight), rows):
-        part = weight[at : at + rows].float()
+
+    def fill(at: int) -> None:
+        part, whole = weight[at : at + rows].float(), slice(at, at + rows)
         if not torch.isfinite(part).all():
             raise ValueError("a weight with an infinity or NaN has no form of fewer bits")
-        whole = slice(at, at + rows)
         if fp8:
             scales[whole] = _nonzero(part.abs().amax(1, keepdim=True) / _LARGEST)
             values[whole] = (part / scales[whole]).to(torch.float8_e4m3fn)
         else:
             values[whole], scales[whole] = _blocks(part, form, scales.dtype)
+
+    starts = range(0, len(weight), rows)
+    if weight.device.type == "cpu" and len(starts) > 1:
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            deque(threads.map(fill, starts), maxlen=0)  # raises what one of them raised
+    else:
+        deque(map(fill, starts), maxlen=0)
     return Blocks(values, scales, kind)
 
 

@@ -84,6 +84,17 @@ def test_a_transposed_view_is_read_as_it_is() -> None:
     )
 
 
+def test_a_large_weight_is_shared_out_to_threads_in_any_mode() -> None:
+    weight = torch.randn(300, 200)  # several parts
+    expected = quantise(weight, "int4")
+    with torch.inference_mode():
+        found = quantise(torch.nn.Parameter(weight), "int4")
+    assert torch.equal(found.values, expected.values) and not found.values.is_inference()
+    weight[299, 199] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        quantise(weight, "fp8")
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_infinities_have_no_form(bad: float) -> None:
     with pytest.raises(ValueError, match="infinity or NaN"):

@@ -21,6 +21,7 @@ from fastgen.hf.quantised import Key, Made, Weights
 from fastgen.hf.standing import Standing
 from fastgen.hf.stock import stock_class
 from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of
+from fastgen.progress import progress
 from fastgen.target import Target
 
 _QUANTISED = "quantised or sharded, which only torch runs: load the model without that"
@@ -115,11 +116,15 @@ class BuildsEngines(torch.nn.Module):
             graph = graphs.build(root, target, types, getattr(root, method), *specs)
             return backend.compile(graph, name, options, device)
 
+        fast = type(self).__qualname__
+
         def load(artifact: Artifact) -> Engine:
-            return backend.load(artifact, target, own, options)
+            if target.weights == "full":
+                return backend.load(artifact, target, own, options)
+            with progress(f"{fast} {name}: {target.weights} weights"):
+                return backend.load(artifact, target, own, options)
 
         if kept := self._engine_cache():
-            fast = type(self).__qualname__
             key = {"graph": name, "parameters": types, **engine_key(fast, self.config, target)}
             key |= {"inputs": [asdict(spec) for spec in specs[0]]}
             key |= {"backend": backend.key(target, options, device)}
@@ -127,13 +132,17 @@ class BuildsEngines(torch.nn.Module):
             engine = _kept(kept, key, build, load, title=f"{fast} {name} {where}")
         else:
             engine = load(build())
+        self._note(engine, own)
+        return engine
+
+    def _note(self, engine: Engine, own: Weights) -> None:
+        """Remember what an engine reads, and what it holds a second time."""
         self._plain |= {name for name in engine.weight_pointers() if not parse(name)}
         copied = getattr(engine, "copied", ())
         own.packed(copied)
         if left := own.sources(copied):
-            threads = options.intra_op_threads or processes.threads()
+            threads = self.engine_options.intra_op_threads or processes.threads()
             self._copies += (Fingerprint(left, threads),)
-        return engine
 
     def _weights(self) -> Weights:
         """What engines read: parameters, and what is made of them."""

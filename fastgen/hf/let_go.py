@@ -17,10 +17,11 @@ class Gone(torch.Tensor):
     _named: str
     _place: int
     _edits: int
+    _uncounted: bool
 
     @staticmethod
     def __new__(cls, parameter: torch.Tensor, name: str) -> "Gone":
-        gone: Gone = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        gone: Gone = torch.Tensor._make_wrapper_subclass(
             cls,
             parameter.shape,
             strides=parameter.stride(),
@@ -29,15 +30,16 @@ class Gone(torch.Tensor):
             requires_grad=parameter.requires_grad,
         )
         gone._named, gone._place = name, parameter.data_ptr()
-        gone._edits = 0 if parameter.is_inference() else parameter._version
-        gone._is_param = isinstance(parameter, torch.nn.Parameter)  # type: ignore[attr-defined]
+        gone._uncounted = parameter.is_inference()
+        gone._edits = 0 if gone._uncounted else parameter._version
+        gone._is_param = isinstance(parameter, torch.nn.Parameter)
         return gone
 
     # what only describes a tensor is answered without a look at its subclass
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         parts = [*args, *(kwargs or {}).values()]
         parts += [item for part in parts if isinstance(part, (list, tuple)) for item in part]
         next(part for part in parts if isinstance(part, cls)).refuse()
@@ -50,7 +52,7 @@ class Gone(torch.Tensor):
             "Load the model once more (from_pretrained), or with keep_torch_weights=True."
         )
 
-    __deepcopy__ = __reduce_ex__ = numpy = untyped_storage = refuse  # type: ignore[assignment]
+    __deepcopy__ = __reduce_ex__ = numpy = untyped_storage = refuse
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Gone({self._named}, {tuple(self.shape)}, {self.dtype})"
@@ -62,8 +64,12 @@ class Gone(torch.Tensor):
         return self._place
 
     @property
-    def _version(self) -> int:
+    def _version(self) -> int:  # type: ignore[override]
         return self._edits
+
+    def is_inference(self) -> bool:
+        """Whether it was made in inference mode, in which torch counts no edits."""
+        return self._uncounted
 
 
 def let_go(parameter: torch.Tensor, name: str) -> None:

@@ -213,6 +213,24 @@ def test_without_torchs_weights_results_are_the_same(name: str) -> None:
     assert pair.fast.device.type == "cpu" and pair.fast.dtype == torch.float32
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_in_inference_mode(loaded: bool) -> None:
+    expected, kept = light("t5-1.1").fast, with_weights("t5-1.1", "int8").fast
+    if loaded:
+        with torch.inference_mode():
+            model = copy.deepcopy(kept)
+    else:
+        model = copy.deepcopy(kept)
+    model.engine_options = {"weights": "int8", "keep_torch_weights": False}
+    ids = prompts("t5-1.1")
+    with torch.inference_mode():
+        found = model.generate(ids, max_new_tokens=5)
+    assert isinstance(model.lm_head.weight, Gone)
+    with torch.no_grad():
+        for again in (model, expected):
+            assert torch.equal(again.generate(ids, max_new_tokens=5), found)
+
+
 def test_the_memory_is_given_back() -> None:
     pair = with_weights("t5-1.1", "int8", keep_torch_weights=False)
     weight = pair.fast.decoder.block[0].layer[2].DenseReluDense.wo.weight
