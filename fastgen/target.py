@@ -1,7 +1,9 @@
 """Target: what one backend, on one device, in one dtype can do. Capabilities are data."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from fastgen.calibration import Calibration
 
 KVLayout = Literal["BHLD", "BLHD"]
 
@@ -38,6 +40,12 @@ class Target:
     attends: bool = True
     """The standard operator Attention is served in any head size and dtype; otherwise it is written
     as its products and Softmax."""
+    integers: bool = False
+    """Products of 8-bit integers exist: what a calibration asks for is served."""
+    saturates: bool = False
+    """Products of uint8 and int8 overflow 16 bits on this processor, so that weights are uint8."""
+    calibration: Calibration | None = field(default=None, hash=False)
+    """Ranges of the inputs of linear layers, whose products then are of 8-bit integers."""
 
     @property
     def residual_dtype(self) -> str:
@@ -51,7 +59,7 @@ class Target:
         return batch, slots, heads, head_size
 
 
-def onnxruntime_cpu() -> Target:
+def onnxruntime_cpu(saturates: bool = False) -> Target:
     """ONNX Runtime's CPU provider: attention appends to the KV buffer; float32 only."""
     return Target(
         "onnxruntime",
@@ -64,6 +72,8 @@ def onnxruntime_cpu() -> Target:
         always_masked=True,
         static_slots=False,
         captured=False,
+        integers=True,
+        saturates=saturates,
     )
 
 
@@ -85,7 +95,7 @@ def onnxruntime_cuda(dtype: str) -> Target:
 
 def tensorrt(dtype: str, backend: str = "tensorrt") -> Target:
     """TensorRT, or TensorRT for RTX (``backend="tensorrt-rtx"``): standard operators alone, typed
-    strongly. INT8 and FP8 weights will be a field here, as what a backend can multiply by."""
+    strongly."""
     return Target(
         backend,
         "cuda",
@@ -97,6 +107,7 @@ def tensorrt(dtype: str, backend: str = "tensorrt") -> Target:
         always_masked=True,
         static_slots=True,
         captured=True,
+        integers=True,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 import torch
 
-from fastgen import cuda, processes, runtime
+from fastgen import cuda, int8, processes, runtime
 from fastgen.engine_cache import Artifact
 from fastgen.engines import onnxruntime_tensorrt
 from fastgen.engines.weight_inputs import weights_as_inputs
@@ -79,7 +79,9 @@ class OnnxRuntimeEngine:
         }
         constants = _constants(graph, target, parameters, options)
         packs = target.device == "cpu"
-        self.copied = tuple(n for n in constants if packs and parameters[n].ndim == 2)
+        self.copied = tuple(
+            n for n in constants if packs and not int8.source(n) and parameters[n].ndim == 2
+        )
         """Parameters that the session may hold a second time, packed."""
         settings = _session_options(target, options)
         for name in constants:
@@ -162,7 +164,8 @@ def _constants(
     if target.backend == onnxruntime_tensorrt.NAME:  # it would copy them into its engines
         return ()
     if target.device == "cpu":  # it holds those of matrix products a second time, prepacked
-        return _prepacked(graph, parameters, options.prepack)
+        integers = tuple(filter(int8.source, graph.parameters))  # which it would pack at each run
+        return (*_prepacked(graph, parameters, options.prepack), *integers)
     return graph.parameters
 
 
@@ -172,7 +175,7 @@ def _prepacked(
     """The matrices to pack within ``share`` of all parameters' bytes: of the graph that runs once
     a token, those of short rows first, which unpacked are read slowest; with 1, all of all."""
     if share == 1:
-        return graph.parameters
+        return tuple(name for name in graph.parameters if not int8.source(name))
     outputs = {spec.name for spec in graph.outputs}
     if "logits" not in outputs or "last_hidden_state" in outputs:  # the latter with hidden states
         return ()

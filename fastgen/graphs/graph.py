@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,7 +43,8 @@ class Graph:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parameters: tuple[str, ...]
-    """Names of the torch parameters (in the HF module) that are this graph's initializers."""
+    """Names of the torch parameters (in the HF module) that are this graph's initializers, and of
+    what is made of them (see ``int8.py``)."""
 
     def meta(self) -> dict[str, Any]:
         """Everything but the bytes, as JSON-able data."""
@@ -96,7 +97,7 @@ def build(
         value = results[spec.name]
         value.type, value.shape = ir.TensorType(IR_DTYPES[spec.dtype]), ir.Shape(spec.shape)
         builder.add_output(value, spec.name)
-    used = _by_pointer(graph, module)
+    used = _by_pointer(graph, [*module.named_parameters(), *ops.made.items()])
     model = ir.Model(graph, ir_version=11, producer_name="fastgen")
     onnx = ir.to_proto(model).SerializeToString()
     return Graph(onnx, tuple(inputs), tuple(outputs), used)
@@ -113,10 +114,10 @@ def _name_parameters(
         parameter._realized = True  # onnxscript would name it after the calls that lead to it
 
 
-def _by_pointer(graph: ir.Graph, module: nn.Module) -> tuple[str, ...]:
+def _by_pointer(graph: ir.Graph, tensors: Iterable[tuple[str, ir.Value]]) -> tuple[str, ...]:
     """Declare used parameters as external data, whose place an engine fills with a pointer."""
     names = []
-    for name, parameter in module.named_parameters():
+    for name, parameter in tensors:
         if not parameter.uses():
             continue
         parameter.const_value = ir.ExternalTensor(

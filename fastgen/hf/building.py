@@ -1,24 +1,30 @@
 """How a module's engine is made: its Target, the parts that no graph knows, the engine cache."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from onnxscript import nn as graph_nn
 
+from fastgen.calibration import Calibration
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
 from fastgen.hf.engine_key import engine_key
+from fastgen.hf.made import WithMade
 from fastgen.hf.standing import Standing
 from fastgen.hf.stock import stock_class
 from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of
 from fastgen.target import Target
 
 _QUANTISED = "quantised or sharded, which only torch runs: load the model without that"
+
+# Of a weight that something was made of, which rows tell of an edit: to read all of them, as often
+# as an encoder is called, would take a good part of what its products take
+_LOOKED_AT = 32
 
 _KNOWN_LIBRARIES = ("torch", "transformers", "fastgen")
 
@@ -31,6 +37,9 @@ class BuildsEngines(torch.nn.Module):
     engine_options: Any
     _copies: tuple[Fingerprint, ...] = ()
     """What the weights were that engines hold a second time."""
+    _calibration: Calibration | None = None
+    _made: dict[str, torch.Tensor] | None = None
+    """What was made of the weights for engines, by name: once for all graphs."""
 
     def _called(self) -> tuple[type, ...]:
         """Classes of the modules whose forward the engine's user calls, replaced or not."""
@@ -59,7 +68,7 @@ class BuildsEngines(torch.nn.Module):
                 raise NoEngine(f"{name} is {parameter.dtype}, other weights {first.dtype}")
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
-        return target
+        return replace(target, calibration=self._calibration) if target.integers else target
 
     def _while_as_it_is(self, name: str, parameter: torch.Tensor, reason: str) -> Standing:
         """A refusal that stands while the parameter is of its kind."""
@@ -100,8 +109,12 @@ class BuildsEngines(torch.nn.Module):
             graph = graphs.build(root, target, types, getattr(root, method), *specs)
             return backend.compile(graph, name, options, device)
 
+        if self._made is None:
+            self._made = {}
+        known = WithMade(own, self._made)
+
         def load(artifact: Artifact) -> Engine:
-            return backend.load(artifact, target, own, options)
+            return backend.load(artifact, target, known, options)
 
         if kept := self._engine_cache():
             fast = type(self).__qualname__
@@ -114,6 +127,8 @@ class BuildsEngines(torch.nn.Module):
             engine = load(build())
         if copied := getattr(engine, "copied", ()):
             self._copies += (Fingerprint(own[n] for n in copied),)
+        if sources := known.sources():
+            self._copies += (Fingerprint(sources, every=_LOOKED_AT),)
         return engine
 
     def _engine_cache(self) -> EngineCache | None:

@@ -4,6 +4,7 @@ import torch
 from onnx_ir import DataType
 from onnxscript import GraphBuilder
 
+from fastgen.calibration import Range
 from fastgen.ops.standard import Ops, is_power_of_two
 from fastgen.ops.values import Bias, KVSlots, Value
 from fastgen.target import Target
@@ -22,13 +23,8 @@ class ContribOps(Ops):
         self.contrib = builder.opset("com.microsoft")
         self._seen: dict[Value, Value] = {}
 
-    def linear(
-        self,
-        x: Value,
-        weight: Value,
-        bias: Value | None = None,
-        scale: float = 1.0,
-        transposed: bool = False,
+    def _linear(
+        self, x: Value, weight: Value, bias: Value | None, scale: float, transposed: bool
     ) -> Value:
         """See ``Ops.linear``. FusedMatMul's alpha is rounded to the compute dtype, so only a power
         of two is exact; on a CPU any but 1 leaves the kernel for single rows."""
@@ -36,6 +32,25 @@ class ContribOps(Ops):
         x = self.cast(self._scaled(x, scale / alpha), weight.dtype or self._compute)
         y = self.contrib.FusedMatMul(x, weight, transB=int(not transposed), alpha=alpha)
         y = y if bias is None else self.onnx.Add(y, bias)
+        return self._typed(y, weight.dtype)
+
+    def _integer_linear(
+        self,
+        x: Value,
+        known: Range,
+        weight: Value,
+        bias: Value | None,
+        scale: float,
+        transposed: bool,
+    ) -> Value:
+        """See ``Calibrated._integer_linear``; one kernel, which adds the bias, too."""
+        step, zero = known.asymmetric()
+        values, steps = self.rows_of(weight, transposed, inputs_first=True)
+        middle = [self.constant(128, torch.uint8)] if self.target.saturates else []
+        y = self.contrib.MatMulIntegerToFloat(
+            *(self.quantised(x, step, zero), values, self.scalar(scale * step), steps),
+            *(self.constant(zero, torch.uint8), *(middle or [None]), bias),
+        )
         return self._typed(y, weight.dtype)
 
     def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:

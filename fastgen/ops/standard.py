@@ -15,6 +15,7 @@ import torch
 from onnxscript import GraphBuilder
 
 from fastgen.errors import UnsupportedConfigError
+from fastgen.ops.calibrated import Calibrated
 from fastgen.ops.values import Bias, KVSlots, Value
 from fastgen.target import Target
 
@@ -30,12 +31,12 @@ _TORCH_DTYPES = {
 }
 
 
-class Ops:
+class Ops(Calibrated):
     """Operations lowered for one Target; passed as ``op`` to every module's ``forward``."""
 
     def __init__(self, builder: GraphBuilder, target: Target) -> None:
+        super().__init__(target)
         self.builder = builder
-        self.target = target
         self.onnx = builder.op
         self._compute = ir.DataType[_ir_name(target.dtype)]
         self._residual = ir.DataType[_ir_name(target.residual_dtype)]
@@ -80,7 +81,19 @@ class Ops:
         transposed: bool = False,
     ) -> Value:
         """``scale * x @ weight.T + bias`` with torch's [out, in] weight, in the weight's dtype;
-        ``transposed``: the weight is [in, out]."""
+        ``transposed``: the weight is [in, out]. Of 8-bit integers where the Target's calibration
+        knows the range of ``x``."""
+        known = self.input_range(weight)
+        if known is None:
+            y = self._linear(x, weight, bias, scale, transposed)
+        else:
+            y = self._integer_linear(x, known, weight, bias, scale, transposed)
+        return self.noted(x, weight, y)
+
+    def _linear(
+        self, x: Value, weight: Value, bias: Value | None, scale: float, transposed: bool
+    ) -> Value:
+        """``linear`` as it is."""
         dtype = weight.dtype or self._compute
         x = self.cast(self._scaled(x, scale), dtype)
         rows = self._typed(self.onnx.Flatten(x, axis=2), dtype)
