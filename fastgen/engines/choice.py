@@ -53,6 +53,6 @@ def choose_target(options: EngineOptions, device: torch.device, dtype: torch.dty
 
 
 def _saturates() -> bool:
-    """Whether this processor adds pairs of products of uint8 and int8 in 16 bits: x86 without VNNI."""
+    """Whether products of uint8 and int8 are added in 16 bits, two by two: on x86 without VNNI."""
     known = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
     return platform.machine().lower() in ("x86_64", "amd64") and not known()

@@ -127,7 +127,7 @@ class BuildsEngines(torch.nn.Module):
             engine = load(build())
         if copied := getattr(engine, "copied", ()):
             self._copies += (Fingerprint(own[n] for n in copied),)
-        if sources := known.sources():
+        if (sources := known.sources()) and target.device == "cpu":
             self._copies += (Fingerprint(sources, every=_LOOKED_AT),)
         return engine
 

@@ -68,9 +68,7 @@ class Calibrated:
 
     def _made(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> Value:
         if name not in self.made:
-            self.made[name] = ir.Value(
-                name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape)
-            )
+            self.made[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         return self.made[name]
 
     def quantised(self, x: Value, step: float, zero: int | None) -> Value:

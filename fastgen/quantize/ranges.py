@@ -1,4 +1,5 @@
-"""Ranges of what was seen, by four methods; histograms, percentiles and entropy are ONNX Runtime's."""
+"""Ranges of what was seen, by four methods: histograms, percentiles and entropy are those of ONNX
+Runtime's quantisation tools."""
 
 import io
 from contextlib import redirect_stdout
@@ -35,11 +36,10 @@ class Observer:
         if not 50 < percentile <= 100:
             raise ValueError(f"percentile={percentile}: allowed is more than 50, up to 100.")
         self.method, self.percentile = method, percentile
-        self._bins = _BINS.get(method, 2048)
         self._collector = HistogramCollector(
             method="percentile" if method == "mse" else method,
             symmetric=False,
-            num_bins=self._bins,
+            num_bins=_BINS.get(method, 2048),
             num_quantized_bins=_STEPS,
             percentile=percentile,
             scenario="same",
@@ -60,9 +60,8 @@ class Observer:
         known = self._ends.get(name, (low, high))
         self._ends[name] = min(known[0], low), max(known[1], high)
         if self.method != "max":
-            self._coarsen(name, max(-low, high))
+            self._widen(name, max(-low, high))
             self._collector.collect_value({name: values})
-            self._coarsen(name, 0.0)
 
     def names(self) -> list[str]:
         """Of all that was seen."""
@@ -76,16 +75,17 @@ class Observer:
             low, high = max(low, float(ends[0])), min(high, float(ends[1]))
         return Range(low, max(low, high))
 
-    def _coarsen(self, name: str, farthest: float) -> None:
-        """Numbers farther from zero than all before add bins as wide as there are: make them wider,
-        two by two, for as long as there would be more than twice the first ones."""
-        if name not in self._collector.histogram_dict:
+    def _widen(self, name: str, farthest: float) -> None:
+        """Make room for numbers farther from zero than all before, in as many bins as there are:
+        the collector would add bins as wide as those of the first batch, in any number."""
+        known = self._collector.histogram_dict.get(name)
+        if known is None or farthest <= known[4]:
             return
-        counts, edges, *ends, threshold = self._collector.histogram_dict[name]
-        ratio = max(1.0, farthest / threshold) if threshold else 1.0
-        while len(counts) * ratio > 2 * self._bins and len(counts) % 4 == 0:
-            counts, edges = counts.reshape(-1, 2).sum(1), edges[::2]
-        self._collector.histogram_dict[name] = (counts, edges, *ends, threshold)
+        counts, edges, low, high, threshold = known
+        wide = np.float32(max(farthest, 2 * threshold))
+        middles = (edges[:-1] + edges[1:]) / 2 * (threshold > 0)  # or all are zeros
+        counts, edges = np.histogram(middles, len(counts), (-wide, wide), weights=counts)
+        self._collector.histogram_dict[name] = counts.astype(np.int64), edges, low, high, wide
 
     def _percentile(self, histogram: Any, name: str) -> tuple[float, float]:
         every, self._collector.histogram_dict = self._collector.histogram_dict, {name: histogram}
