@@ -2,6 +2,7 @@
 ranges those are, and how standard ONNX has them (QuantizeLinear and DequantizeLinear).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -27,6 +28,8 @@ class Calibrated:
     _scaled: Any
     _typed: Any
     _unflatten: Any
+    _split: Any
+    _merged: Any
     _compute: ir.DataType
 
     def __init__(self, target: Target) -> None:
@@ -34,6 +37,7 @@ class Calibrated:
         self.made: dict[str, Value] = {}
         """What engines are handed beside parameters, and make of them: by name."""
         self._integers: dict[tuple[Value, float, int], Value] = {}
+        self._back: dict[Value, Value] = {}
         self._ranges: dict[Value, Range] = {}
 
     def input_range(self, weight: Value) -> Range | None:
@@ -78,9 +82,9 @@ class Calibrated:
         if key not in self._integers:
             of = (0, torch.int8) if zero is None else (zero, torch.uint8)
             dtype = x.dtype or self._compute
-            self._integers[key] = self.onnx.QuantizeLinear(
-                x, self.scalar(step, dtype), self.constant(*of)
-            )
+            y = self.onnx.QuantizeLinear(x, self.scalar(step, dtype), self.constant(*of))
+            kind = ir.DataType.INT8 if zero is None else ir.DataType.UINT8
+            self._integers[key] = self._typed(y, kind)
         return self._integers[key]
 
     def rounded(self, x: Value, known: Range) -> Value:
@@ -88,9 +92,60 @@ class Calibrated:
         in whatever reads it."""
         step, dtype = known.symmetric(), x.dtype or self._compute
         integers = self.quantised(x, step, None)
-        zero = self.constant(0, torch.int8)
-        y = self.onnx.DequantizeLinear(integers, self.scalar(step, dtype), zero)
-        return self._typed(y, dtype)
+        if integers not in self._back:
+            y = self.onnx.DequantizeLinear(integers, self.scalar(step, dtype))
+            self._back[integers] = self._typed(y, dtype)
+        return self._back[integers]
+
+    def passed(self, x: Value, y: Value) -> Value:
+        """``y``, as numbers of ``x`` in other places."""
+        if x in self._ranges:
+            self._ranges[y] = self._ranges[x]
+        return y
+
+    def addends(self, residual: Value, x: Value) -> tuple[Value, Value]:
+        """What a residual stream adds, rounded where the calibration asks for that."""
+        known = self.target.calibration
+        if known is None or not known.residuals:
+            return residual, x
+        rounded = (
+            self.rounded(value, self._ranges[value]) if value in self._ranges else value
+            for value in (residual, x)
+        )
+        return next(rounded), next(rounded)
+
+    def factors(self, *factors: Value) -> list[Range] | None:
+        """Ranges of queries, keys and values; None if attention computes without them."""
+        known = self.target.calibration
+        asked = known is not None and known.attention and all(x in self._ranges for x in factors)
+        return [self._ranges[x] for x in factors] if asked else None
+
+    def _integer_attention(
+        self,
+        factors: Sequence[Value],
+        ranges: Sequence[Range],
+        bias: Value | None,
+        heads: int,
+        scale: float,
+    ) -> Value:
+        """``Ops.attention`` of queries, keys and values [B, .., H*D] whose ranges are known."""
+        q, k, v = (
+            self._split(self.rounded(x, known), heads)
+            for x, known in zip(factors, ranges, strict=True)
+        )
+        keys = self._typed(self.onnx.Transpose(k, perm=[0, 1, 3, 2]), k.dtype)
+        scores = self._typed(self.onnx.MatMul(q, keys), self._compute)
+        weights = self.rounded(self._weights(scores, bias, scale), Range(0.0, 1.0))
+        return self._merged(self.onnx.MatMul(weights, v))
+
+    def _weights(self, scores: Value, bias: Value | None, scale: float) -> Value:
+        """What attention multiplies values by, of its scores [B, H, Q, K]: Softmax in float32."""
+        scores = self._scaled(scores, scale)
+        if bias is not None:
+            scores = self.onnx.Add(self.cast(scores, bias.dtype), bias)
+            scores = self._typed(scores, bias.dtype)
+        wide = self.onnx.Softmax(self.cast(scores, ir.DataType.FLOAT), axis=-1)
+        return self.cast(self._typed(wide, ir.DataType.FLOAT), self._compute)
 
     def _integer_linear(
         self,

@@ -1,5 +1,7 @@
 """The vocabulary of ``ops/`` in ONNX Runtime's own operators; the only file that knows them."""
 
+from collections.abc import Sequence
+
 import torch
 from onnx_ir import DataType
 from onnxscript import GraphBuilder
@@ -53,6 +55,34 @@ class ContribOps(Ops):
         )
         return self._typed(y, weight.dtype)
 
+    def _integer_attention(
+        self,
+        factors: Sequence[Value],
+        ranges: Sequence[Range],
+        bias: Value | None,
+        heads: int,
+        scale: float,
+    ) -> Value:
+        """See ``Calibrated._integer_attention``; products of uint8 by uint8, which no processor adds
+        in 16 bits."""
+        steps, zeros = zip(*(known.asymmetric() for known in ranges), strict=True)
+        q, k, v = (
+            self._split(self.quantised(x, step, zero), heads)
+            for x, step, zero in zip(factors, steps, zeros, strict=True)
+        )
+        keys = self.onnx.Transpose(k, perm=[0, 1, 3, 2])
+        scores = self._multiplied(q, keys, steps[0] * scale, steps[1], zeros[0], zeros[1])
+        weights = self.quantised(self._weights(scores, bias, 1.0), 1 / 255, 0)
+        return self._merged(self._multiplied(weights, v, 1 / 255, steps[2], 0, zeros[2]))
+
+    def _multiplied(
+        self, x: Value, y: Value, x_step: float, y_step: float, x_zero: int, y_zero: int
+    ) -> Value:
+        """The product of two tensors of uint8, in float32."""
+        steps = self.scalar(x_step), self.scalar(y_step)
+        zeros = self.constant(x_zero, torch.uint8), self.constant(y_zero, torch.uint8)
+        return self._typed(self.contrib.MatMulIntegerToFloat(x, y, *steps, *zeros), self._compute)
+
     def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
         normed = self.onnx.SimplifiedLayerNormalization(x, weight, epsilon=eps, axis=-1)
         return self._typed(normed, weight.dtype)
@@ -61,6 +91,7 @@ class ContribOps(Ops):
         self, residual: Value, x: Value, weight: Value, eps: float
     ) -> tuple[Value, Value]:
         """See ``Ops.add_rms_norm``; one kernel where all share a dtype."""
+        residual, x = self.addends(residual, x)
         if not x.dtype == residual.dtype == weight.dtype or _too_wide(weight):
             return super().add_rms_norm(residual, x, weight, eps)
         normed, _, _, total = self.contrib.SkipSimplifiedLayerNormalization(
@@ -80,6 +111,7 @@ class ContribOps(Ops):
     ) -> tuple[Value, Value]:
         """See ``Ops.add_layer_norm``; one kernel where all share a dtype, but on a CPU, where that
         kernel takes several times as long as the two."""
+        residual, x = self.addends(residual, x)
         same = x.dtype == residual.dtype == weight.dtype == self._residual
         if not same or self.target.device == "cpu" or _too_wide(weight):
             return super().add_layer_norm(residual, x, weight, bias, eps)
@@ -111,6 +143,8 @@ class ContribOps(Ops):
     def attention(
         self, q: Value, k: Value, v: Value, bias: Value | None, heads: int, scale: float = 1.0
     ) -> Value:
+        if (ranges := self.factors(q, k, v)) is not None:
+            return self._integer_attention((q, k, v), ranges, bias, heads, scale)
         more = () if bias is None else (None, None, bias)
         y = self.contrib.MultiHeadAttention(q, k, v, *more, num_heads=heads, scale=scale)
         return self._typed(y, self._compute)

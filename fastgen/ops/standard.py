@@ -147,6 +147,7 @@ class Ops(Calibrated):
         self, residual: Value, x: Value, weight: Value, eps: float
     ) -> tuple[Value, Value]:
         """``residual + x`` and its norm."""
+        residual, x = self.addends(residual, x)
         total = self.onnx.Add(residual, self.cast(x, self._residual))
         total = self._typed(total, self._residual)
         return total, self.rms_norm(total, weight, eps)
@@ -161,6 +162,7 @@ class Ops(Calibrated):
         self, residual: Value, x: Value, weight: Value, bias: Value, eps: float
     ) -> tuple[Value, Value]:
         """``residual + x`` in the residual dtype, and its norm."""
+        residual, x = self.addends(residual, x)
         total = self.onnx.Add(self.cast(residual, self._residual), self.cast(x, self._residual))
         total = self._typed(total, self._residual)
         return total, self.layer_norm(total, weight, bias, eps)
@@ -265,7 +267,8 @@ class Ops(Calibrated):
     def spread(self, x: Value, places: Value) -> Value:
         """Packed tokens [1, T, E] -> [B, S, E], by the token of each place [B, S]."""
         rows = self.onnx.Gather(x, places, axis=1)
-        return self._typed(self.onnx.Squeeze(rows, self.constant([0], torch.int64)), x.dtype)
+        rows = self.onnx.Squeeze(rows, self.constant([0], torch.int64))
+        return self.passed(x, self._typed(rows, x.dtype))
 
     def pack(self, x: Value, tokens: Value) -> Value:
         """[B, S, E] -> packed tokens [1, T, E], by each token's place [T]: row * S + column."""
@@ -304,6 +307,8 @@ class Ops(Calibrated):
         """Attention of [B, Q, H*D] queries over keys and values held as [B, K, H*D], or as
         [B, H, K, D] KV buffers; bias [B or 1, 1 or H, Q, K], None to see all. Products of queries
         and keys are multiplied by ``scale``."""
+        if (ranges := self.factors(q, k, v)) is not None:
+            return self._integer_attention((q, k, v), ranges, bias, heads, scale)
         k, v = (x if _rank(x) == 4 else self._split(x, heads) for x in (k, v))
         q = self._split(self.cast(self._scaled(q, scale), self._compute), heads)
         return self._attend(q, k, v, bias)
@@ -319,6 +324,10 @@ class Ops(Calibrated):
             if scale != 1.0:
                 q = self.onnx.Mul(q, self.scalar(1 / scale))
             y = self.onnx.Attention(q, k, v, bias, scale=scale)
+        return self._merged(y)
+
+    def _merged(self, y: Value) -> Value:
+        """[B, H, Q, D] -> [B, Q, H*D]."""
         rows = self.onnx.Transpose(y, perm=[0, 2, 1, 3])
         merged = self.onnx.Reshape(rows, self.constant([0, 0, -1], torch.int64))
         return self._typed(merged, self._compute)
@@ -359,7 +368,7 @@ class Ops(Calibrated):
     def _split(self, x: Value, heads: int, head_size: int = -1) -> Value:
         """[B, K, H*D] -> [B, H, K, D]."""
         split = self.onnx.Reshape(x, self.constant([0, 0, heads, head_size], torch.int64))
-        return self._typed(self.onnx.Transpose(split, perm=[0, 2, 1, 3]), self._compute)
+        return self._typed(self.onnx.Transpose(split, perm=[0, 2, 1, 3]), x.dtype)
 
 
 def _rank(x: Value) -> int | None:
