@@ -19,8 +19,9 @@ import fastgen
 from benchmarks.kernels import seconds
 from fastgen.bench.floor import Floor, Machine, measure_machine
 from fastgen.bench.shapes import SUFFIX, shape_config, shape_of
+from fastgen.engines.fused.packed_attention import Attention
 from fastgen.engines.fused.packed_kernels import Activate, NormRows
-from fastgen.engines.fused.packed_ops import Attention, Product, Products
+from fastgen.engines.fused.packed_ops import Product, Products
 from fastgen.engines.fused.packed_values import Size
 
 

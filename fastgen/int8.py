@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-_FORM = "int8"
+_FORM = "rows"
 
 
 @dataclass(frozen=True)

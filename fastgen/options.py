@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fastgen.blockwise import Weights
 from fastgen.errors import OptionError
 
 ENVIRONMENT_VARIABLE = "FASTGEN_ENGINE_OPTIONS"
@@ -54,8 +55,8 @@ class EngineOptions:
     cuda_graphs: bool = True
     """Capture one CUDA graph per bucket; False launches every kernel of every step."""
     fused_kernels: bool = True
-    """Run steps of up to 512 rows, and BERT's encoder, by fastgen's own CUDA kernels; False runs
-    ONNX Runtime's."""
+    """Run steps of up to 512 rows, and encoders (T5's in 16 bits), by fastgen's own CUDA kernels;
+    False runs ONNX Runtime's."""
     max_cached_graphs: int = 8
     """How many idle KV cache buckets (buffers and captured CUDA graphs) a model keeps for reuse,
     and how many sizes of its encoder."""
@@ -72,9 +73,12 @@ class EngineOptions:
     """On the CPU, share of the weights (bytes) to hold a second time in the layout of its matrix
     kernels, which read them faster: 0 is none of them, 1 all, most of all for beams and long
     sources. With more than 0 each call begins with a pass over them, which tells of edits."""
+    weights: Weights = "full"
+    """What matrix products read: the model's weights as they are, or made of them once and rounded:
+    8-bit or 4-bit integers in blocks with a scale each, or on a GPU 8-bit floats (``fp8``)."""
     skip_padding: bool = True
-    """BERT's encoder computes nothing for the padding of a ragged batch, and its hidden states
-    there are zeros; False computes them as the stock model does."""
+    """BERT's encoder, and T5's on a GPU, compute nothing for the padding of a ragged batch, and
+    hidden states there are zeros; False computes them as the stock model does."""
     max_batch: int = 64
     """TensorRT: most rows (batch times beams) of a call; torch serves more."""
     max_source_tokens: int = 1024

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from fastgen.blockwise import Weights
 from fastgen.calibration import Calibration
 
 KVLayout = Literal["BHLD", "BLHD"]
@@ -40,6 +41,11 @@ class Target:
     attends: bool = True
     """The standard operator Attention is served in any head size and dtype; otherwise it is written
     as its products and Softmax."""
+    weights: Weights = "full"
+    """What ``Ops.linear`` multiplies by: parameters as they are, or made of them once (see
+    ``blockwise.py``)."""
+    group: int = 0
+    """Inputs of such a weight that share a scale; 0 is a whole row."""
     integers: bool = False
     """Products of 8-bit integers exist: what a calibration asks for is served."""
     saturates: bool = False

@@ -1,10 +1,12 @@
 """The choice of an engine for a device and dtype."""
 
 import platform
+from dataclasses import replace
 
 import torch
 
 from fastgen import target as targets
+from fastgen.blockwise import GROUPS
 from fastgen.engines import TENSORRT, Backend, NoEngine
 from fastgen.options import EngineOptions
 from fastgen.target import Target
@@ -22,11 +24,29 @@ def backend(name: str) -> Backend:
 
 
 def choose_target(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> Target:
-    """The Target that serves a model on ``device`` in ``dtype``.
+    """The Target that serves a model on ``device`` in ``dtype``, with the weights asked for.
 
     Raises:
         NoEngine: none does; the reason is what ``model.explain()`` shows.
     """
+    target, kind = _whole(options, device, dtype), options.weights
+    if kind == "full":
+        return target
+    if kind == "fp8" and target.device == "cpu":
+        raise NoEngine(
+            "EngineOptions(weights='fp8') is for NVIDIA GPUs: on the CPU take weights='int8' or "
+            "'int4', or move the model by model.to('cuda')"
+        )
+    if target.backend != "onnxruntime":
+        raise NoEngine(
+            f"{target.backend} is given weights as they are: leave EngineOptions(weights={kind!r}) "
+            "out, or take backend='onnxruntime'"
+        )
+    return replace(target, weights=kind, group=GROUPS[kind])
+
+
+def _whole(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> Target:
+    """``choose_target`` for weights as they are."""
     name = str(dtype).removeprefix("torch.")
     if options.backend == "torch":
         raise NoEngine("EngineOptions(backend='torch') switches engines off")

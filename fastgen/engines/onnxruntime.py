@@ -8,7 +8,8 @@ from typing import Any
 import onnx
 import torch
 
-from fastgen import cuda, int8, processes, runtime
+from fastgen import cuda, processes, runtime
+from fastgen.blockwise import is_made
 from fastgen.engine_cache import Artifact
 from fastgen.engines import onnxruntime_tensorrt
 from fastgen.engines.weight_inputs import weights_as_inputs
@@ -79,10 +80,9 @@ class OnnxRuntimeEngine:
         }
         constants = _constants(graph, target, parameters, options)
         packs = target.device == "cpu"
-        self.copied = tuple(
-            n for n in constants if packs and not int8.source(n) and parameters[n].ndim == 2
-        )
-        """Parameters that the session may hold a second time, packed."""
+        self.copied = tuple(n for n in constants if packs and self._weights[n].shape()[1:])
+        """What the session may hold a second time, packed: of the graph's parameters, those that
+        are no vectors."""
         settings = _session_options(target, options)
         for name in constants:
             settings.add_initializer(name, self._weights[name])
@@ -96,6 +96,8 @@ class OnnxRuntimeEngine:
         with cuda.exclusive(self._device):  # a session that is made works on the engine stream
             self._session = _on_device(compile_graph, self._device)
         processes.never_destroy_in_children(self._session)
+        for name in filter(is_made, self.copied):  # what was made for the session alone
+            del self._weights[name]
         self._run_options = None  # looking into it costs ONNX Runtime 0.1 ms
         if target.device == "cuda":
             self._run_options = ort.RunOptions()
@@ -164,8 +166,8 @@ def _constants(
     if target.backend == onnxruntime_tensorrt.NAME:  # it would copy them into its engines
         return ()
     if target.device == "cpu":  # it holds those of matrix products a second time, prepacked
-        integers = tuple(filter(int8.source, graph.parameters))  # which it would pack at each run
-        return (*_prepacked(graph, parameters, options.prepack), *integers)
+        made = tuple(filter(is_made, graph.parameters))  # not constant, they would be read slowly
+        return _prepacked(graph, parameters, options.prepack) + made
     return graph.parameters
 
 
@@ -175,7 +177,7 @@ def _prepacked(
     """The matrices to pack within ``share`` of all parameters' bytes: of the graph that runs once
     a token, those of short rows first, which unpacked are read slowest; with 1, all of all."""
     if share == 1:
-        return tuple(name for name in graph.parameters if not int8.source(name))
+        return tuple(name for name in graph.parameters if not is_made(name))
     outputs = {spec.name for spec in graph.outputs}
     if "logits" not in outputs or "last_hidden_state" in outputs:  # the latter with hidden states
         return ()

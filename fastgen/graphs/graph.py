@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
-from fastgen.ops.contrib import lowering
+from fastgen.ops.quantised import lowering
 from fastgen.target import Target
 
 # Initializers name this file; their data comes by pointer. It must exist and is not read: so it is
@@ -44,7 +44,7 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
     parameters: tuple[str, ...]
     """Names of the torch parameters (in the HF module) that are this graph's initializers, and of
-    what is made of them (see ``int8.py``)."""
+    what is made of some (``blockwise.Format.names``, ``int8.Rows.names``)."""
 
     def meta(self) -> dict[str, Any]:
         """Everything but the bytes, as JSON-able data."""
@@ -97,7 +97,7 @@ def build(
         value = results[spec.name]
         value.type, value.shape = ir.TensorType(IR_DTYPES[spec.dtype]), ir.Shape(spec.shape)
         builder.add_output(value, spec.name)
-    used = _by_pointer(graph, [*module.named_parameters(), *ops.made.items()])
+    used = _by_pointer(graph, module, ops.made.values())
     model = ir.Model(graph, ir_version=11, producer_name="fastgen")
     onnx = ir.to_proto(model).SerializeToString()
     return Graph(onnx, tuple(inputs), tuple(outputs), used)
@@ -114,15 +114,15 @@ def _name_parameters(
         parameter._realized = True  # onnxscript would name it after the calls that lead to it
 
 
-def _by_pointer(graph: ir.Graph, tensors: Iterable[tuple[str, ir.Value]]) -> tuple[str, ...]:
-    """Declare used parameters as external data, whose place an engine fills with a pointer."""
+def _by_pointer(graph: ir.Graph, module: nn.Module, made: Iterable[ir.Value]) -> tuple[str, ...]:
+    """Declare parameters that are used, and what is made of some, as external data, whose place an
+    engine fills with a pointer."""
     names = []
-    for name, parameter in tensors:
-        if not parameter.uses():
-            continue
-        parameter.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE, 0, None, parameter.dtype, shape=parameter.shape, name=name, base_dir=""
+    for value in (*(p for _, p in module.named_parameters() if p.uses()), *made):
+        name = str(value.name)
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS_FILE, 0, None, value.dtype, shape=value.shape, name=name, base_dir=""
         )
-        graph.register_initializer(parameter)
+        graph.register_initializer(value)
         names.append(name)
     return tuple(names)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from onnxscript import nn as graph_nn
 
+from fastgen.blockwise import is_made
 from fastgen.calibration import Calibration
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
@@ -14,7 +15,7 @@ from fastgen.engines.choice import choose_target
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
 from fastgen.hf.engine_key import engine_key
-from fastgen.hf.made import WithMade
+from fastgen.hf.quantised import Key, Made, Weights
 from fastgen.hf.standing import Standing
 from fastgen.hf.stock import stock_class
 from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of
@@ -37,9 +38,9 @@ class BuildsEngines(torch.nn.Module):
     engine_options: Any
     _copies: tuple[Fingerprint, ...] = ()
     """What the weights were that engines hold a second time."""
+    _made: dict[Key, Made]
+    """What engines read instead of weights."""
     _calibration: Calibration | None = None
-    _made: dict[str, torch.Tensor] | None = None
-    """What was made of the weights for engines, by name: once for all graphs."""
 
     def _called(self) -> tuple[type, ...]:
         """Classes of the modules whose forward the engine's user calls, replaced or not."""
@@ -96,7 +97,7 @@ class BuildsEngines(torch.nn.Module):
             method: name of the method of ``root`` that builds the computation.
             specs: the graph's inputs and outputs.
         """
-        own = tensors_of(self)
+        own = self._weights()
         wanted = {n for n, _ in root.named_parameters()}
         if missing := sorted(wanted - own.keys()):
             raise NoEngine(f"parameters were replaced: {missing[0]} is gone")
@@ -109,12 +110,8 @@ class BuildsEngines(torch.nn.Module):
             graph = graphs.build(root, target, types, getattr(root, method), *specs)
             return backend.compile(graph, name, options, device)
 
-        if self._made is None:
-            self._made = {}
-        known = WithMade(own, self._made)
-
         def load(artifact: Artifact) -> Engine:
-            return backend.load(artifact, target, known, options)
+            return backend.load(artifact, target, own, options)
 
         if kept := self._engine_cache():
             fast = type(self).__qualname__
@@ -125,11 +122,17 @@ class BuildsEngines(torch.nn.Module):
             engine = _kept(kept, key, build, load, title=f"{fast} {name} {where}")
         else:
             engine = load(build())
-        if copied := getattr(engine, "copied", ()):
-            self._copies += (Fingerprint(own[n] for n in copied),)
-        if (sources := known.sources()) and target.device == "cpu":
-            self._copies += (Fingerprint(sources, every=_LOOKED_AT),)
+        copied = getattr(engine, "copied", ())
+        if plain := [name for name in copied if not is_made(name)]:
+            self._copies += (Fingerprint(own[n] for n in plain),)
+        if target.device == "cpu" and (rounded := own.rounded()):
+            self._copies += (Fingerprint(rounded, every=_LOOKED_AT),)
+        own.packed(copied)
         return engine
+
+    def _weights(self) -> Weights:
+        """What engines read: parameters, and what is made of them."""
+        return Weights(tensors_of(self), self._made)
 
     def _engine_cache(self) -> EngineCache | None:
         options = self.engine_options

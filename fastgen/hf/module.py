@@ -206,7 +206,8 @@ class EngineModule(Explained, BuildsEngines):
                 self._drop_engine()
                 self._engine_weights = weights
             self._glance = Glance(self, self._copies_weights())
-        if not all(copy.same() for copy in self._copies):  # an edit through .data
+        sources = (made.source for made in self._made.values())
+        if not all(copy.same() for copy in (*self._copies, *sources)):  # an edit through .data
             self._drop_engine()
         if self._refusal is not None:
             raise NoEngine(self._refusal)
@@ -229,13 +230,14 @@ class EngineModule(Explained, BuildsEngines):
         return engine
 
     def _drop_engine(self) -> None:
-        self._engine = self._refusal = self._standing = self._made = None
-        self._copies = ()
+        self._engine = self._refusal = self._standing = None
+        self._copies, self._made = (), {}
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
-        packs = self.engine_options.prepack > 0 and self.device.type == "cpu"
-        return packs or self._calibration is not None
+        options = self.engine_options
+        packs = options.prepack > 0 and self.device.type == "cpu"
+        return packs or options.weights != "full" or self._calibration is not None
 
     # What torch does to a module
 

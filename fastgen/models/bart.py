@@ -4,7 +4,6 @@ its heads are stock code."""
 from dataclasses import replace
 from typing import Any
 
-import torch
 from onnxscript import nn
 from transformers import (
     BartConfig,
@@ -15,7 +14,6 @@ from transformers import (
 )
 from transformers.models.bart.modeling_bart import BartDecoder, BartEncoder
 
-from fastgen.fallback import Asked
 from fastgen.graphs.decoder import DecoderRoot, Step
 from fastgen.graphs.shape import Shape
 from fastgen.models.layers import Embedding, LayerNorm, Linear, Named
@@ -194,15 +192,12 @@ class FastBartEncoder(FastEncoder, BartEncoder):
 
     trial_config = TRIAL_CONFIG
 
+    @property
+    def positions(self) -> int:
+        return known_positions(self)
+
     def _encoder_root(self) -> Encoder:
         return Encoder(self.config)
-
-    def refusal(self, **kwargs: Any) -> str | None:
-        """Why a call with these arguments goes to torch; None if the engine serves it."""
-        ids, known = kwargs.get("input_ids"), known_positions(self)
-        if isinstance(ids, torch.Tensor) and ids.ndim and ids.shape[-1] > known:
-            return Asked(f"{ids.shape[-1]} tokens, where there are {known} positions")
-        return super().refusal(**kwargs)
 
 
 class FastBartDecoder(FastDecoder, BartDecoder):

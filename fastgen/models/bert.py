@@ -188,6 +188,11 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
     _packs = True
     _beside = "pooler."
 
+    @property
+    def positions(self) -> int:
+        known: int = self.config.max_position_embeddings
+        return known
+
     def _encoder_root(self) -> Encoder:
         return Encoder(self.config)
 
@@ -205,8 +210,6 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
         ids, mask, types = (kwargs.get(name) for name in names)
         if (reason := super().refusal(**kwargs)) or ids is None:
             return reason
-        if ids.shape[1] > (most := self.config.max_position_embeddings):
-            return Asked(f"{ids.shape[1]} tokens, where there are {most} positions")
         if reason := empty_row_refusal(mask):
             return reason
         engine = self._engine

@@ -164,6 +164,10 @@ class FastGPT2Model(FastEncoder, FastPreTrained, GPT2Model):
     wpe: Any
     _packs = True
 
+    @property
+    def positions(self) -> int:
+        return len(self.wpe.weight)
+
     def _encoder_root(self) -> Stack:
         return Stack(self.config)
 
@@ -174,9 +178,6 @@ class FastGPT2Model(FastEncoder, FastPreTrained, GPT2Model):
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if (reason := super().refusal(**kwargs)) or ids is None:
             return reason
-        known = len(self.wpe.weight)
-        if ids.shape[1] > known:
-            return Asked(f"{ids.shape[1]} tokens: the model knows {known} positions")
         return empty_row_refusal(mask)
 
     def _output(self, hidden: torch.Tensor) -> Any:

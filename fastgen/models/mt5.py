@@ -29,6 +29,7 @@ __all__ = [
 class FastMT5Stack(FastEncoder, MT5Stack):
     """The encoder stack, on the engine."""
 
+    _skips_padding = True
     trial_config = TRIAL_CONFIG
 
     def _encoder_root(self) -> Encoder:

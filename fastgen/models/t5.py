@@ -307,6 +307,7 @@ TRIAL_CONFIG = {
 class FastT5Stack(FastEncoder, T5Stack):
     """The encoder stack, on the engine."""
 
+    _skips_padding = True
     trial_config = TRIAL_CONFIG
 
     def _encoder_root(self) -> Encoder:

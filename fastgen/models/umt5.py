@@ -32,6 +32,7 @@ __all__ = [
 class FastUMT5Stack(FastEncoder, UMT5Stack):
     """The encoder stack, on the engine."""
 
+    _skips_padding = True
     trial_config = TRIAL_CONFIG
 
     def _encoder_root(self) -> Encoder:

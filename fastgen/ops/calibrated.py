@@ -28,14 +28,13 @@ class Calibrated:
     _scaled: Any
     _typed: Any
     _unflatten: Any
+    made: dict[str, Value]
     _split: Any
     _merged: Any
     _compute: ir.DataType
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.made: dict[str, Value] = {}
-        """What engines are handed beside parameters, and make of them: by name."""
         self._integers: dict[tuple[Value, float, int], Value] = {}
         self._back: dict[Value, Value] = {}
         self._ranges: dict[Value, Range] = {}
@@ -68,9 +67,9 @@ class Calibrated:
         kind = ir.DataType.UINT8 if form.unsigned else ir.DataType.INT8
         values, steps = form.names(weight.name)
         shape = (inputs, outputs) if inputs_first else (outputs, inputs)
-        return self._made(values, kind, shape), self._made(steps, weight.dtype, (outputs,))
+        return self._tensor(values, kind, shape), self._tensor(steps, weight.dtype, (outputs,))
 
-    def _made(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> Value:
+    def _tensor(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> Value:
         if name not in self.made:
             self.made[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         return self.made[name]

@@ -12,11 +12,6 @@ from fastgen.ops.values import Bias, KVSlots, Value
 from fastgen.target import Target
 
 
-def lowering(builder: GraphBuilder, target: Target) -> Ops:
-    """The vocabulary, lowered to what the Target has."""
-    return ContribOps(builder, target) if target.contrib else Ops(builder, target)
-
-
 class ContribOps(Ops):
     """Fused operators of com.microsoft, and norms that ONNX Runtime had before the standard."""
 
@@ -63,8 +58,7 @@ class ContribOps(Ops):
         heads: int,
         scale: float,
     ) -> Value:
-        """See ``Calibrated._integer_attention``; products of uint8 by uint8, which no processor adds
-        in 16 bits."""
+        """See ``Calibrated._integer_attention``; of uint8 by uint8, which never overflows."""
         steps, zeros = zip(*(known.asymmetric() for known in ranges), strict=True)
         q, k, v = (
             self._split(self.quantised(x, step, zero), heads)

@@ -41,6 +41,8 @@ class Ops(Calibrated):
         self._compute = ir.DataType[_ir_name(target.dtype)]
         self._residual = ir.DataType[_ir_name(target.residual_dtype)]
         self._spelled: dict[Bias, Value] = {}
+        self.made: dict[str, Value] = {}
+        """What the graph reads that is made of parameters, by name (see ``quantised.py``)."""
 
     # Values and dtypes
 

@@ -22,7 +22,6 @@ from fastgen.hf import contract
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import StockForward
 from fastgen.hf.module import EngineModule
-from fastgen.hf.weights import tensors_of
 from fastgen.target import Target
 from fastgen.tasks.outputs import as_stock, introduce, wants_dict
 from fastgen.tasks.refusals import (
@@ -186,9 +185,9 @@ def build_decoder(module: Any, target: Target, shape: Shape, name: str) -> Decod
 
 def _fused_engine(module: Any, target: Target) -> FusedEngine | None:
     """What runs most steps on a GPU, and prompts of a decoder without a source."""
-    if target.device != "cuda":
+    if target.device != "cuda" or target.weights != "full":
         return None
-    step, own = module._decoder_root(), tensors_of(module)
+    step, own = module._decoder_root(), module._weights()
     return FusedEngine(step, target, own, module._engine_cache())
 
 

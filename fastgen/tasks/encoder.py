@@ -18,7 +18,6 @@ from fastgen.graphs.encoder import POOLED, encoder_specs, packed_specs, pooler_s
 from fastgen.graphs.shape import LAST_STATE
 from fastgen.hf.forward import StockForward
 from fastgen.hf.module import EngineModule
-from fastgen.hf.weights import tensors_of
 from fastgen.target import Target
 from fastgen.tasks.outputs import as_stock, introduce, wants_dict
 from fastgen.tasks.refusals import (
@@ -38,6 +37,9 @@ class FastEncoder(StockForward, EngineModule):
     _calibrates = True
     _packs = False
     """Whether the family's ``encode`` takes rows without their padding (``places``, ``tokens``)."""
+    _skips_padding = False
+    """Whether hidden states of padding may be zeros where no engine's kernels need them; of
+    families that pack, too."""
     reads_padding = False
     """Whether a head reads the hidden states of padding, which are computed then."""
     _beside = ""
@@ -47,6 +49,11 @@ class FastEncoder(StockForward, EngineModule):
     def is_of(cls, part: Any) -> bool:
         """Whether a part of the stock class is an encoder: it may be of one class with decoders."""
         return not getattr(part, "is_decoder", False)
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens a row may have; None: any number."""
+        return None
 
     def _encoder_root(self) -> Any:
         """The family's graph module with a method ``encode``, and its ``depth`` in blocks."""
@@ -80,8 +87,10 @@ class FastEncoder(StockForward, EngineModule):
             return build("encoder", specs, stack._encoder_root())
 
         options = self.engine_options
-        packs = self._packs and options.skip_padding and not self.reads_padding
-        fused = self._fused_engine(target, padding=not packs)
+        skips = options.skip_padding and not self.reads_padding
+        packs = self._packs and skips
+        skips = skips and (self._packs or self._skips_padding)
+        fused = self._fused_engine(target, padding=not skips)
         if fused is None:  # else it serves hidden states of all layers only, and can wait
             engine()
         encoder = Encoder(
@@ -100,8 +109,8 @@ class FastEncoder(StockForward, EngineModule):
         served = target.device == "cuda" and target.contrib
         if not served or not self.engine_options.fused_kernels:
             return None
-        root, own, kept = self._encoder_root(), tensors_of(self), self._engine_cache()
-        with suppress(NotFused):  # T5's position tables, say, or another dtype of some weight
+        root, own, kept = self._encoder_root(), self._weights(), self._engine_cache()
+        with suppress(NotFused):  # T5 in float32, say, or another dtype of some weight
             return PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
         return None
 
@@ -119,6 +128,9 @@ class FastEncoder(StockForward, EngineModule):
             return reason
         if reason := too_large(self.engine_options, *input_ids.shape):
             return reason
+        known, length = self.positions, input_ids.shape[1]
+        if known is not None and length > known:
+            return Asked(f"{length} tokens, where there are {known} positions")
         try:
             self._current_engine()
         except NoEngine as error:

@@ -14,6 +14,7 @@ import torch
 
 from fastgen.engines import NotFused
 from fastgen.engines.fused import encoder as packed
+from fastgen.engines.fused.packed_attention import Table
 from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
 from fastgen.engines.fused.packed_values import Buffer
 from fastgen.execution import encoder as encoders
@@ -141,13 +142,30 @@ def named(name: str) -> Any:
 
 
 W, N = named("w"), named("n")
+TABLE = Table(torch.ones(2, 8), torch.tensor([0, 1, 1], dtype=torch.int32))
+
+
+def streamed(op: PackedOps, additions: int = 0) -> Any:
+    """A residual stream as it was before so many additions."""
+    found: Any = op.embedding(Ids("input_ids"), W)
+    x = op.rms_norm(found, N, 1e-6)
+    for _ in range(additions):
+        op.add_rms_norm(found, op.linear(x, W), N, 1e-6)
+    return found
 
 
 @pytest.mark.parametrize(
     ("use", "reason"),
     [
-        (lambda op, x: op.position_table(W, [0], None), "position_table"),
-        (lambda op, x: op.rms_norm(x, N, 1e-6), "rms_norm"),
+        (lambda op, x: op.causal_bias(x, x), "causal_bias"),
+        (lambda op, x: op.rms_norm(x, N, 1e-6), "as a residual stream"),
+        (lambda op, x: op.position_table(W, [0, 1, 2], future=1), "one side"),
+        (lambda op, x: op.position_bias(TABLE, None, Ids("input_ids"), -1, 1), "other tokens"),
+        (lambda op, x: op.position_bias(TABLE, None, Ids(None), -2, 1), "a table of 1"),
+        (lambda op, x: op.attention(*[op.linear(x, W)] * 3, bias=TABLE, heads=4), "8 heads for 4"),
+        (lambda op, x: op.multiply(op.linear(x, W), op.linear(x, W)), "gate"),
+        (lambda op, x: op.add_rms_norm(streamed(op), x, N, 1e-6), "no product"),
+        (lambda op, x: op.add_rms_norm(streamed(op, 1), op.linear(x, W), N, 1e-6), "stream"),
         (lambda op, x: op.activation(op.linear(x, W), "quick_gelu"), "quick_gelu"),
         (lambda op, x: op.add(op.linear(x, W), op.linear(x, W)), "sums"),
         (lambda op, x: op.layer_norm(x, named("wide"), named("wide"), 1e-6), "8192"),
@@ -165,17 +183,6 @@ def test_what_no_kernel_computes_is_not_fused(use: Any, reason: str) -> None:
 def test_weights_of_another_dtype_are_not_fused() -> None:
     with pytest.raises(NotFused, match="float64"):
         ops(dtype=torch.float64).embedding(Ids("input_ids"), W)
-
-
-def test_a_family_with_position_tables_is_not_fused() -> None:
-    from tests.configs import build_pair
-
-    model: Any = build_pair("t5-1.1").fast
-    root = model.encoder._encoder_root()
-    own = dict(model.encoder.named_parameters(remove_duplicate=False))
-    with pytest.raises(NotFused):
-        packed.PackedEngine(root, TARGET, torch.device("cpu"), own, padding=False)
-    assert model.encoder._fused_engine(TARGET, padding=True) is None
 
 
 def test_the_option_switches_it_off() -> None:

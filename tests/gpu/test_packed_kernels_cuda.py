@@ -9,7 +9,9 @@ import torch
 
 from fastgen.engines.fused import packed_kernels as kernels
 from fastgen.engines.fused.encoder import compile_kernels, side_streams
-from fastgen.engines.fused.packed_ops import Attention, Product, Products
+from fastgen.engines.fused.packed_attention import Attention, BiasedAttention, Table
+from fastgen.engines.fused.packed_ops import Product, Products
+from fastgen.engines.fused.packed_places import Count, Place, Spread
 from fastgen.engines.fused.packed_values import Buffer, Call, Norm, Size, Term
 from tests.gpu.models import DEVICE, DTYPES, ids, ragged
 
@@ -52,8 +54,8 @@ def size_of(rows: int, longest: int, tokens: int = 0) -> Size:
 
 def placed(call: Call) -> Size:
     size = size_of(*call.rows.shape)
-    kernels.Count.reference(call)
-    kernels.Place.reference(call, size)
+    Count.reference(call)
+    Place.reference(call, size)
     return size
 
 
@@ -63,7 +65,7 @@ def placed(call: Call) -> Size:
 def test_places(shape: tuple[int, int], masked: bool, padding: bool) -> None:
     mask = ragged(*shape) if masked else None
     found, expected = (call_of(mask, shape, 8, padding) for _ in range(2))
-    count, place, size = kernels.Count(), kernels.Place(), size_of(*shape)
+    count, place, size = Count(), Place(), size_of(*shape)
     compile_kernels((count, place), torch.float32, DEVICE)
     count(found)
     place(found, size)
@@ -83,7 +85,7 @@ def test_embeddings_and_spread(dtype: torch.dtype, width: int) -> None:
     terms = Term("input_ids", tables[0], 1.5), Term("types", tables[1]), Term(None, tables[2], 1, 2)
     norm = Norm(random(width, dtype=dtype, seed=7), random(width, dtype=dtype, seed=8), 1e-5)
     y = Buffer(width, torch.zeros(76, width, dtype=dtype, device=DEVICE))
-    embed, spread = kernels.Embed(terms, norm, y), kernels.Spread(y)
+    embed, spread = kernels.Embed(terms, norm, y), Spread(y)
     compile_kernels((embed, spread), dtype, DEVICE)
     embed(call, size)
     found = y.tensor.clone()
@@ -111,12 +113,14 @@ def test_norms(dtype: torch.dtype, width: int, added: bool) -> None:
     close(found, y.tensor)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", ["RELU", "GELU_TANH", "GELU_ERF", "SILU"])
 @pytest.mark.parametrize("width", [8, 3072, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_activations(dtype: torch.dtype, width: int, kind: str) -> None:
+def test_activations(dtype: torch.dtype, width: int, kind: str, gated: bool) -> None:
     x = Buffer(width, 3 * random(70, width, dtype=dtype))
-    kernel, before, size = kernels.Activate(x, kind), x.tensor.clone(), size_of(1, 70, 69)
+    gate = Buffer(width, random(70, width, dtype=dtype, seed=1)) if gated else None
+    kernel, before, size = kernels.Activate(x, kind, gate), x.tensor.clone(), size_of(1, 70, 69)
     compile_kernels((kernel,), dtype, DEVICE)
     kernel(size)
     found = x.tensor.clone()
@@ -141,6 +145,77 @@ def test_attention(dtype: torch.dtype, head_size: int) -> None:
     expected = attention.reference(size, *qkv).flatten(1)[:240]
     rough = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(found.float(), expected, rtol=rough, atol=rough)
+
+
+@pytest.mark.parametrize("lengths", [(1, 39, 1, 199), (512,), (64, 65, 63, 128)])
+@pytest.mark.parametrize("head_size", [16, 64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_with_a_position_table(
+    dtype: torch.dtype, head_size: int, lengths: tuple[int, ...]
+) -> None:
+    """Rows of all lengths, some of whose tokens are seen by nobody, and columns in any order."""
+    total, longest = sum(lengths), max(lengths)
+    starts = torch.tensor([0, *lengths], dtype=torch.int32, device=DEVICE).cumsum(0).int()
+    seen = [length - length // 3 for length in lengths]
+    keys = torch.tensor(seen, dtype=torch.int32, device=DEVICE)
+    columns = ids(1, total, 400).flatten().int()
+    size = Size(total + 5, longest, starts, keys, columns=columns)
+    width = 3 * head_size
+    buffers = [Buffer(width, random(total + 5, width, dtype=dtype, seed=n)) for n in range(3)]
+    buckets = ids(1, 257, 32).flatten().int() % 32
+    table = Table(random(32, 3, dtype=dtype, seed=9), buckets)
+    attention = BiasedAttention(*buffers, heads=3, scale=0.3, table=table)
+    attention.y.tensor = torch.zeros(total + 5, width, dtype=dtype, device=DEVICE)
+    compile_kernels((attention,), dtype, DEVICE)
+    attention(size)
+    found = attention.y.tensor.clone()
+    attention.reference(size)
+    rough = {torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    torch.testing.assert_close(found, attention.y.tensor, rtol=rough, atol=rough)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_a_residual_stream(dtype: torch.dtype, width: int) -> None:
+    stream = Buffer(width, 3e4 * random(9, width), dtype=torch.float32)
+    y, norm = (
+        Buffer(width, random(9, width, dtype=dtype)),
+        Norm(random(width).to(dtype), None, 1e-6),
+    )
+    kernel = kernels.NormStream(stream, norm, y)
+    compile_kernels((kernel,), dtype, DEVICE)
+    kernel(size_of(1, 9, 9))
+    found = y.tensor.clone()
+    kernel.reference(size_of(1, 9, 9))
+    close(found, y.tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embeddings_begin_a_residual_stream(dtype: torch.dtype) -> None:
+    call = call_of(ragged(4, 19), (4, 19), 264, padding=False)
+    size = placed(call)
+    y = Buffer(264, torch.zeros(76, 264, dtype=dtype, device=DEVICE))
+    stream = Buffer(264, torch.zeros(76, 264, device=DEVICE), dtype=torch.float32)
+    norm = Norm(random(264, dtype=dtype, seed=7), None, 1e-6)
+    embed = kernels.Embed([Term("input_ids", random(96, 264, dtype=dtype))], norm, y, stream)
+    compile_kernels((embed,), dtype, DEVICE)
+    embed(call, size)
+    found, sums = y.tensor.clone(), stream.tensor.clone()
+    embed.reference(call, size)
+    close(found, y.tensor)
+    assert torch.equal(sums, stream.tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_added_to_a_residual_stream_in_float32(dtype: torch.dtype) -> None:
+    x, weight = random(50, 64, dtype=dtype), random(96, 64, dtype=dtype, seed=1)
+    before = 1e5 * random(50, 96, seed=2)  # beyond float16
+    stream = Buffer(96, before.clone(), dtype=torch.float32)
+    products = Products([Product(Buffer(64, x), weight.T, None, onto=stream)])
+    assert [*products.writes] == [stream]
+    products(size_of(1, 50, 50))
+    expected = before.double() + x.double() @ weight.T.double()
+    torch.testing.assert_close(stream.tensor.double(), expected, rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("activation", ["RELU", "GELU_TANH"])

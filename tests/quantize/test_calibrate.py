@@ -156,17 +156,6 @@ def test_edits_of_weights_are_noticed(edit: str) -> None:
     assert error(found, right) < 0.06
 
 
-def test_graphs_share_what_is_made_of_the_weights() -> None:
-    fast = calibrated()[1]
-    first(fast, **call("Model", None))
-    made = dict(fast._made)
-    first(fast, **call("Model", "right"))  # packed
-    assert fast._made.keys() == made.keys()
-    assert all(fast._made[name] is made[name] for name in made)
-    places = fast._engine.engine.weight_pointers()
-    assert all(places[name] == tensor.data_ptr() for name, tensor in made.items() if name in places)
-
-
 def test_pickles_and_copies_keep_it() -> None:
     fast = calibrated()[1]
     right = first(fast, **call("Model"))

@@ -56,6 +56,41 @@ template <int K, int VEC, int THREADS> struct Row {
             *(Pack<T, VEC>*)(to + column(p)) = values;
         }
     }
+    INLINE void add_wide(const float* from) {
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            if (column(p) >= K) continue;
+            const Pack<float, VEC> values = *(const Pack<float, VEC>*)(from + column(p));
+#pragma unroll
+            for (int e = 0; e < VEC; e++) x[p][e] += values.element[e];
+        }
+    }
+    INLINE void store_wide(float* to) const {
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            if (column(p) >= K) continue;
+            Pack<float, VEC> values;
+#pragma unroll
+            for (int e = 0; e < VEC; e++) values.element[e] = x[p][e];
+            *(Pack<float, VEC>*)(to + column(p)) = values;
+        }
+    }
+    // Root-mean-square norm in float.
+    INLINE void normalize(const T* weight, float eps) {
+        float squares = 0.f;
+#pragma unroll
+        for (int p = 0; p < PACKS; p++)
+#pragma unroll
+            for (int e = 0; e < VEC; e++) squares += x[p][e] * x[p][e];
+        const float factor = rsqrtf(block_sum<THREADS>(squares) / K + eps);
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            if (column(p) >= K) continue;
+            const Pack<T, VEC> w = *(const Pack<T, VEC>*)(weight + column(p));
+#pragma unroll
+            for (int e = 0; e < VEC; e++) x[p][e] = x[p][e] * factor * to_float(w.element[e]);
+        }
+    }
     // Layer norm in float, of the deviations from the mean.
     INLINE void normalize(const T* weight, const T* bias, float eps) {
         float sum = 0.f;
@@ -116,6 +151,7 @@ struct PlaceArgs {
     int *starts, *keys;  // [B + 1], [B]: for attention, where rows begin, and visible tokens of each
     int* tokens;         // [T] the place b * S + s of each token
     int* rows;           // [B, S] the token of each place; -1: it is not computed
+    int* columns;        // [T] the column s of each token; null: nobody asks
     int sources, padding;
 };
 
@@ -156,6 +192,7 @@ template <int THREADS> INLINE void place(const PlaceArgs& args) {
         else if (s == 0) row = start + visible;
         args.rows[first + s] = row;
         if (row >= 0) args.tokens[row] = (int)(first + s);
+        if (row >= 0 && args.columns) args.columns[row] = s;
     }
 }
 
@@ -174,13 +211,14 @@ struct EmbedArgs {
     const int* tokens;  // [T]
     const int* total;   // T
     T* y;               // [T, K]
-    const T *weight, *bias;
+    float* stream;      // [T, K] that takes the sum as it was before its norm, of RMS
+    const T *weight, *bias;  // bias: of LAYER
     float eps;
     int sources;
 };
 
 // One block a token.
-template <int K, int VEC, int THREADS, int TERMS> INLINE void embed(const EmbedArgs& args) {
+template <int K, int VEC, int THREADS, int TERMS, int NORM> INLINE void embed(const EmbedArgs& args) {
     launch_dependents();
     wait_for_inputs();
     if ((int)blockIdx.x >= *args.total) return;
@@ -194,7 +232,12 @@ template <int K, int VEC, int THREADS, int TERMS> INLINE void embed(const EmbedA
         id = max(0ll, min(id + term.offset, (long long)term.count - 1));  // never beside the table
         row.add(term.table + id * K, term.scale);
     }
-    row.normalize(args.weight, args.bias, args.eps);
+    if constexpr (NORM == RMS) {
+        row.store_wide(args.stream + (long long)blockIdx.x * K);
+        row.normalize(args.weight, args.eps);
+    } else {
+        row.normalize(args.weight, args.bias, args.eps);
+    }
     row.store(args.y + (long long)blockIdx.x * K);
 }
 
@@ -221,20 +264,46 @@ template <int K, int VEC, int THREADS, bool ADD> INLINE void norm_rows(const Nor
     row.store(args.y + first);
 }
 
+struct StreamArgs {
+    const float* x;  // [T, K], a residual stream
+    const T* weight;
+    T* y;  // [T, K]
+    float eps;
+};
+
+// y = the root-mean-square norm of x, one block a token.
+template <int K, int VEC, int THREADS> INLINE void norm_stream(const StreamArgs& args) {
+    launch_dependents();
+    wait_for_inputs();
+    const long long first = (long long)blockIdx.x * K;
+    Row<K, VEC, THREADS> row;
+    row.clear();
+    row.add_wide(args.x + first);
+    row.normalize(args.weight, args.eps);
+    row.store(args.y + first);
+}
+
 struct ActivationArgs {
     T* x;
+    const T* gate;  // of GATED
     long long count;
 };
 
-// x = activate(x), VEC elements a thread; the count is a multiple of VEC.
-template <int ACT, int VEC> INLINE void activate_rows(const ActivationArgs& args) {
+// x = activate(x), or activate(x) * gate; VEC elements a thread, the count is a multiple of VEC.
+template <int ACT, int VEC, bool GATED> INLINE void activate_rows(const ActivationArgs& args) {
     launch_dependents();
     wait_for_inputs();
     const long long i = VEC * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= args.count) return;
     Pack<T, VEC> x = *(const Pack<T, VEC>*)(args.x + i);
+    Pack<T, VEC> gate;
+    if constexpr (GATED) gate = *(const Pack<T, VEC>*)(args.gate + i);
 #pragma unroll
-    for (int e = 0; e < VEC; e++) from_float(activate<ACT>(finite(x.element[e])), x.element[e]);
+    for (int e = 0; e < VEC; e++) {
+        float y = activate<ACT>(finite(x.element[e]));
+        if constexpr (GATED) y *= finite(gate.element[e]);
+        from_float(y, x.element[e]);
+    }
     *(Pack<T, VEC>*)(args.x + i) = x;
 }
 

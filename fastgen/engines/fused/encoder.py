@@ -11,8 +11,9 @@ import torch
 from fastgen import cuda
 from fastgen.engine_cache import EngineCache
 from fastgen.engines import NotFused, nvrtc
-from fastgen.engines.fused.packed_kernels import Count, Kernel, Place, Spread
+from fastgen.engines.fused.packed_kernels import Kernel
 from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
+from fastgen.engines.fused.packed_places import Count, Place, Spread
 from fastgen.engines.fused.packed_plan import allocate, fetch_ahead
 from fastgen.engines.fused.packed_values import Buffer, Call, Size
 from fastgen.target import Target
@@ -50,6 +51,8 @@ class PackedEngine:
         # on a CPU torch computes what the kernels would
         if device.type == "cuda" and (reason := nvrtc.refusal(device)):
             raise NotFused(reason)
+        if target.weights != "full":
+            raise NotFused(f"fused kernels do not multiply by {target.weights} weights")
         self.target, self.device, self._padding = target, device, padding
         self._root, self._more_ids, self._engine_cache = root, more_ids, engine_cache
         self._dtype = getattr(torch, target.dtype)
@@ -59,7 +62,7 @@ class PackedEngine:
             if name not in parameters:
                 raise NotFused(f"{name} is gone")
             self._parameters[name] = parameters[name].detach()
-        self._scratch: dict[tuple[int, int], torch.Tensor] = {}
+        self._scratch: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
         self._record()  # so that what is not served is known by now
         self._count, self._place = Count(), Place()
         compile_kernels((self._count, self._place), self._dtype, device, engine_cache)
@@ -105,15 +108,16 @@ class PackedEngine:
         """Record and compile the launches over buffers of so many tokens in so many rows. Bindings
         share their scratch: they run one after the other."""
         ops, result = self._record()
-        taken: Counter[int] = Counter()
+        taken: Counter[tuple[int, torch.dtype]] = Counter()
 
-        def make(width: int) -> torch.Tensor:
-            place = width, taken[width]
-            taken[width] += 1
+        def make(width: int, dtype: torch.dtype | None) -> torch.Tensor:
+            kind = width, dtype or self._dtype
+            place = *kind, taken[kind]
+            taken[kind] += 1
             found = self._scratch.get(place)
             if found is None or len(found) < tokens:
                 axes = 1 << (tokens - 1).bit_length(), width
-                found = torch.zeros(axes, dtype=self._dtype, device=self.device)
+                found = torch.zeros(axes, dtype=kind[1], device=self.device)
                 self._scratch[place] = found
             return found[:tokens]
 
@@ -149,7 +153,8 @@ def compile_kernels(
         return
     names: dict[str, str] = {}
     lines = [f"#define T {nvrtc.ELEMENTS[dtype]}", "#define ROWS 1", "#define QUERIES 1"]
-    lines += [files("fastgen.engines.fused").joinpath(n).read_text() for n in _SOURCES]
+    sources = dict.fromkeys((*_SOURCES, *(kernel.source for kernel in kernels)))
+    lines += [files("fastgen.engines.fused").joinpath(n).read_text() for n in sources]
     for kernel in kernels:
         body = kernel.body
         if body not in names:
@@ -171,23 +176,24 @@ class PackedBinding:
         ops: PackedOps,
         result: Buffer,
         place: Place,
-        make: Callable[[int], torch.Tensor],
+        make: Callable[[int, torch.dtype | None], torch.Tensor],
         tokens: int,
         rows: int,
     ) -> None:
         """
         Args:
-            make: scratch of so many columns.
+            make: scratch of so many columns of a dtype; None is that of activations.
             tokens, rows: the most that a call may have.
         """
         assert ops.embed is not None
         self.tokens, self.rows = tokens, rows
         self.launches = ops.launches
-        self._launches = allocate(ops.launches, make, kept=(ops.embed.y, result))
+        self._launches = allocate(ops.launches, make, kept=(*ops.embed.writes, result))
         self._fetches = fetch_ahead(ops.launches)
         self._place, self._embed, self._spread = place, ops.embed, Spread(result)
         counts = result.tensor.new_zeros(2 * rows + 1, dtype=torch.int32)
         self._starts, self._keys = counts[: rows + 1], counts[rows + 1 :]
+        self._columns = counts.new_zeros(tokens) if ops.reads_columns else None
 
     def kernels(self) -> list[Kernel]:
         """All of its own that have to be compiled."""
@@ -197,7 +203,8 @@ class PackedBinding:
     def size(self, tokens: int, rows: int, longest: int, even: bool = False) -> Size:
         """So many tokens in so many rows, of which no row has more than the longest, and if
         ``even`` none fewer."""
-        return Size(tokens, longest, self._starts[: rows + 1], self._keys[:rows], even)
+        starts, keys = self._starts[: rows + 1], self._keys[:rows]
+        return Size(tokens, longest, starts, keys, even, columns=self._columns)
 
     def layers(self, size: Size, side: Sequence[cuda.Side] = ()) -> Callable[[], None]:
         """What queues all launches between reading a call and spreading its results.

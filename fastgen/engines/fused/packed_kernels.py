@@ -36,9 +36,10 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Kernel:
-    """A launch of a kernel of encoder.cu."""
+    """A launch of a kernel of our own, which may be of another source behind encoder.cu."""
 
     arguments: ctypes.Structure
+    source = "encoder.cu"
     threads = THREADS
     overlaps = True
     """Whether it may start while the launch before it runs: it then waits for its inputs itself."""
@@ -65,88 +66,6 @@ class Kernel:
         return self._prepared is not None
 
 
-class CountArgs(ctypes.Structure):
-    _fields_ = [
-        *(("mask", _POINTER), ("lengths", _POINTER), ("visible", _POINTER)),
-        *(("sources", _INT), ("padding", _INT)),
-    ]
-
-
-class Count(Kernel):
-    """How many tokens of each row are computed, and how many are visible."""
-
-    body = f"count<{THREADS}>"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arguments = CountArgs()
-
-    def __call__(self, call: Call) -> None:
-        if not self.on_gpu:
-            self.reference(call)
-            return
-        args = self.arguments
-        args.mask, args.lengths = _pointer(call.mask), call.lengths.data_ptr()
-        args.visible, args.sources = call.visible.data_ptr(), call.sources
-        args.padding = call.padding
-        self.launch(len(call.lengths))
-
-    @staticmethod
-    def reference(call: Call) -> None:
-        seen = _seen(call)
-        call.visible.copy_(seen.sum(1))
-        if call.padding:
-            call.lengths.fill_(call.sources)
-        else:
-            call.lengths.copy_(seen.sum(1) + ~seen[:, 0])
-
-
-class PlaceArgs(ctypes.Structure):
-    _fields_ = [
-        *(("mask", _POINTER), ("lengths", _POINTER), ("visible", _POINTER)),
-        *(("starts", _POINTER), ("keys", _POINTER), ("tokens", _POINTER), ("rows", _POINTER)),
-        *(("sources", _INT), ("padding", _INT)),
-    ]
-
-
-class Place(Kernel):
-    """Where each token lies, packed, and what attention must know of the rows."""
-
-    body = f"place<{THREADS}>"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arguments = PlaceArgs()
-
-    def __call__(self, call: Call, size: Size) -> None:
-        if not self.on_gpu:
-            self.reference(call, size)
-            return
-        args = self.arguments
-        args.mask, args.lengths = _pointer(call.mask), call.lengths.data_ptr()
-        args.visible, args.starts = call.visible.data_ptr(), size.starts.data_ptr()
-        args.keys, args.tokens = size.keys.data_ptr(), call.tokens.data_ptr()
-        args.rows, args.sources, args.padding = call.rows.data_ptr(), call.sources, call.padding
-        self.launch(len(call.lengths))
-
-    @staticmethod
-    def reference(call: Call, size: Size) -> None:
-        seen, (batch, sources) = _seen(call), call.rows.shape
-        size.keys.copy_(call.visible)
-        size.starts[0] = 0
-        size.starts[1:].copy_(call.lengths.cumsum(0))
-        kept = torch.ones_like(seen) if call.padding else seen.clone()
-        kept[:, 0] = True
-        order = torch.where(seen, 0, torch.where(kept, 1, 2)).argsort(dim=1, stable=True)
-        places = order + sources * torch.arange(batch, device=order.device)[:, None]
-        among = torch.arange(sources, device=order.device) < call.lengths[:, None]
-        tokens = places[among]
-        call.tokens[: len(tokens)] = tokens.to(torch.int32)
-        call.rows.fill_(-1)
-        numbers = torch.arange(len(tokens), dtype=torch.int32, device=order.device)
-        call.rows.view(-1)[tokens] = numbers
-
-
 class TermArgs(ctypes.Structure):
     _fields_ = [
         *(("table", _POINTER), ("ids", _POINTER)),
@@ -157,18 +76,24 @@ class TermArgs(ctypes.Structure):
 class EmbedArgs(ctypes.Structure):
     _fields_ = [
         *(("term", TermArgs * MAX_TERMS), ("tokens", _POINTER), ("total", _POINTER)),
-        *(("y", _POINTER), ("weight", _POINTER), ("bias", _POINTER)),
+        *(("y", _POINTER), ("stream", _POINTER), ("weight", _POINTER), ("bias", _POINTER)),
         *(("eps", _FLOAT), ("sources", _INT)),
     ]
 
 
 class Embed(Kernel):
-    """A sum of embeddings, normed."""
+    """A sum of embeddings, normed; of a root-mean-square norm the sum itself, too."""
 
-    def __init__(self, terms: Sequence[Term], norm: Norm, y: Buffer) -> None:
+    def __init__(
+        self, terms: Sequence[Term], norm: Norm, y: Buffer, stream: Buffer | None = None
+    ) -> None:
+        """
+        Args:
+            stream: takes the sum in float32; what a root-mean-square norm needs.
+        """
         super().__init__()
-        self.terms, self.norm, self.y = terms, norm, y
-        self.arguments = EmbedArgs(weight=norm.weight.data_ptr(), bias=norm.bias.data_ptr())
+        self.terms, self.norm, self.y, self.stream = terms, norm, y, stream
+        self.arguments = EmbedArgs(weight=norm.weight.data_ptr(), bias=pointer(norm.bias))
         self.arguments.eps = norm.eps
         self._vector = min(norm.vector, *(vector(term.table) for term in terms))
         self.threads = norm.threads(self._vector)
@@ -182,7 +107,12 @@ class Embed(Kernel):
 
     @property
     def body(self) -> str:
-        return f"embed<{self.y.width}, {self._vector}, {self.threads}, {len(self.terms)}>"
+        sizes = f"{self.y.width}, {self._vector}, {self.threads}"
+        return f"embed<{sizes}, {len(self.terms)}, {self.norm.kind}>"
+
+    @property
+    def writes(self) -> Sequence[Buffer]:
+        return [self.y] if self.stream is None else [self.y, self.stream]
 
     def __call__(self, call: Call, size: Size) -> None:
         if not self.on_gpu:
@@ -190,9 +120,10 @@ class Embed(Kernel):
             return
         args = self.arguments
         for term, each in zip(self.terms, args.term, strict=False):
-            each.ids = _pointer(None if term.ids is None else call.ids[term.ids])
+            each.ids = pointer(None if term.ids is None else call.ids[term.ids])
             each.one_id = term.ids is not None
         args.tokens, args.y = call.tokens.data_ptr(), self.y.tensor.data_ptr()
+        args.stream = None if self.stream is None else self.stream.tensor.data_ptr()
         args.total, args.sources = size.starts[-1:].data_ptr(), call.sources
         self.launch(len(call.tokens))
 
@@ -208,6 +139,8 @@ class Embed(Kernel):
             ids = (ids + term.offset).clamp(0, len(term.table) - 1)
             total = total + term.scale * term.table[ids].float()
         self.y.tensor[: len(tokens)] = self.norm(total).to(self.y.tensor.dtype)
+        if self.stream is not None:
+            self.stream.tensor[: len(tokens)] = total
 
 
 class NormArguments(ctypes.Structure):
@@ -218,7 +151,7 @@ class NormArguments(ctypes.Structure):
 
 
 class NormRows(Kernel):
-    """``norm(x + residual)``, in float32."""
+    """``norm(x + residual)``, a layer norm in float32."""
 
     def __init__(self, x: Buffer, residual: Buffer | None, norm: Norm, y: Buffer) -> None:
         super().__init__()
@@ -226,7 +159,7 @@ class NormRows(Kernel):
         self.reads = [x] if residual is None else [x, residual]
         self.writes = [y]
         self.threads = norm.threads(norm.vector)
-        self.arguments = NormArguments(weight=norm.weight.data_ptr(), bias=norm.bias.data_ptr())
+        self.arguments = NormArguments(weight=norm.weight.data_ptr(), bias=pointer(norm.bias))
         self.arguments.eps = norm.eps
 
     @property
@@ -250,23 +183,54 @@ class NormRows(Kernel):
         self.y.tensor[: size.tokens] = self.norm(total).to(self.y.tensor.dtype)
 
 
+class StreamArgs(ctypes.Structure):
+    _fields_ = [("x", _POINTER), ("weight", _POINTER), ("y", _POINTER), ("eps", _FLOAT)]
+
+
+class NormStream(Kernel):
+    """The root-mean-square norm of a residual stream, which is float32."""
+
+    def __init__(self, x: Buffer, norm: Norm, y: Buffer) -> None:
+        super().__init__()
+        self.x, self.norm, self.y = x, norm, y
+        self.reads, self.writes = [x], [y]
+        self.threads = norm.threads(norm.vector)
+        self.arguments = StreamArgs(weight=norm.weight.data_ptr(), eps=norm.eps)
+
+    @property
+    def body(self) -> str:
+        return f"norm_stream<{self.y.width}, {self.norm.vector}, {self.threads}>"
+
+    def __call__(self, size: Size) -> None:
+        if not self.on_gpu:
+            self.reference(size)
+            return
+        self.arguments.x, self.arguments.y = self.x.tensor.data_ptr(), self.y.tensor.data_ptr()
+        self.launch(size.tokens)
+
+    def reference(self, size: Size) -> None:
+        normed = self.norm(self.x.tensor[: size.tokens])
+        self.y.tensor[: size.tokens] = normed.to(self.y.tensor.dtype)
+
+
 class ActivationArgs(ctypes.Structure):
-    _fields_ = [("x", _POINTER), ("count", _LONG)]
+    _fields_ = [("x", _POINTER), ("gate", _POINTER), ("count", _LONG)]
 
 
 class Activate(Kernel):
-    """An activation in place, in float32."""
+    """An activation in place, in float32, times a gate if there is one."""
 
-    def __init__(self, x: Buffer, kind: str) -> None:
+    def __init__(self, x: Buffer, kind: str, gate: Buffer | None = None) -> None:
         super().__init__()
-        self.x, self.kind = x, kind
-        self.reads, self.writes = (x,), ()
+        self.x, self.kind, self.gate = x, kind, gate
+        self.reads, self.writes = [x] if gate is None else [x, gate], ()
         self.arguments = ActivationArgs()
         self._vector = 1 if x.width % VECTOR else VECTOR
 
     @property
     def body(self) -> str:
-        return f"activate_rows<{self.kind}, {self._vector}>"
+        gated = str(self.gate is not None).lower()
+        return f"activate_rows<{self.kind}, {self._vector}, {gated}>"
 
     def __call__(self, size: Size) -> None:
         if not self.on_gpu:
@@ -274,11 +238,13 @@ class Activate(Kernel):
             return
         args, count = self.arguments, size.tokens * self.x.width
         args.x, args.count = self.x.tensor.data_ptr(), count
+        args.gate = None if self.gate is None else self.gate.tensor.data_ptr()
         self.launch(-(-count // (self.threads * self._vector)))
 
     def reference(self, size: Size) -> None:
         x = self.x.tensor[: size.tokens]
-        x.copy_(_ACTIVATIONS[self.kind](x.float()))
+        y = _ACTIVATIONS[self.kind](x.float())
+        x.copy_(y if self.gate is None else y * self.gate.tensor[: size.tokens].float())
 
 
 class PrefetchArgs(ctypes.Structure):
@@ -305,42 +271,5 @@ class Prefetch(Kernel):
             self.launch(self._BLOCKS)
 
 
-class SpreadArgs(ctypes.Structure):
-    _fields_ = [("x", _POINTER), ("rows", _POINTER), ("y", _POINTER)]
-
-
-class Spread(Kernel):
-    """Packed rows back to [B, S, E], zeros where nothing was computed."""
-
-    def __init__(self, x: Buffer) -> None:
-        super().__init__()
-        self.x, self.arguments = x, SpreadArgs()
-        self._vector = 1 if x.width % VECTOR else VECTOR
-        self.threads = min(THREADS, -(-x.width // (32 * self._vector)) * 32)
-
-    @property
-    def body(self) -> str:
-        return f"spread<{self.x.width}, {self._vector}, {self.threads}>"
-
-    def __call__(self, call: Call) -> None:
-        if not self.on_gpu:
-            self.reference(call)
-            return
-        args = self.arguments
-        args.x, args.y = self.x.tensor.data_ptr(), call.hidden.data_ptr()
-        args.rows = call.rows.data_ptr()
-        self.launch(call.rows.numel())
-
-    def reference(self, call: Call) -> None:
-        computed = (call.rows >= 0)[..., None]
-        call.hidden.copy_(torch.where(computed, self.x.tensor[call.rows.clamp(min=0).long()], 0))
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
+def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _seen(call: Call) -> torch.Tensor:
-    if call.mask is None:
-        return torch.ones_like(call.rows, dtype=torch.bool)
-    return call.mask != 0

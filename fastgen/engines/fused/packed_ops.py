@@ -2,7 +2,8 @@
 
 A family's ``encode`` runs through ``PackedOps`` unchanged. It is lazy: embeddings, products and
 activations stay descriptions until something needs their numbers. Rows are tokens without padding,
-[T, E] in the compute dtype; a residual stream that is not normed after each addition is not served.
+[T, E] in the compute dtype. A residual stream is what was normed (layer norms), or is kept apart in
+float32, and products are added to it as they are summed (root-mean-square norms).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,17 +11,27 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from fastgen.engines import NotFused
-from fastgen.engines.fused.packed_kernels import Activate, Embed, NormRows, Prefetch
+from fastgen.engines.fused.packed_attention import (
+    MAX_HEAD_SIZE,
+    Attention,
+    BiasedAttention,
+    Table,
+)
+from fastgen.engines.fused.packed_kernels import (
+    Activate,
+    Embed,
+    NormRows,
+    NormStream,
+    Prefetch,
+)
 from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Size, Term
 from fastgen.engines.fused.products import ACTIVATIONS
 from fastgen.engines.fused.recorder import Builder
 from fastgen.target import Target
 
 MAX_WIDTH = 8192  # of a row, that a block of the kernels holds
-MAX_HEAD_SIZE = 256  # of torch's attention kernels
 
 
 class Recorded(Protocol):
@@ -63,10 +74,18 @@ class Product:
     scale: float = 1.0
     activation: str | None = None
     """One of cuBLAS: RELU, or GELU_TANH."""
+    onto: Buffer | None = None
+    """A residual stream that it is added to."""
 
     def into(self, buffer: Buffer, size: Size) -> None:
         x, y = self.x.rows(size.tokens), buffer.rows(size.tokens)
-        if self.activation is not None and self.bias is not None:
+        if self.onto is not None:
+            if x.dtype == y.dtype:
+                torch.addmm(y, x, self.matrix, alpha=self.scale, out=y)
+            else:
+                addmm = torch.ops.aten.addmm.dtype_out
+                addmm(y, x, self.matrix, y.dtype, beta=1.0, alpha=self.scale, out=y)
+        elif self.activation is not None and self.bias is not None:
             gelu = self.activation != "RELU"
             torch._addmm_activation(
                 self.bias, x, self.matrix, alpha=self.scale, use_gelu=gelu, out=y
@@ -81,6 +100,16 @@ class Product:
 class Activated:
     product: Product
     kind: str
+    gate: Product | None = None
+    """What it is multiplied by."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A residual stream in float32, as it is after so many additions."""
+
+    buffer: Buffer
+    additions: int = 0
 
 
 class Visible:
@@ -100,7 +129,7 @@ class Products:
     def __init__(self, products: Sequence[Product]) -> None:
         self.products = products
         self.reads = [product.x for product in products]
-        self.writes = [Buffer(product.matrix.shape[1]) for product in products]
+        self.writes = [product.onto or Buffer(product.matrix.shape[1]) for product in products]
         self.ahead: Prefetch | None = None
         """Fetches the weights of the products that follow, if there is a stream for it."""
 
@@ -132,66 +161,6 @@ class Products:
             event.wait()
 
 
-class Attention:
-    """Attention of each row's tokens to its visible ones, without a padded tensor of scores."""
-
-    def __init__(self, q: Buffer, k: Buffer, v: Buffer, heads: int, scale: float) -> None:
-        self.reads, self.writes = [q, k, v], [Buffer(q.width, made=True)]
-        self.heads, self.scale = heads, scale
-
-    def __call__(self, size: Size) -> None:
-        rows, heads = size.tokens, self.heads
-        q, k, v = (x.rows(rows).view(rows, heads, x.width // heads) for x in self.reads)
-        if size.even:
-            y = self._even(size, q, k, v)
-        elif q.device.type != "cuda":
-            y = self.reference(size, q, k, v)
-        elif q.dtype == torch.float32:
-            y = self._efficient(size, q, k, v)
-        else:
-            y = self._flash(size, q, k, v)
-        self.writes[0].tensor = y.reshape(rows, self.writes[0].width)
-
-    def _even(self, size: Size, *qkv: torch.Tensor) -> torch.Tensor:
-        """By the fastest of torch's kernels, which know no rows of different lengths."""
-        q, k, v = (x.unflatten(0, (-1, size.longest)).transpose(1, 2) for x in qkv)
-        y: torch.Tensor = scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return y.transpose(1, 2)
-
-    def _flash(self, size: Size, *qkv: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.aten._flash_attention_forward(
-            *qkv,
-            *(size.starts, size.starts, size.longest, size.longest),
-            *(0.0, False, False),  # no dropout, no causal mask, nothing to debug
-            scale=self.scale,
-            seqused_k=size.keys,
-        )[0]
-        return y
-
-    def _efficient(self, size: Size, *qkv: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.aten._efficient_attention_forward(
-            *(x[None] for x in qkv),
-            *(None, size.starts, size.starts, size.longest, size.longest),
-            *(0.0, 0),  # no dropout, no causal mask
-            scale=self.scale,
-            seqlen_k=size.keys,
-        )[0]
-        return y[0]
-
-    def reference(
-        self, size: Size, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        """What both compute, row by row."""
-        y = torch.zeros_like(q)
-        starts = size.starts.tolist()
-        for start, stop, keys in zip(starts[:-1], starts[1:], size.keys.tolist(), strict=True):
-            of_row = q[start:stop], k[start : start + keys], v[start : start + keys]
-            own, key, value = (x.transpose(0, 1) for x in of_row)
-            attended = scaled_dot_product_attention(own, key, value, scale=self.scale)
-            y[start:stop] = attended.transpose(0, 1)
-        return y
-
-
 class PackedOps:
     """Records the launches of an encoder; the methods are those of ``ops.Ops``."""
 
@@ -200,8 +169,13 @@ class PackedOps:
         self.embed: Embed | None = None
         """What reads a call's ids; all others read buffers."""
         self.launches: list[Recorded] = []
+        self.reads_columns = False
+        """Whether some launch asks for tokens' columns."""
         self._parameters = parameters
         self._dtype = getattr(torch, target.dtype)
+        self._zeros: dict[int, torch.Tensor] = {}
+        self._streams: dict[Embedded, Stream] = {}
+        self._additions = 0
 
     def __getattr__(self, name: str) -> Any:
         raise NotFused(f"operation {name!r} over packed rows")
@@ -229,10 +203,10 @@ class PackedOps:
         if isinstance(x, Product):
             return self._record(Products([x]))[0]
         if isinstance(x, Activated):
-            return self._activated(x.product, x.kind)
+            return self._activated(x.product, x.kind, x.gate)
         raise NotFused(f"{type(x).__name__.lower()} values as rows")
 
-    def _activated(self, product: Product, kind: str) -> Buffer:
+    def _activated(self, product: Product, kind: str, gate: Product | None) -> Buffer:
         """A product's activation: cuBLAS's, on the sums as they are before they are rounded, where
         that comes closer to float32 than what stock computes.
 
@@ -240,7 +214,14 @@ class PackedOps:
         it is off by 1.7e-3 in bfloat16 and 2.3e-4 to 2.9e-4 in float16, where erf of the rounded
         sums is off by 1.9e-3 to 2.7e-3 and 2.4e-4 to 3.3e-4.
         """
+        if gate is not None:
+            y, factor = self._record(Products([product, gate]))
+            self._record(Activate(y, kind, factor))
+            return y
         narrow = self._dtype != torch.float32 and kind in ("GELU_TANH", "GELU_ERF")
+        if kind == "RELU" and product.bias is None and self._dtype != torch.float16:
+            # in float16 our own kernel keeps it finite, as T5 must
+            product = replace(product, bias=self._no_bias(product.matrix))
         if product.bias is not None and (narrow or kind == "RELU"):
             activation = "GELU_TANH" if narrow else kind
             return self._record(Products([replace(product, activation=activation)]))[0]
@@ -248,12 +229,21 @@ class PackedOps:
         self._record(Activate(y, kind))
         return y
 
+    def _no_bias(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Zeros, for the cuBLAS products that take a bias."""
+        width = matrix.shape[1]
+        if width not in self._zeros:
+            self._zeros[width] = matrix.new_zeros(width)
+        return self._zeros[width]
+
     # The vocabulary
 
     def embedding(self, ids: Ids, weight: Any, scale: float = 1.0, offset: int = 0) -> Embedded:
         return Embedded((Term(ids.name, self._weight(weight), scale, offset),))
 
-    def add(self, x: Embedded, y: Embedded) -> Embedded:
+    def add(self, x: Any, y: Any) -> Any:
+        if isinstance(x, Table) and isinstance(y, Visible):
+            return x  # attention hides what the mask hides anyway
         if not (isinstance(x, Embedded) and isinstance(y, Embedded)):
             raise NotFused("sums of other values than embeddings")
         if len(terms := x.terms + y.terms) > MAX_TERMS:
@@ -279,8 +269,41 @@ class PackedOps:
         self._record(NormRows(self._of_width(x, y.width), before, norm, y))
         return Total(), y
 
+    def rms_norm(self, x: Any, weight: Any, eps: float) -> Buffer:
+        norm = self._norm(weight, None, eps)
+        y = Buffer(len(norm.weight))
+        if isinstance(x, Embedded) and x not in self._streams:
+            if self.embed is not None or any(t.table.shape[1] != y.width for t in x.terms):
+                raise NotFused("a second norm of embeddings, or one of another width")
+            stream = self._streams[x] = Stream(Buffer(y.width, dtype=torch.float32))
+            self.embed = Embed(x.terms, norm, y, stream.buffer)
+        else:
+            stream = self._stream(x)
+            if stream.buffer.width != y.width:
+                raise NotFused(f"a norm of {y.width} columns of a stream of {stream.buffer.width}")
+            self._record(NormStream(stream.buffer, norm, y))
+        return y
+
+    def add_rms_norm(self, residual: Any, x: Any, weight: Any, eps: float) -> tuple[Stream, Buffer]:
+        stream = self._stream(residual)
+        if not isinstance(x, Product) or x.bias is not None:
+            raise NotFused("what is added to a residual stream is no product, or has a bias")
+        if x.matrix.shape[1] != stream.buffer.width:
+            raise NotFused(f"{x.matrix.shape[1]} columns onto a stream of {stream.buffer.width}")
+        self._record(Products([replace(x, onto=stream.buffer)]))
+        self._additions += 1
+        total = Stream(stream.buffer, self._additions)
+        return total, self.rms_norm(total, weight, eps)
+
+    def _stream(self, x: Any) -> Stream:
+        """A residual stream that nothing was added to since."""
+        stream = self._streams.get(x) if isinstance(x, Embedded) else x
+        if not isinstance(stream, Stream) or stream.additions != self._additions:
+            raise NotFused(f"{type(x).__name__.lower()} values as a residual stream")
+        return stream
+
     def _norm(self, weight: Any, bias: Any, eps: float) -> Norm:
-        norm = Norm(self._weight(weight), self._weight(bias), eps)
+        norm = Norm(self._weight(weight), None if bias is None else self._weight(bias), eps)
         if len(norm.weight) > MAX_WIDTH:
             raise NotFused(f"a norm of rows of {len(norm.weight)}: {MAX_WIDTH} at most")
         return norm
@@ -306,10 +329,35 @@ class PackedOps:
         addend = None if bias is None else self._weight(bias, matrix.shape[1])
         return Product(self.rows(x), matrix, addend, scale)
 
+    def wide_linear(self, x: Any, weight: Any) -> Product:
+        return self.linear(x, weight)  # its sums stay float32 on a residual stream
+
+    def multiply(self, x: Activated, y: Product) -> Activated:
+        pair = isinstance(x, Activated) and isinstance(y, Product) and x.gate is None
+        if not pair or x.product.matrix.shape != y.matrix.shape:
+            raise NotFused("a gate that is not a second product of the activated one's size")
+        return replace(x, gate=y)
+
     def activation(self, x: Product, name: str) -> Activated:
         if name not in ACTIVATIONS or not isinstance(x, Product):
             raise NotFused(f"activation {name!r}: one of {sorted(ACTIVATIONS)}, of a product")
         return Activated(x, ACTIVATIONS[name])
+
+    def position_table(self, weight: Any, buckets: Sequence[int], future: int | None) -> Table:
+        if future is not None or len(buckets) % 2 == 0:
+            raise NotFused("a position table of one side")
+        reach, table = len(buckets) // 2, self._weight(weight)
+        ordered = [*buckets[reach + 1 :], *buckets[: reach + 1]]
+        return Table(table, torch.tensor(ordered, dtype=torch.int32, device=table.device))
+
+    def position_bias(
+        self, table: Table, query_positions: Any, key_positions: Ids, low: int, high: int
+    ) -> Table:
+        if not isinstance(key_positions, Ids) or key_positions.name is not None:
+            raise NotFused("a position bias of other tokens than those of a row")
+        if (low, high) != (-table.reach, table.reach):
+            raise NotFused(f"distances from {low} to {high} of a table of {table.reach}")
+        return table
 
     def mask_bias(self, attention_mask: Any) -> Visible:
         return Visible()
@@ -324,14 +372,20 @@ class PackedOps:
         return x
 
     def attention(
-        self, q: Any, k: Any, v: Any, bias: Visible | None, heads: int, scale: float = 1.0
+        self, q: Any, k: Any, v: Any, bias: Any, heads: int, scale: float = 1.0
     ) -> Buffer:
-        if not (bias is None or isinstance(bias, Visible)):
-            raise NotFused("attention with a bias beside the mask")
+        if not (bias is None or isinstance(bias, Visible | Table)):
+            raise NotFused("attention with a bias beside the mask and a position table")
         of_one = all(isinstance(x, Product) for x in (q, k, v))
         if not of_one or not (q.matrix.shape == k.matrix.shape == v.matrix.shape):
             raise NotFused("attention of other values than three products of a size")
         head_size, step = q.matrix.shape[1] // heads, 4 if self._dtype == torch.float32 else 8
+        if isinstance(bias, Table):
+            BiasedAttention.check(bias, heads, head_size)
+            self.reads_columns = True
+            query, key, value = self._record(Products([q, k, v]))
+            biased = BiasedAttention(query, key, value, heads, scale, bias)
+            return self._record(biased)[0]
         if head_size % step or head_size > MAX_HEAD_SIZE:
             raise NotFused(f"head size {head_size}: multiples of {step} up to {MAX_HEAD_SIZE}")
         query, key, value = self._record(Products([q, k, v]))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, rms_norm
 
 from fastgen import cuda
 
@@ -22,6 +22,8 @@ class Buffer:
     tensor: Any = None
     made: bool = False
     """Whether the launch that writes it makes its memory, too."""
+    dtype: torch.dtype | None = None
+    """None: that of activations."""
     _rows: Any = None
 
     def rows(self, count: int) -> torch.Tensor:
@@ -93,6 +95,8 @@ class Size:
     """Streams for what does not depend on each other, beside the current one."""
     fetching: cuda.Side | None = None
     """A stream that fetches weights ahead of their products."""
+    columns: torch.Tensor | None = None
+    """int32 [capacity], the column of each token in its row; None: no launch asks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,15 +112,19 @@ class Term:
 
 @dataclass(eq=False)
 class Norm:
-    """What a layer norm needs beside its input."""
+    """What a layer norm needs beside its input; without a bias, a root-mean-square norm."""
 
     weight: torch.Tensor
-    bias: torch.Tensor
+    bias: torch.Tensor | None
     eps: float
     vector: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.vector = vector(self.weight, self.bias)
+        self.vector = vector(*(t for t in (self.weight, self.bias) if t is not None))
+
+    @property
+    def kind(self) -> str:
+        return "RMS" if self.bias is None else "LAYER"
 
     def threads(self, vector: int) -> int:
         """Of a block that holds a row: one a load, or several loads for each of the most."""
@@ -124,8 +132,10 @@ class Norm:
         return min(most, -(-len(self.weight) // (32 * vector)) * 32)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        wide = [t.float() for t in (x, self.weight, self.bias)]
-        return layer_norm(wide[0], x.shape[-1:], wide[1], wide[2], self.eps)
+        x, weight, axes = x.float(), self.weight.float(), x.shape[-1:]
+        if self.bias is None:
+            return rms_norm(x, axes, weight, self.eps)
+        return layer_norm(x, axes, weight, self.bias.float(), self.eps)
 
 
 def vector(*tensors: torch.Tensor) -> int:

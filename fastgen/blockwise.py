@@ -1,0 +1,149 @@
+"""Weights of fewer bits: blocks of values that share a scale, and how tensors of them are named.
+
+N outputs, K inputs, G inputs of a block. A weight is [N, K] here, however its module lays it out.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+Kind = Literal["int8", "int4", "fp8"]
+Weights = Literal["full", Kind]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+GROUPS: dict[str, int] = {"int8": 128, "int4": 64, "fp8": 0}
+"""Inputs that share a scale, unless a Target says otherwise; 0 is a whole row."""
+
+_BITS = {"int8": 8, "int4": 4}
+_LARGEST = 448.0  # of float8_e4m3fn
+_FEW = 2**24  # elements that are worked on at once, which bounds what is held in float32
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight is held: its kind, the inputs that share a scale, and whether the parameter that
+    it is made of is [in, out]."""
+
+    kind: Kind
+    group: int
+    transposed: bool = False
+
+    def names(self, parameter: str) -> tuple[str, str]:
+        """What a Graph calls the values and the scales of a parameter in this format."""
+        form = f"{self.kind}-{self.group}" + "-transposed" * self.transposed
+        return f"{parameter}:{form}:values", f"{parameter}:{form}:scales"
+
+    def shapes(self, outputs: int, inputs: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the values and of the scales of a weight [outputs, inputs]."""
+        if self.kind == "fp8":
+            return (outputs, inputs), (outputs, 1)
+        blocks = math.ceil(inputs / self.group)
+        return (outputs, blocks, self.group * _BITS[self.kind] // 8), (outputs, blocks)
+
+
+def is_made(name: str) -> bool:
+    """Whether a tensor of this name is made of a parameter: by ``Format.names`` or another's."""
+    return ":" in name
+
+
+def parse(name: str) -> tuple[str, Format, int] | None:
+    """The inverse of ``Format.names``: the parameter, its format, and 0 for values or 1 for scales;
+    None if it is the name of a parameter as it is."""
+    parameter, *form = name.split(":")
+    kind, *sizes = form[0].split("-") if form else ("",)
+    if kind not in KINDS:
+        return None
+    group, *transposed = sizes
+    which = ("values", "scales").index(form[1])
+    return parameter, Format(kind, int(group), bool(transposed)), which
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight [N, K] in fewer bits.
+
+    ``values``: int8 is uint8 [N, ceil(K / G), G] around 128; int4 is uint8 [N, ceil(K / G), G / 2]
+    around 8, the even input in the low four bits; fp8 is float8_e4m3fn [N, K].
+    ``scales``: [N, ceil(K / G)] in the weight's dtype, of either sign; of fp8 float32 [N, 1].
+    Inputs behind the K-th are the value that means zero.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    kind: Kind
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+
+def quantise(weight: torch.Tensor, kind: Kind, group: int | None = None) -> Blocks:
+    """A weight [N, K] in fewer bits, rounded to the nearest, on its own device.
+
+    Args:
+        weight: float32, float16 or bfloat16, of finite numbers.
+        group: inputs that share a scale, 16 or more and a power of two; None takes ``GROUPS``.
+
+    Raises:
+        ValueError: the kind is unknown, or the weight holds an infinity or NaN.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}: allowed are {', '.join(map(repr, KINDS))}.")
+    form = Format(kind, GROUPS[kind] if group is None else group)
+    weight = weight.detach()
+    shapes = form.shapes(*weight.shape)
+    fp8 = kind == "fp8"
+    values_dtype = torch.float8_e4m3fn if fp8 else torch.uint8
+    scales_dtype = torch.float32 if fp8 else weight.dtype
+    values = torch.empty(shapes[0], dtype=values_dtype, device=weight.device)
+    scales = torch.empty(shapes[1], dtype=scales_dtype, device=weight.device)
+    rows = max(1, _FEW // max(1, weight.shape[1]))
+    for at in range(0, len(weight), rows):
+        part = weight[at : at + rows].float()
+        if not torch.isfinite(part).all():
+            raise ValueError("a weight with an infinity or NaN has no form of fewer bits")
+        whole = slice(at, at + rows)
+        if fp8:
+            scales[whole] = _nonzero(part.abs().amax(1, keepdim=True) / _LARGEST)
+            values[whole] = (part / scales[whole]).to(torch.float8_e4m3fn)
+        else:
+            values[whole], scales[whole] = _blocks(part, form, scales.dtype)
+    return Blocks(values, scales, kind)
+
+
+def dequantise(blocks: Blocks, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] of that shape that the blocks stand for, computed in float32."""
+    scales = blocks.scales.float()
+    if blocks.kind == "fp8":
+        return (blocks.values.float() * scales).to(dtype)
+    values = blocks.values
+    if blocks.kind == "int4":
+        values = torch.stack((values & 15, values >> 4), -1).flatten(-2)
+    centred = values.float() - 2.0 ** (_BITS[blocks.kind] - 1)
+    whole = (centred * scales.unsqueeze(-1)).flatten(1)
+    return whole[:, : shape[1]].to(dtype)
+
+
+def _blocks(
+    part: torch.Tensor, form: Format, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and scales of some rows [N, K] of float32."""
+    half = 2 ** (_BITS[form.kind] - 1)  # steps below zero; one fewer above
+    padding = -part.shape[1] % form.group
+    grouped = torch.nn.functional.pad(part, (0, padding)).unflatten(1, (-1, form.group))
+    # With few steps none is wasted: the number farthest from zero is the one below all others
+    farthest = grouped.gather(2, grouped.abs().argmax(2, keepdim=True)).squeeze(2)
+    scales = farthest / -half if form.kind == "int4" else farthest.abs() / (half - 1)
+    scales = _nonzero(scales.to(dtype))
+    steps = torch.round(grouped / scales.float().unsqueeze(2)).clamp(-half, half - 1)
+    values = (steps + half).to(torch.uint8)
+    if form.kind == "int4":
+        values = values[..., 0::2] | values[..., 1::2] << 4
+    return values, scales
+
+
+def _nonzero(scales: torch.Tensor) -> torch.Tensor:
+    """Scales to divide by: what is all zeros, or too small for the dtype, has the scale 1."""
+    return torch.where(scales == 0, torch.ones_like(scales), scales)

@@ -1,0 +1,103 @@
+"""What engines read of a model: its parameters, and what is made of them in fewer bits, once."""
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastgen import int8
+from fastgen.blockwise import Blocks, Format, parse, quantise
+from fastgen.engines import NoEngine
+from fastgen.hf.weights import Fingerprint
+
+Key = tuple[str, Format]
+"""A parameter's name, and what was made of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """Blocks, and what their parameter held when they were made."""
+
+    blocks: Blocks | None
+    """None: an engine has them in a layout of its own."""
+    source: Fingerprint
+    place: int
+    version: int
+
+    def of_now(self, parameter: torch.Tensor) -> bool:
+        """Whether the parameter still holds that."""
+        same = (self.place, self.version) == (parameter.data_ptr(), _version(parameter))
+        return same and self.source.same()
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """A module's tensors by name; and by the names of ``blockwise.Format``, the values and scales
+    made of them, the first time that somebody asks.
+
+    Whoever asks shares them, with the engines of other parts of the model too, for as long as
+    somebody holds what was ``made``.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], made: dict[Key, Made]) -> None:
+        """``made`` is added to."""
+        self._tensors, self.made = tensors, made
+        self._rounded: set[str] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if (source := int8.source(name)) is not None:
+            self._rounded.add(source)
+            return int8.made(name, self._tensors[source])
+        if (found := parse(name)) is None:
+            return self._tensors[name]
+        parameter, form, which = found
+        blocks = self._blocks(parameter, form)
+        return (blocks.values, blocks.scales)[which]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of parameters as they are."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def rounded(self) -> list[torch.Tensor]:
+        """The parameters that somebody asked for as integers with a step for each row."""
+        return [self._tensors[name] for name in sorted(self._rounded)]
+
+    def packed(self, names: Iterable[str]) -> None:
+        """Let go of the blocks of these values and scales, which an engine has copied."""
+        for parameter, form, _ in filter(None, map(parse, names)):
+            self.made[parameter, form] = replace(self.made[parameter, form], blocks=None)
+
+    def _blocks(self, parameter: str, form: Format) -> Blocks:
+        made = self.made.get((parameter, form))
+        if made is None or made.blocks is None:
+            made = self.made[parameter, form] = _made(self._tensors[parameter], parameter, form)
+        assert made.blocks is not None
+        return made.blocks
+
+
+_all_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Parameter -> Format -> what was made of it, while somebody holds that."""
+
+
+def _made(parameter: torch.Tensor, name: str, form: Format) -> Made:
+    kept = _all_made.setdefault(parameter, weakref.WeakValueDictionary())
+    made: Made | None = kept.get(form)
+    if made is None or not made.of_now(parameter):
+        weight = parameter.detach()
+        on_cpu = weight.device.type == "cpu"
+        source = Fingerprint([weight] if on_cpu else [])
+        place, version = weight.data_ptr(), _version(parameter)
+        try:
+            blocks = quantise(weight.T if form.transposed else weight, form.kind, form.group)
+        except ValueError as error:
+            raise NoEngine(f"{name}: {error}") from error
+        made = kept[form] = Made(blocks, source, place, version)
+    return made
+
+
+def _version(parameter: torch.Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
