@@ -115,12 +115,12 @@ class Calibration:
 def _parsed(data: dict[str, Any]) -> Calibration:
     if data["format"] != _FORMAT:
         raise ValueError(f"format {data['format']!r}, where {_FORMAT} is known")
-    sides = (
+    inputs, outputs = (
         {name: Range(float(low), float(high)) for name, (low, high) in data[side].items()}
         for side in ("inputs", "outputs")
     )
-    attention, residuals = bool(data["attention"]), bool(data["residuals"])
-    return Calibration(*sides, attention, residuals, str(data["method"]))
+    asked = bool(data["attention"]), bool(data["residuals"])
+    return Calibration(inputs, outputs, *asked, method=str(data["method"]))
 
 
 def _file(path: str | Path) -> Path:

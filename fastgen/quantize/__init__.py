@@ -2,5 +2,6 @@
 
 from fastgen.calibration import Calibration, Range
 from fastgen.quantize.calibrate import calibrate
+from fastgen.quantize.training import convert, prepare_qat
 
-__all__ = ["Calibration", "Range", "calibrate"]
+__all__ = ["Calibration", "Range", "calibrate", "convert", "prepare_qat"]
