@@ -102,4 +102,6 @@ class FastPreTrained(EngineModule):
             self.__class__ = fast
         if calibration is not None:
             calibration.save(folder)
+        else:  # one of other weights may lie there
+            (Path(folder) / FILE_NAME).unlink(missing_ok=True)
         return saved

@@ -79,8 +79,9 @@ class EngineModule(Explained, BuildsEngines):
 
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
-        if not isinstance(calibration, Calibration | None):
-            kind = type(calibration).__name__
+        given: Any = calibration
+        if not isinstance(given, Calibration | None):
+            kind = type(given).__name__
             raise TypeError(f"calibration is a {kind}: fastgen.quantize.calibrate gives one.")
         parts = self._calibrated_parts()
         if not parts and calibration is not None:

@@ -93,7 +93,7 @@ class _Watch:
         self.seen = seen
         self._mask: torch.Tensor | None = None
 
-    def __call__(self, batch: Mapping[str, Any]) -> None:
+    def __call__(self, batch: Any) -> None:
         """A batch that is about to run."""
         if not isinstance(batch, Mapping):
             kind = type(batch).__name__

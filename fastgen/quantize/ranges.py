@@ -82,10 +82,11 @@ class Observer:
         if known is None or farthest <= known[4]:
             return
         counts, edges, low, high, threshold = known
-        wide = np.float32(max(farthest, 2 * threshold))
+        wide = max(farthest, 2 * float(threshold))
         middles = (edges[:-1] + edges[1:]) / 2 * (threshold > 0)  # or all are zeros
         counts, edges = np.histogram(middles, len(counts), (-wide, wide), weights=counts)
-        self._collector.histogram_dict[name] = counts.astype(np.int64), edges, low, high, wide
+        ends = low, high, np.float32(wide)
+        self._collector.histogram_dict[name] = (counts.astype(np.int64), edges, *ends)
 
     def _percentile(self, histogram: Any, name: str) -> tuple[float, float]:
         every, self._collector.histogram_dict = self._collector.histogram_dict, {name: histogram}

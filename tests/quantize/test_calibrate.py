@@ -175,7 +175,6 @@ def test_save_and_load(head: str, tmp_path: Path) -> None:
     torch.testing.assert_close(first(loaded, **call(head)), right, rtol=0, atol=0)
     if head == "Model":
         loaded.calibration = None
-        (tmp_path / FILE_NAME).unlink()
         loaded.save_pretrained(tmp_path)
         assert not (tmp_path / FILE_NAME).exists()
         assert type(fast).from_pretrained(tmp_path).calibration is None
@@ -245,3 +244,9 @@ def test_other_encoders_take_it_too() -> None:
     calibrate(model, [given])
     assert 1e-5 < error(first(model, **given), right) < 0.1
     assert model.encoder._engine.engine.graph.operators()[INTEGERS] == 14
+
+
+def test_it_is_found_under_the_packages_name() -> None:
+    import fastgen
+
+    assert fastgen.quantize.calibrate is calibrate
