@@ -4,7 +4,7 @@ What a layer reads and its weight are rounded to the integers' steps, in the mod
 gradients pass the rounding as if it were not there, and stop where a range cuts numbers off.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
@@ -21,8 +21,8 @@ _Model = TypeVar("_Model", bound=torch.nn.Module)
 class _Rounded:
     """Mixin of a linear layer that knows the range of what it reads."""
 
-    weight: torch.nn.Parameter
-    bias: torch.nn.Parameter | None
+    weight: Any
+    bias: Any
     read: Range
     _outputs_axis = 0
     """Of the weight."""

@@ -16,12 +16,11 @@ from fastgen.engines.recording import Recorder
 from fastgen.engines.tensorrt_build import FLAVOURS, Build, build_plan
 from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.graphs.graph import Graph
-from fastgen.quantize import calibrate
 from fastgen.target import tensorrt
 from tests.engines.test_standard_plans import Layer, compiled, trt  # noqa: F401
 from tests.engines.test_tensorrt_build import OPTIONS
 from tests.models.test_bert import build, call
-from tests.quantize.test_calibrate import batches, calibrated, error, first, fresh
+from tests.quantize.test_calibrate import calibrated, calibration_of, error, first
 from tests.standard import cpu_target
 
 BOTH = {"attention": True, "residuals": True}
@@ -31,10 +30,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 #: A layer's operators that make integers of floats, and floats of integers (six of them weights).
 COUNTS = {"linear": (4, 10), "attention": (8, 14), "residuals": (6, 12), "all": (10, 16)}
-
-
-def known(**options: Any) -> Calibration:
-    return calibrate(fresh()[1], batches(), **options)
 
 
 def graph_of(calibration: Calibration, dtype: str) -> Graph:
@@ -78,7 +73,7 @@ def test_standard_operators_compute_the_same(
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_graph_is_sound(way: str, dtype: str) -> None:
-    graph = graph_of(known(**WAYS[way]), dtype)
+    graph = graph_of(calibration_of("Model", **WAYS[way]), dtype)
     onnx.checker.check_model(onnx.load_from_string(weights_as_inputs(graph)), full_check=True)
     counts = graph.operators()
     rounded, back = counts["QuantizeLinear"], counts["DequantizeLinear"]
@@ -89,13 +84,15 @@ def test_the_graph_is_sound(way: str, dtype: str) -> None:
 @pytest.mark.parametrize("capability", [(8, 9), (12, 0)])
 def test_tensorrt_builds_it(trt: Any, capability: tuple[int, int]) -> None:  # noqa: F811
     wanted = Build(FLAVOURS["tensorrt-rtx"], capability, OPTIONS, False)
-    plan, _ = build_plan(graph_of(known(**BOTH), "float16"), wanted, "encoder", b"")
+    plan, _ = build_plan(
+        graph_of(calibration_of("Model", **BOTH), "float16"), wanted, "encoder", b""
+    )
     assert plan
 
 
 def test_tensorrt_multiplies_integers(trt: Any, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
     """Products read the weights' integers as they are."""
-    graph = graph_of(known(), "float16")
+    graph = graph_of(calibration_of("Model"), "float16")
     layers: list[Layer] = compiled(trt, graph, caplog)
     values = [name for name in graph.parameters if name.endswith(":values")]
     assert len(values) == 18

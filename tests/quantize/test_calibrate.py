@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -37,9 +39,14 @@ def batches(head: str = "Model", count: int = 2) -> list[dict[str, torch.Tensor]
     return found
 
 
+@functools.cache
+def calibration_of(head: str, **options: Any) -> Calibration:
+    return calibrate(fresh(head)[1], batches(head), **options)
+
+
 def calibrated(head: str = "Model", **options: Any) -> tuple[Any, Any]:
     stock, fast = fresh(head)
-    calibrate(fast, batches(head), **options)
+    fast.calibration = calibration_of(head, **options)
     return stock, fast
 
 
@@ -81,7 +88,9 @@ def test_it_computes_in_integers_and_near_the_stock_model(head: str, padding: st
 @pytest.mark.parametrize("method", ["max", "entropy", "mse"])
 def test_each_method(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ranges._BINS, "entropy", 192)  # else 5 s
-    stock, fast = calibrated(method=method)
+    pair = build("Model", "tanh")
+    stock, fast = pair.stock, copy.deepcopy(pair.fast)
+    assert calibrate(fast, batches(), method) is fast.calibration
     assert fast.calibration.method == method
     assert error(*(first(model, **call("Model", None)) for model in (fast, stock))) < 0.12
 
@@ -134,6 +143,22 @@ def test_padding_has_no_part_in_ranges() -> None:
     for name, known in ranges[0].inputs.items():
         other = ranges[1].inputs[name]
         assert (known.low, known.high) == pytest.approx((other.low, other.high), abs=1e-5), name
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_processors_compute_the_same(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are int8, or where such products overflow uint8: here none does, in ranges so wide
+    that all integers are near their middle."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    right, fast = (calibrated()[1] for _ in range(2))
+    wide = {name: Range(-60, 60) for name in fast.calibration.inputs}
+    right.calibration = fast.calibration = Calibration(wide)
+    found = first(fast, **call("Model", None))
+    assert fast._engine.target.saturates is not vnni
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    torch.testing.assert_close(found, first(right, **call("Model", None)), rtol=0, atol=1e-5)
+    assert not right._engine.target.saturates
 
 
 EDITS = {
