@@ -19,9 +19,9 @@ import fastgen
 from benchmarks.kernels import seconds
 from fastgen.bench.floor import Floor, Machine, measure_machine
 from fastgen.bench.shapes import SUFFIX, shape_config, shape_of
-from fastgen.engines.fused.packed_attention import Attention
-from fastgen.engines.fused.packed_kernels import Activate, NormRows
-from fastgen.engines.fused.packed_ops import Product, Products
+from fastgen.engines.fused.packed_attention import Attention, BiasedAttention
+from fastgen.engines.fused.packed_kernels import Activate, NormRows, NormStream
+from fastgen.engines.fused.packed_products import Product, Products
 from fastgen.engines.fused.packed_values import Size
 
 
@@ -52,11 +52,11 @@ def kinds(launches: Sequence[Any], size: Size, lengths: Sequence[int]) -> dict[s
         if isinstance(launch, Products):
             for product, y in zip(launch.products, launch.writes, strict=True):
                 note(*_of_product(product, size), _bound(product.into, y, size))
-        elif isinstance(launch, Attention):
+        elif isinstance(launch, Attention | BiasedAttention):
             note(*_of_attention(launch, size, lengths), _bound(launch, size))
-        elif isinstance(launch, NormRows | Activate):
+        elif isinstance(launch, NormRows | NormStream | Activate):
             rows = [*launch.reads, *launch.writes, *([launch.x] if not launch.writes else [])]
-            moved = sum(size.tokens * buffer.width for buffer in rows) * _bytes(rows[0])
+            moved = sum(size.tokens * buffer.width * _bytes(buffer) for buffer in rows)
             note(launch.body, Floor(moved, 0), _bound(launch, size))
     return found
 
@@ -78,7 +78,9 @@ def _of_product(product: Product, size: Size) -> tuple[str, Floor]:
     return f"cuBLAS<{inputs}, {outputs}, {product.activation or 'STORE'}>", floor
 
 
-def _of_attention(launch: Attention, size: Size, lengths: Sequence[int]) -> tuple[str, Floor]:
+def _of_attention(
+    launch: Attention | BiasedAttention, size: Size, lengths: Sequence[int]
+) -> tuple[str, Floor]:
     width = launch.reads[0].width
     moved = 4 * size.tokens * width * _bytes(launch.reads[0])
     flops = sum(4 * length * length * width for length in lengths)
@@ -99,7 +101,7 @@ def main(
         fast = getattr(fastgen, f"Fast{shape_of(name).stock}")
         model = fast._from_config(shape_config(name), dtype=getattr(torch, dtype)).eval()
         model(torch.randint(3, 100, (batch, length)))
-    encoder = model._current_engine()
+    encoder = (model if hasattr(model, "_current_engine") else model.encoder)._current_engine()
     if encoder.fused is None:
         raise SystemExit(f"{shape}: the fused kernels do not serve this encoder")
     machine = measure_machine("cuda", model.dtype)

@@ -1,6 +1,7 @@
 """What the launches of a decoder's fused step cost, beside the bytes that they must move.
 
     python benchmarks/kernels.py t5-large@random --batch 1 --beams 4 --prompt-tokens 32
+    python benchmarks/kernels.py t5-3b@random --weights int8
 
 A line for each kind of launch (an instantiation of a kernel, or a product of cuBLAS): how many a
 step has, the bytes of one, its time among its like (those of all layers, one after the other, as a
@@ -44,7 +45,7 @@ def kinds(ops: Any, runs: Iterable[Callable[[int], None]]) -> dict[str, Kind]:
         ops: what recorded them.
         runs: its launches, each ready to queue its work on a stream.
     """
-    held = [ops._tensors, ops._parameters, ops._scratch]
+    held = [ops._tensors, ops._parameters, ops._scratch, ops.made]
     memory = {tensor.data_ptr(): tensor for tensors in held for tensor in tensors.values()}
     bodies = dict(_INSTANTIATION.findall(ops.source()))
     found: dict[str, Kind] = {}
@@ -137,6 +138,7 @@ def main(
     prompt_tokens: int = 32,
     new_tokens: int = 64,
     beams: int = 1,
+    weights: str = "full",
 ) -> None:
     """Print the launches of the last step of such a ``generate`` call."""
     name = shape.removesuffix(SUFFIX)
@@ -146,18 +148,25 @@ def main(
         fast = getattr(fastgen, f"Fast{shape_of(name).stock}")
         model = fast._from_config(config, dtype=getattr(torch, dtype)).eval()
         ids = torch.randint(3, config.vocab_size, (batch, prompt_tokens))
+    model.engine_options = {"weights": weights}
     size = {"max_new_tokens": new_tokens, "eos_token_id": config.vocab_size, "num_beams": beams}
     model.generate(ids, attention_mask=torch.ones_like(ids), **size)
+    print(f"{shape} {dtype}, weights: {weights}")
+    print_launches(model, prompt_tokens, new_tokens)
+
+
+def print_launches(model: Any, prompt_tokens: int, new_tokens: int) -> None:
+    """The table, of a model whose last ``generate`` call was of that size."""
     decoder = model._current_engine()
     if decoder.fused is None:
-        raise SystemExit(f"{shape} has no fused kernels here: see `fastgen doctor`")
+        raise SystemExit("no fused kernels serve this model here: see `fastgen doctor`")
     bucket = decoder.pool.idle()[-1]
     peak = measure_machine("cuda", model.dtype).bytes_per_s
     with decoder.turn():
         bucket.seek((1 if decoder.shape.source else prompt_tokens) + new_tokens - 2)  # the last
         binding = decoder.fused.bind(bucket.tensors)
         found = kinds(binding._keep, binding._launches)
-        print(f"{shape} {dtype}, {tuple(bucket.size)}: copies at {peak / 1e9:,.0f} GB/s")
+        print(f"{tuple(bucket.size)}: copies at {peak / 1e9:,.0f} GB/s")
         print(f"{'launches':>8} {'KiB each':>10} {'us each':>8} {'GB/s':>7} {'share':>6}  kind")
         total, everything = 0.0, sum(kind.bytes for kind in found.values())
         for body, kind in found.items():

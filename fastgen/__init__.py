@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # the same names again: type checkers do not read a dict
     from fastgen import quantize as quantize
     from fastgen.auto import *
     from fastgen.errors import FallbackWarning as FallbackWarning
+    from fastgen.errors import WeightsGoneError as WeightsGoneError
     from fastgen.models.bart import *
     from fastgen.models.bert import *
     from fastgen.models.gpt2 import *

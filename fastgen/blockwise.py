@@ -18,7 +18,8 @@ GROUPS: dict[str, int] = {"int8": 128, "int4": 64, "fp8": 0}
 
 _BITS = {"int8": 8, "int4": 4}
 _LARGEST = 448.0  # of float8_e4m3fn
-_FEW = 2**24  # elements that are worked on at once, which bounds what is held in float32
+_FEW = {"cpu": 2**18, "cuda": 2**24}
+"""Elements that are worked on at once: on a CPU, what its cache holds in float32."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def quantise(weight: torch.Tensor, kind: Kind, group: int | None = None) -> Bloc
     scales_dtype = torch.float32 if fp8 else weight.dtype
     values = torch.empty(shapes[0], dtype=values_dtype, device=weight.device)
     scales = torch.empty(shapes[1], dtype=scales_dtype, device=weight.device)
-    rows = max(1, _FEW // max(1, weight.shape[1]))
+    rows = max(1, _FEW[weight.device.type] // max(1, weight.shape[1]))
     for at in range(0, len(weight), rows):
         part = weight[at : at + rows].float()
         if not torch.isfinite(part).all():

@@ -1,4 +1,4 @@
-"""The command line: ``fastgen compile | bench | cache | doctor``.
+"""The command line: ``fastgen compile | precision | bench | cache | doctor``.
 
 Whatever needs torch is imported inside its command, so that ``fastgen cache list`` starts fast.
 """
@@ -121,6 +121,53 @@ def compile_model(
     typer.echo(f"{model} is compiled for {device} in {fast.dtype}: {where}")
     for entry in new:
         typer.echo(f"  new: {entry.title} ({entry.size / 1e6:.2f} MB)")
+
+
+@app.command()
+def precision(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Hub id, folder, or a shape with random weights such as t5-small@random.",
+        ),
+    ],
+    device: Annotated[Device, typer.Option(help="auto: the GPU, if torch sees one.")] = Device.AUTO,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Lines to look at MODEL with, beside random tokens."
+        ),
+    ] = None,
+    bound: Annotated[
+        float, typer.Option(help="Relative error that an operation may have in float16.")
+    ] = 0.01,
+    headroom: Annotated[
+        float, typer.Option(help="How many times larger values may get before they overflow.")
+    ] = 4.0,
+) -> None:
+    """Find what MODEL must keep in float32 when it runs in float16, and remember it."""
+    import torch
+
+    from fastgen.precision import find_unstable
+    from fastgen.precision.report import show
+    from fastgen.precision.text import batches
+
+    if device is Device.AUTO:
+        device = Device.CUDA if torch.cuda.is_available() else Device.CPU
+    # OSError, ValueError: transformers' errors for what it cannot load
+    with _errors_as_text(OSError, ValueError), _checkpoint(model) as checkpoint:
+        fast = _fast_class(checkpoint).from_pretrained(checkpoint, dtype="auto").to(device.value)
+        inputs = [] if text is None else batches(checkpoint, fast, text.read_text().splitlines())
+        found = find_unstable(fast, inputs, bound=bound, headroom=headroom)
+    show(found)
+    if fast.engine_options.disk_cache:
+        typer.echo(
+            "Remembered by its weights: they run so whenever they are loaded in float16 "
+            f"(engine cache {EngineCache(fast.engine_options.cache_dir).folder})."
+        )
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def _fast_class(checkpoint: str) -> Any:

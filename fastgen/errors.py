@@ -21,5 +21,9 @@ class EngineError(FastgenError):
     """A compiled engine could not be built or failed while running."""
 
 
+class WeightsGoneError(FastgenError):
+    """torch needs weights that were let go (``EngineOptions.keep_torch_weights``)."""
+
+
 class FallbackWarning(UserWarning):
     """A model's calls take a slower path; the message says why, and what mends it."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from fastgen.options import EngineOptions
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -15,9 +17,12 @@ class Explanation:
     """``generate``: ``fast loop``, ``HF loop`` (both on the engine) or ``torch``; ``forward``:
     ``engine`` or ``torch``."""
     reasons: list[str] = field(default_factory=list)
+    weights: str = "full"
+    """What matrix products on the engine read: ``EngineOptions.weights``."""
 
     def __str__(self) -> str:
-        return "\n".join([self.path, *(f"  - {reason}" for reason in self.reasons)])
+        path = self.path if self.weights == "full" else f"{self.path}, {self.weights} weights"
+        return "\n".join([path, *(f"  - {reason}" for reason in self.reasons)])
 
 
 class Explained:
@@ -25,6 +30,7 @@ class Explained:
 
     attends = False
     """Whether ``forward`` needs the hidden states of an encoder."""
+    engine_options: EngineOptions
     forward: Any
     refusal: Any
     """Why ``forward`` with these arguments goes to torch; None if the engine serves it."""
@@ -51,7 +57,10 @@ class Explained:
             by_torch = encoder.refusal(**{name: call.get(name) for name in names})
         if by_torch not in reasons:
             reasons.append(by_torch)
-        return Explanation("torch" if by_torch else "engine", [str(r) for r in reasons if r])
+        said = [str(reason) for reason in reasons if reason]
+        if by_torch:
+            return Explanation("torch", said)
+        return Explanation("engine", said, self.engine_options.weights)
 
     def explain(self, **forward_kwargs: Any) -> Explanation:
         """As ``explain_forward``: a model that does not generate does nothing else."""

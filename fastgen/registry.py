@@ -46,7 +46,8 @@ AUTO = {
 """How the names of the classes end that each auto class chooses from."""
 
 HOMES = {
-    **{"EngineOptions": "fastgen.options", "FallbackWarning": "fastgen.errors"},
+    **{"EngineOptions": "fastgen.options"},
+    **dict.fromkeys(("FallbackWarning", "WeightsGoneError"), "fastgen.errors"),
     **dict.fromkeys(AUTO, "fastgen.auto"),
     "FastT5": "fastgen.models.t5",
     **{

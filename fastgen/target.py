@@ -41,6 +41,10 @@ class Target:
     attends: bool = True
     """The standard operator Attention is served in any head size and dtype; otherwise it is written
     as its products and Softmax."""
+    wide: tuple[str, ...] | None = None
+    """In float16: names of the operations (see ``ops/names.py``) whose results are float32, as
+    ``fastgen.precision`` found them; None: the rules of ``ops/``, which keep the residual stream
+    and what is added to it in float32."""
     weights: Weights = "full"
     """What ``Ops.linear`` multiplies by: parameters as they are, or made of them once (see
     ``blockwise.py``)."""
@@ -55,7 +59,8 @@ class Target:
 
     @property
     def residual_dtype(self) -> str:
-        """dtype of the residual stream: T5's exceeds float16's range, so float32 carries it."""
+        """dtype of hidden states as outputs, and unless ``wide`` says otherwise of the residual
+        stream: T5's exceeds float16's range, so float32 carries it."""
         return "float32" if self.dtype == "float16" else self.dtype
 
     def kv_shape(self, batch: int, heads: int, slots: int, head_size: int) -> tuple[int, ...]:

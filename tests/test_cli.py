@@ -20,6 +20,7 @@ from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.errors import UnsupportedConfigError
 from fastgen.fingerprint import fingerprint
 from tests.configs import build_stock
+from tests.precision.overflowing import scaled
 
 pytestmark = pytest.mark.usefixtures("engine_cache_folder")
 
@@ -258,6 +259,33 @@ def test_compile_takes_the_class_that_was_saved(tmp_path: Path, config: Any, nam
 def test_compile_of_a_folder_that_holds_no_model(tmp_path: Path) -> None:
     result = call("compile", tmp_path)
     assert result.exit_code == 1 and result.stderr.startswith("Error: ")
+
+
+def test_precision_prints_what_is_kept_and_why_and_remembers_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    folder, text = tmp_path / "checkpoint", tmp_path / "lines.txt"
+    scaled("gpt2", ".mlp.c_proj.weight", 2e4).save_pretrained(folder)
+    result = call("precision", folder, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    told = result.output.replace("\n", " ")
+    assert "transformer.h.0.mlp.c_proj" in told and "overflows" in told
+    assert "of 25 operations are kept in float32" in told
+    assert "Remembered by its weights" in told
+    text.write_text("no tokenizer lies beside this checkpoint")
+    failed = call("precision", folder, "--device", "cpu", "--text", text)
+    assert failed.exit_code == 1 and "holds no token ids" in failed.stderr
+    wrong = call("precision", folder, "--device", "cpu", "--bound", "2")
+    assert wrong.exit_code == 1 and "bounds between 0 and 1" in wrong.stderr
+
+
+def test_precision_of_a_model_that_is_not_for_float16_exits_with_1(tmp_path: Path) -> None:
+    scaled("bart", ".encoder_attn.k_proj.weight", 2e4).save_pretrained(tmp_path)
+    result = call("precision", tmp_path, "--device", "cpu")
+    assert result.exit_code == 1
+    assert "Not for float16: model.decoder.layers.0.encoder_attn.k_proj gives" in result.output
+    assert "Load this model in bfloat16 or float32." in result.output
 
 
 def test_version() -> None:

@@ -29,7 +29,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("generation",),
     ("tasks",),
     ("models",),
-    ("auto", "doctor", "bench", "quantize"),
+    ("auto", "doctor", "bench", "precision", "quantize"),
     ("cli", "__main__"),
 )
 ORDER = {part: number for number, parts in enumerate(ROOMS) for part in parts}
@@ -48,6 +48,7 @@ ONLY_IN: dict[str, set[str]] = {
     "tensorrt": {"engines"},
     "tensorrt_rtx": {"engines"},
     "ctranslate2": {"bench"},
+    "optimum": {"bench"},
 }
 #: The last part that must not know Hugging Face: the machinery below the models.
 LAST_WITHOUT_TRANSFORMERS = "execution"

@@ -62,7 +62,8 @@ _Against = Annotated[
     str,
     typer.Option(
         metavar="PEERS",
-        help="Peers, separated by commas: hf-static is of generate, hf-compile of encoders.",
+        help="Peers, separated by commas: hf-static is of generate, hf-compile of encoders; "
+        "openvino and openvino-int8 need FASTGEN_OPENVINO_PYTHON.",
     ),
 ]
 _Json = Annotated[

@@ -19,7 +19,7 @@ class Contender(ABC):
     """
 
     name: ClassVar[str]
-    package: ClassVar[str]
+    package: ClassVar[str] = ""
     draws_with_torch: ClassVar[bool] = True
     """Whether the same seed should sample the stock class's tokens."""
     model: Any = None
@@ -38,6 +38,20 @@ class Contender(ABC):
             return importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
             return None
+
+    @property
+    def missing(self) -> str:
+        """What to do where ``version`` is None."""
+        return f"not installed: pip install {self.package}"
+
+    @property
+    def process(self) -> int | None:
+        """Id of the process that does the work; None: this one."""
+        return None
+
+    def close(self) -> None:
+        """Let go of the model, and of a process that holds it."""
+        self.model = None
 
     def prepare(self, checkpoint: str, folder: Path) -> str:
         """Do what is done once per checkpoint, ahead of loading; return what ``load`` takes."""

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForTextEncoding
 
 import fastgen
 from fastgen.bench.contender import Contender, CTranslate2Base
+from fastgen.bench.openvino import OpenVINO, OpenVINOInt8
 from fastgen.bench.workload import Encoding
 
 
@@ -100,6 +101,13 @@ class CTranslate2Encoder(CTranslate2Base):
 
 CONTENDERS: dict[str, type[Contender]] = {
     contender.name: contender
-    for contender in (FastgenEncoder, HuggingFaceEncoder, HuggingFaceCompiled, CTranslate2Encoder)
+    for contender in (
+        FastgenEncoder,
+        HuggingFaceEncoder,
+        HuggingFaceCompiled,
+        CTranslate2Encoder,
+        OpenVINO,
+        OpenVINOInt8,
+    )
 }
 """See ``contenders.contenders``."""

@@ -75,7 +75,8 @@ def _run(job: Job) -> Fresh:
     load_s = time.perf_counter() - start
     for _ in range(_STEADY_CALLS):
         timed_call(contender, inputs, workload)
-    peak = memory.peak_bytes() if memory else _peak_resident_bytes()
+    peak = memory.peak_bytes() if memory else _peak_resident_bytes(contender.process)
+    contender.close()
     return Fresh(load_s, peak)
 
 
@@ -117,9 +118,9 @@ class DeviceMemory:
                 return total - free - before
 
 
-def _peak_resident_bytes() -> int:
-    """Peak resident set of this process."""
-    status = Path("/proc/self/status")
+def _peak_resident_bytes(process: int | None) -> int:
+    """Peak resident set of a process; None: of this one."""
+    status = Path(f"/proc/{process or 'self'}/status")
     if status.exists():
         # Not getrusage: on Linux its peak starts at that of the process this one was forked from.
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())

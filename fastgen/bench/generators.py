@@ -7,6 +7,7 @@ import transformers
 
 import fastgen
 from fastgen.bench.contender import Contender, CTranslate2Base
+from fastgen.bench.openvino import OpenVINO, OpenVINOInt8
 from fastgen.bench.workload import SEED, TOP_K, TOP_P, Workload
 
 _AUTO = {"seq2seq": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"}
@@ -109,6 +110,6 @@ class CTranslate2(CTranslate2Base):
 
 CONTENDERS: dict[str, type[Contender]] = {
     contender.name: contender
-    for contender in (Fastgen, HuggingFace, HuggingFaceStatic, CTranslate2)
+    for contender in (Fastgen, HuggingFace, HuggingFaceStatic, CTranslate2, OpenVINO, OpenVINOInt8)
 }
 """See ``contenders.contenders``."""

@@ -23,6 +23,8 @@ from fastgen.bench.workload import AnyWorkload, Encoding, Workload
 
 PEERS = ("hf", "hf-static", "hf-compile", "ctranslate2")
 """Of some kind of model: ``hf-static`` generates, ``hf-compile`` encodes, the others do both."""
+MORE_PEERS = ("openvino", "openvino-int8")
+"""Those that run where they are asked for: they need an environment of their own."""
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -36,8 +38,8 @@ class Session:
         model: hub id, folder or ``NAME@random`` (see ``shapes.SHAPES``).
         device: ``cpu`` or ``cuda``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
-        peers: names from ``PEERS``, to run beside ``fastgen``; those of another kind of model are
-            left out.
+        peers: names from ``PEERS`` or ``MORE_PEERS``, to run beside ``fastgen``; those of another
+            kind of model are left out.
         threads: CPU threads of every contender; None keeps torch's number.
         progress: told what is being done, for a status line.
 
@@ -58,7 +60,7 @@ class Session:
         _check("device", device, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
         _check("dtype", dtype, DTYPES)
         for peer in peers:
-            _check("peer", peer, PEERS)
+            _check("peer", peer, (*PEERS, *MORE_PEERS))
         if threads is not None:
             torch.set_num_threads(threads)
         self.model, self.device, self.dtype = model, device, dtype
@@ -127,6 +129,8 @@ class Session:
 
     def close(self) -> None:
         """Free the models and the temporary folder."""
+        for contender in self.contenders.values():
+            contender.close()
         self.contenders.clear()
         gc.collect()
         if self.device == "cuda":
@@ -162,7 +166,7 @@ class Session:
         contender, name = made(self.kind, self.device, dtype, self.vocab_size), made.name
         self.contenders[name] = contender
         if contender.version is None:
-            self.reasons[name] = f"not installed: pip install {contender.package}"
+            self.reasons[name] = contender.missing
             return
         try:
             self.progress(f"preparing {name}")

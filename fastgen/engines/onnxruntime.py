@@ -206,6 +206,8 @@ def _session_options(target: Target, options: EngineOptions) -> Any:
         "session.model_external_initializers_file_folder_path", os.path.dirname(os.devnull)
     )
     if target.device == "cpu":
+        # An arena would take memory for weights by powers of two
+        settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         settings.intra_op_num_threads = options.intra_op_threads or processes.threads()
         # Between two runs its threads must not spin on the cores that torch's threads need
         settings.add_session_config_entry("session.force_spinning_stop", "1")

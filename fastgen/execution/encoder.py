@@ -74,6 +74,8 @@ class Encoder(Capturing):
         self._engine, self._width, self.fused = engine, width, fused
         self._layers, self._states = layers, states
         self._more_ids, self._packed = more_ids, packed
+        # what one engine has packed of weights of fewer bits, another would pack again
+        self._packs_all = target.weights != "full"
         self.pooling: Engine | None = None
         """What a family's pooler is, if that has a graph."""
         self._replays: dict[tuple[int, ...], Any] = {}
@@ -96,8 +98,11 @@ class Encoder(Capturing):
             mask: [B, S] of 1 (source token) and 0 (padding), or None.
             more: ``more_ids`` [B, S], or one for all tokens.
         """
-        if self._packed is not None and mask is not None and not mask.all():
-            return self._run_packed(self._packed(), input_ids, mask, more)
+        if self._packed is not None:
+            if mask is None and self._packs_all and input_ids.numel():
+                mask = torch.ones_like(input_ids)
+            if mask is not None and (self._packs_all or not mask.all()):
+                return self._run_packed(self._packed(), input_ids, mask, more)
         batch, sources = input_ids.shape
         hidden, seen = self._empty(batch, sources), source_mask(mask)
         size = batch, self.sources_for(sources)

@@ -65,7 +65,8 @@ class ExplainsGenerate:
         if mode not in _FAST_MODES:
             reasons.append(f"{mode.value} decodes in the HF loop")
         reasons += self._slow_reasons(config, model_kwargs)
-        return Explanation("HF loop" if reasons else "fast loop", reasons)
+        path = "HF loop" if reasons else "fast loop"
+        return Explanation(path, reasons, self.engine_options.weights)
 
     def ran_fused(self) -> bool | None:
         """Whether fastgen's fused kernels ran the steps of the last ``generate`` call on the

@@ -94,7 +94,7 @@ def build(
     ops = lowering(builder, target)
     results = call(ops, **values)
     for spec in outputs:
-        value = results[spec.name]
+        value = ops.output(results[spec.name], IR_DTYPES[spec.dtype])
         value.type, value.shape = ir.TensorType(IR_DTYPES[spec.dtype]), ir.Shape(spec.shape)
         builder.add_output(value, spec.name)
     used = _by_pointer(graph, module, ops.made.values())

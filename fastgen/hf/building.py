@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from onnxscript import nn as graph_nn
 
+from fastgen import processes
 from fastgen.blockwise import is_made
 from fastgen.calibration import Calibration
 from fastgen.engine_cache import Artifact, EngineCache
@@ -14,7 +15,9 @@ from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
+from fastgen.hf import found
 from fastgen.hf.engine_key import engine_key
+from fastgen.hf.let_go import Gone
 from fastgen.hf.quantised import Key, Made, Weights
 from fastgen.hf.standing import Standing
 from fastgen.hf.stock import stock_class
@@ -23,7 +26,7 @@ from fastgen.target import Target
 
 _QUANTISED = "quantised or sharded, which only torch runs: load the model without that"
 
-# Of a weight that something was made of, which rows tell of an edit: to read all of them, as often
+# Of a weight that integers were made of, which rows tell of an edit: to read all of them, as often
 # as an encoder is called, would take a good part of what its products take
 _LOOKED_AT = 32
 
@@ -41,6 +44,10 @@ class BuildsEngines(torch.nn.Module):
     _made: dict[Key, Made]
     """What engines read instead of weights."""
     _calibration: Calibration | None = None
+    _gone = 0
+    """How many of them there were when torch's weights were let go last."""
+    _plain: frozenset[str] = frozenset()
+    """Parameters that engines read as they are."""
 
     def _called(self) -> tuple[type, ...]:
         """Classes of the modules whose forward the engine's user calls, replaced or not."""
@@ -55,6 +62,8 @@ class BuildsEngines(torch.nn.Module):
             raise self._while_as_it_is(name, first, str(error)) from error
         kept = tuple(getattr(self, "_keep_in_fp32_modules", None) or ())
         for name, parameter in parameters.items():
+            if isinstance(parameter, Gone):
+                parameter.refuse()
             if type(parameter.data) is not torch.Tensor or parameter.layout != torch.strided:
                 reason = f"weights are no plain tensors ({name} is a {_kind(parameter)}): "
                 raise self._while_as_it_is(name, parameter, reason + _QUANTISED)
@@ -69,6 +78,8 @@ class BuildsEngines(torch.nn.Module):
                 raise NoEngine(f"{name} is {parameter.dtype}, other weights {first.dtype}")
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
+        if target.dtype == "float16":
+            target = replace(target, wide=found.recalled(self))
         return replace(target, calibration=self._calibration) if target.integers else target
 
     def _while_as_it_is(self, name: str, parameter: torch.Tensor, reason: str) -> Standing:
@@ -122,17 +133,39 @@ class BuildsEngines(torch.nn.Module):
             engine = _kept(kept, key, build, load, title=f"{fast} {name} {where}")
         else:
             engine = load(build())
+        self._plain |= {name for name in engine.weight_pointers() if not is_made(name)}
         copied = getattr(engine, "copied", ())
-        if plain := [name for name in copied if not is_made(name)]:
-            self._copies += (Fingerprint(own[n] for n in plain),)
-        if target.device == "cpu" and (rounded := own.rounded()):
-            self._copies += (Fingerprint(rounded, every=_LOOKED_AT),)
         own.packed(copied)
+        if left := own.sources(copied):
+            threads = options.intra_op_threads or processes.threads()
+            self._copies += (Fingerprint(left, threads),)
+        if target.device == "cpu" and (rounded := own.rounded()):
+            self._copies += (Fingerprint(part.detach()[::_LOOKED_AT] for part in rounded),)
         return engine
 
     def _weights(self) -> Weights:
         """What engines read: parameters, and what is made of them."""
-        return Weights(tensors_of(self), self._made)
+        return Weights(tensors_of(self), self._made, self._read_whole())
+
+    def _read_whole(self) -> set[int] | None:
+        """Ids of the parameters that stay with ``keep_torch_weights=False``, as something looks
+        them up, or reads them by pointer; None: all stay."""
+        if self.engine_options.keep_torch_weights:
+            return None
+        found = set()
+        for part in self.modules():
+            if isinstance(part, torch.nn.Embedding):
+                found.add(id(part.weight))
+            elif isinstance(part, BuildsEngines) and part._plain:
+                own = tensors_of(part)
+                found |= {id(own[name]) for name in part._plain if name in own}
+        return found
+
+    def _let_go(self) -> None:
+        """Let torch's weights go, where that is asked for, of which more were made since."""
+        if self._gone != len(self._made) and not self.engine_options.keep_torch_weights:
+            self._weights().let_go()
+            self._gone = len(self._made)
 
     def _engine_cache(self) -> EngineCache | None:
         options = self.engine_options

@@ -207,8 +207,7 @@ class EngineModule(Explained, BuildsEngines):
                 self._drop_engine()
                 self._engine_weights = weights
             self._glance = Glance(self, self._copies_weights())
-        sources = (made.source for made in self._made.values())
-        if not all(copy.same() for copy in (*self._copies, *sources)):  # an edit through .data
+        if not all(copy.same() for copy in self._copies):  # an edit through .data
             self._drop_engine()
         if self._refusal is not None:
             raise NoEngine(self._refusal)
@@ -228,11 +227,12 @@ class EngineModule(Explained, BuildsEngines):
             # once more: making weights contiguous may have moved them
             self._engine_weights = weights_state(self, self._copies_weights(), own=self._called())
             self._glance = Glance(self, self._copies_weights())
+        self._let_go()
         return engine
 
     def _drop_engine(self) -> None:
         self._engine = self._refusal = self._standing = None
-        self._copies, self._made = (), {}
+        self._copies, self._made, self._gone, self._plain = (), {}, 0, frozenset()
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
@@ -265,6 +265,8 @@ class EngineModule(Explained, BuildsEngines):
             "_engine_weights",
             "_copies",
             "_made",
+            "_gone",
+            "_plain",
             "_refusal",
             "_standing",
             "_reported",

@@ -1,7 +1,7 @@
 """What engines read of a model: its parameters, and what is made of them in fewer bits, once."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastgen import int8
 from fastgen.blockwise import Blocks, Format, parse, quantise
 from fastgen.engines import NoEngine
+from fastgen.hf.let_go import Gone, let_go
 from fastgen.hf.weights import Fingerprint
 
 Key = tuple[str, Format]
@@ -40,9 +41,19 @@ class Weights(Mapping[str, torch.Tensor]):
     somebody holds what was ``made``.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], made: dict[Key, Made]) -> None:
-        """``made`` is added to."""
-        self._tensors, self.made = tensors, made
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        made: dict[Key, Made],
+        tables: Collection[int] | None = None,
+    ) -> None:
+        """
+        Args:
+            made: is added to.
+            tables: ids of tensors that are looked up, and stay for that where others are let go;
+                None lets none go.
+        """
+        self._tensors, self.made, self._tables = tensors, made, tables
         self._rounded: set[str] = set()
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -71,6 +82,29 @@ class Weights(Mapping[str, torch.Tensor]):
         for parameter, form, _ in filter(None, map(parse, names)):
             self.made[parameter, form] = replace(self.made[parameter, form], blocks=None)
 
+    def sources(self, names: Iterable[str]) -> list[torch.Tensor]:
+        """The parameters that these names stand for, or are made of, but for those let go and those
+        ``rounded``."""
+        found = {name: parse(name) for name in names if int8.source(name) is None}
+        parts = [(self._tensors[made[0] if made else name], made) for name, made in found.items()]
+        return [parameter for parameter, made in parts if not (made and self._goes(parameter))]
+
+    def let_go(self) -> None:
+        """Let torch's weights go of which something was made, but for tables: what was made is then
+        the one form there is of them."""
+        for (name, form), made in self.made.items():
+            parameter = self._tensors[name]
+            if self._goes(parameter) and not isinstance(parameter, Gone):
+                self.made[name, form] = replace(made, source=Fingerprint([]))
+                others = _all_made.pop(parameter, None)  # nobody may refer to it meanwhile
+                let_go(parameter, name)
+                if others is not None:
+                    others[form] = self.made[name, form]
+                    _all_made[parameter] = others
+
+    def _goes(self, parameter: torch.Tensor) -> bool:
+        return self._tables is not None and id(parameter) not in self._tables
+
     def _blocks(self, parameter: str, form: Format) -> Blocks:
         made = self.made.get((parameter, form))
         if made is None or made.blocks is None:
@@ -86,10 +120,12 @@ _all_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _made(parameter: torch.Tensor, name: str, form: Format) -> Made:
     kept = _all_made.setdefault(parameter, weakref.WeakValueDictionary())
     made: Made | None = kept.get(form)
-    if made is None or not made.of_now(parameter):
+    if isinstance(parameter, Gone):
+        if made is None or made.blocks is None:
+            parameter.refuse()
+    elif made is None or not made.of_now(parameter):
         weight = parameter.detach()
-        on_cpu = weight.device.type == "cpu"
-        source = Fingerprint([weight] if on_cpu else [])
+        source = Fingerprint([weight] if weight.device.type == "cpu" else [])
         place, version = weight.data_ptr(), _version(parameter)
         try:
             blocks = quantise(weight.T if form.transposed else weight, form.kind, form.group)

@@ -1,5 +1,6 @@
 """Whether a module's weights are still those that its engines were built for."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, repeat
 from operator import contains, is_, itemgetter
@@ -114,29 +115,58 @@ class Glance:
         return objects, values
 
 
+_PIECE = 1 << 20  # bytes: small enough that the second sum finds a core's cache filled
+_WORTH_A_THREAD = 8 << 20  # bytes, of which one thread sums in a millisecond what starts ten
+
+
 class Fingerprint:
     """What matrices held when it was made, as sums of their bits along both axes.
 
     It tells of edits that torch keeps no count of, for as long as a pass over the memory takes.
     """
 
-    def __init__(self, matrices: Iterable[torch.Tensor], every: int = 1) -> None:
-        """``matrices`` are fp32, on the CPU; of ``every`` so many rows the first is looked at."""
-        unique = {matrix.data_ptr(): matrix.detach()[::every] for matrix in matrices}
-        self._matrices = [*unique.values()]
+    def __init__(self, matrices: Iterable[torch.Tensor], threads: int = 1) -> None:
+        """``matrices`` are fp32, on the CPU; ``threads`` look at them, at most."""
+        unique = {matrix.data_ptr(): matrix.detach() for matrix in matrices}
+        pieces = [piece for matrix in unique.values() for piece in _pieces(matrix)]
+        size = sum(piece.nbytes for piece in pieces)
+        count = max(1, min(threads, size // _WORTH_A_THREAD))
+        self._shares = [pieces[first::count] for first in range(count)]
         self._sums = self._look()
 
     def same(self) -> bool:
         """Whether the matrices, which must be where they were, still hold the same."""
-        return all(map(np.array_equal, self._look(), self._sums))
+        found = self._look()
+        return len(found) == len(self._sums) and all(map(np.array_equal, found, self._sums))
 
     def _look(self) -> list[np.ndarray]:
         # NumPy: after torch's parallel sums its threads would spin where the engine's are to run
-        sums = []
-        for matrix in self._matrices:
-            bits = matrix.numpy().view(np.int32 if matrix.shape[-1] % 2 else np.int64)
-            sums += [np.add.reduce(bits, axis, dtype=bits.dtype) for axis in (0, 1)]
-        return sums
+        sums: list[list[np.ndarray]] = [[] for _ in self._shares]
+
+        def look(index: int) -> None:
+            for bits in self._shares[index]:
+                sums[index] += [np.add.reduce(bits, axis, dtype=bits.dtype) for axis in (0, 1)]
+
+        helpers = []
+        for index in range(1, len(self._shares)):
+            helper = threading.Thread(target=look, args=(index,))
+            try:
+                helper.start()
+            except RuntimeError:  # there are too many, or the interpreter ends
+                look(index)
+            else:
+                helpers.append(helper)
+        look(0)
+        for helper in helpers:
+            helper.join()
+        return [*chain(*sums)]
+
+
+def _pieces(matrix: torch.Tensor) -> list[np.ndarray]:
+    """A matrix's bits in groups of rows."""
+    bits = matrix.numpy().view(np.int32 if matrix.shape[-1] % 2 else np.int64)
+    rows = max(1, _PIECE // max(1, bits[:1].nbytes))
+    return [bits[first : first + rows] for first in range(0, len(bits), rows)]
 
 
 def _computed_with(module: torch.nn.Module) -> list[str]:

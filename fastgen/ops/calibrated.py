@@ -7,9 +7,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript import GraphBuilder
 
 from fastgen.calibration import Range
 from fastgen.int8 import Rows
+from fastgen.ops import names
+from fastgen.ops.typed import Typed
 from fastgen.ops.values import Value
 from fastgen.target import Target
 
@@ -18,39 +21,36 @@ from fastgen.target import Target
 _WEIGHT_STEP = 2.0**-10
 
 
-class Calibrated:
+class Calibrated(Typed):
     """The part of the vocabulary that knows of calibration; ``Ops`` has the rest."""
 
-    onnx: Any
-    constant: Any
-    scalar: Any
-    cast: Any
-    _scaled: Any
-    _typed: Any
     _unflatten: Any
-    made: dict[str, Value]
     _split: Any
     _merged: Any
-    _compute: ir.DataType
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, builder: GraphBuilder, target: Target) -> None:
+        super().__init__(builder, target)
+        self.made: dict[str, Value] = {}
+        """What the graph reads that is made of parameters, by name (see ``quantised.py``)."""
         self._integers: dict[tuple[Value, float, int], Value] = {}
         self._back: dict[Value, Value] = {}
-        self._ranges: dict[Value, Range] = {}
+        self._read: dict[Value, Range] = {}
 
-    def input_range(self, weight: Value) -> Range | None:
-        """What a linear layer reads, by its weight; None if that is not known."""
+    def read_by(self, layer: str, x: Value) -> Range | None:
+        """The range of ``x``, which a linear layer reads; None if that is not known. What else
+        reads ``x`` may ask for it, too."""
         known = self.target.calibration
-        return None if known is None else known.inputs.get(_layer(weight))
+        found = None if known is None else known.inputs.get(layer)
+        if found is not None:
+            self._read.setdefault(x, found)
+        return found
 
-    def noted(self, x: Value, weight: Value, y: Value) -> Value:
-        """``y``, as what a layer made of ``x``: what else reads the two may ask for their range."""
+    def range_of(self, x: Value) -> Range | None:
+        """Of a linear layer's input or result."""
         known = self.target.calibration
-        for value, ranges in ((x, known and known.inputs), (y, known and known.outputs)):
-            if ranges and (found := ranges.get(_layer(weight))) is not None:
-                self._ranges.setdefault(value, found)
-        return y
+        if x in self._read or known is None:
+            return self._read.get(x)
+        return known.outputs.get(names.of(x))
 
     def rows_of(
         self, weight: Value, transposed: bool, inputs_first: bool = False
@@ -65,7 +65,7 @@ class Calibrated:
         axes = tuple(weight.shape)
         outputs, inputs = axes[::-1] if transposed else axes
         kind = ir.DataType.UINT8 if form.unsigned else ir.DataType.INT8
-        values, steps = form.names(weight.name)
+        values, steps = form.names(str(weight.name))
         shape = (inputs, outputs) if inputs_first else (outputs, inputs)
         return self._tensor(values, kind, shape), self._tensor(steps, weight.dtype, (outputs,))
 
@@ -93,31 +93,28 @@ class Calibrated:
         integers = self.quantised(x, step, None)
         if integers not in self._back:
             y = self.onnx.DequantizeLinear(integers, self.scalar(step, dtype))
-            self._back[integers] = self._typed(y, dtype)
+            self._back[integers] = self._as(y, x, dtype)
         return self._back[integers]
-
-    def passed(self, x: Value, y: Value) -> Value:
-        """``y``, as numbers of ``x`` in other places."""
-        if x in self._ranges:
-            self._ranges[y] = self._ranges[x]
-        return y
 
     def addends(self, residual: Value, x: Value) -> tuple[Value, Value]:
         """What a residual stream adds, rounded where the calibration asks for that."""
         known = self.target.calibration
         if known is None or not known.residuals:
             return residual, x
+        ranges = self.range_of(residual), self.range_of(x)
         rounded = (
-            self.rounded(value, self._ranges[value]) if value in self._ranges else value
-            for value in (residual, x)
+            value if found is None else self.rounded(value, found)
+            for value, found in zip((residual, x), ranges, strict=True)
         )
         return next(rounded), next(rounded)
 
-    def factors(self, *factors: Value) -> list[Range] | None:
-        """Ranges of queries, keys and values; None if attention computes without them."""
+    def ranges_of(self, *factors: Value) -> list[Range] | None:
+        """Of queries, keys and values; None if attention computes without them."""
         known = self.target.calibration
-        asked = known is not None and known.attention and all(x in self._ranges for x in factors)
-        return [self._ranges[x] for x in factors] if asked else None
+        if known is None or not known.attention:
+            return None
+        found = [known for known in map(self.range_of, factors) if known is not None]
+        return found if len(found) == len(factors) else None
 
     def _integer_attention(
         self,
@@ -135,7 +132,8 @@ class Calibrated:
         keys = self._typed(self.onnx.Transpose(k, perm=[0, 1, 3, 2]), k.dtype)
         scores = self._typed(self.onnx.MatMul(q, keys), self._compute)
         weights = self.rounded(self._weights(scores, bias, scale), Range(0.0, 1.0))
-        return self._merged(self.onnx.MatMul(weights, v))
+        y = self._merged(self.onnx.MatMul(weights, v), self._compute)
+        return names.give(y, names.attention(names.of(factors[0])))
 
     def _weights(self, scores: Value, bias: Value | None, scale: float) -> Value:
         """What attention multiplies values by, of its scores [B, H, Q, K]: Softmax in float32."""
@@ -146,7 +144,7 @@ class Calibrated:
         wide = self.onnx.Softmax(self.cast(scores, ir.DataType.FLOAT), axis=-1)
         return self.cast(self._typed(wide, ir.DataType.FLOAT), self._compute)
 
-    def _integer_linear(
+    def _integer_product(
         self,
         x: Value,
         known: Range,
@@ -166,7 +164,3 @@ class Calibrated:
         y = self._typed(self.onnx.Mul(y, self.cast(steps, dtype)), dtype)
         y = y if bias is None else self.onnx.Add(y, bias)
         return self._typed(self._unflatten(y, x, weight.shape[int(transposed)]), dtype)
-
-
-def _layer(weight: Value) -> str:
-    return str(weight.name).removesuffix(".weight")

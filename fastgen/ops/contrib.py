@@ -7,7 +7,9 @@ from onnx_ir import DataType
 from onnxscript import GraphBuilder
 
 from fastgen.calibration import Range
-from fastgen.ops.standard import Ops, is_power_of_two
+from fastgen.ops import names
+from fastgen.ops.standard import Ops
+from fastgen.ops.typed import is_power_of_two
 from fastgen.ops.values import Bias, KVSlots, Value
 from fastgen.target import Target
 
@@ -20,7 +22,7 @@ class ContribOps(Ops):
         self.contrib = builder.opset("com.microsoft")
         self._seen: dict[Value, Value] = {}
 
-    def _linear(
+    def _product(
         self, x: Value, weight: Value, bias: Value | None, scale: float, transposed: bool
     ) -> Value:
         """See ``Ops.linear``. FusedMatMul's alpha is rounded to the compute dtype, so only a power
@@ -31,7 +33,7 @@ class ContribOps(Ops):
         y = y if bias is None else self.onnx.Add(y, bias)
         return self._typed(y, weight.dtype)
 
-    def _integer_linear(
+    def _integer_product(
         self,
         x: Value,
         known: Range,
@@ -40,7 +42,7 @@ class ContribOps(Ops):
         scale: float,
         transposed: bool,
     ) -> Value:
-        """See ``Calibrated._integer_linear``; one kernel, which adds the bias, too."""
+        """See ``Calibrated._integer_product``; one kernel, which adds the bias, too."""
         step, zero = known.asymmetric()
         values, steps = self.rows_of(weight, transposed, inputs_first=True)
         middle = [self.constant(128, torch.uint8)] if self.target.saturates else []
@@ -67,7 +69,8 @@ class ContribOps(Ops):
         keys = self.onnx.Transpose(k, perm=[0, 1, 3, 2])
         scores = self._multiplied(q, keys, steps[0] * scale, steps[1], zeros[0], zeros[1])
         weights = self.quantised(self._weights(scores, bias, 1.0), 1 / 255, 0)
-        return self._merged(self._multiplied(weights, v, 1 / 255, steps[2], 0, zeros[2]))
+        y = self._multiplied(weights, v, 1 / 255, steps[2], 0, zeros[2])
+        return names.give(self._merged(y, y.dtype), names.attention(names.of(factors[0])))
 
     def _multiplied(
         self, x: Value, y: Value, x_step: float, y_step: float, x_zero: int, y_zero: int
@@ -78,45 +81,64 @@ class ContribOps(Ops):
         return self._typed(self.contrib.MatMulIntegerToFloat(x, y, *steps, *zeros), self._compute)
 
     def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
+        """See ``Ops.rms_norm``; the kernel gives the weight's dtype."""
+        name = names.of_parameter(weight)
+        if self._gives(name, weight.dtype) != weight.dtype:
+            return super().rms_norm(x, weight, eps)
         normed = self.onnx.SimplifiedLayerNormalization(x, weight, epsilon=eps, axis=-1)
-        return self._typed(normed, weight.dtype)
+        return names.give(self._typed(normed, weight.dtype), name)
 
     def add_rms_norm(
         self, residual: Value, x: Value, weight: Value, eps: float
     ) -> tuple[Value, Value]:
         """See ``Ops.add_rms_norm``; one kernel where all share a dtype."""
-        residual, x = self.addends(residual, x)
-        if not x.dtype == residual.dtype == weight.dtype or _too_wide(weight):
+        if not self._one_dtype(residual, x, weight) or _too_wide(weight):
             return super().add_rms_norm(residual, x, weight, eps)
         normed, _, _, total = self.contrib.SkipSimplifiedLayerNormalization(
             x, residual, weight, epsilon=eps, _outputs=4
         )
-        return self._typed(total, residual.dtype), self._typed(normed, weight.dtype)
+        return self._as_norm(total, normed, weight)
+
+    def _one_dtype(self, residual: Value, x: Value, weight: Value) -> bool:
+        """Whether a sum and its norm are to be read and given in one dtype."""
+        name = names.of_parameter(weight)
+        total = self._gives(names.total(name), residual.dtype)
+        dtypes = {x.dtype, residual.dtype, weight.dtype, total, self._gives(name, weight.dtype)}
+        return len(dtypes) == 1
+
+    def _as_norm(self, total: Value, normed: Value, weight: Value) -> tuple[Value, Value]:
+        """Results of one kernel, named."""
+        name = names.of_parameter(weight)
+        total = names.give(self._typed(total, weight.dtype), names.total(name))
+        return total, names.give(self._typed(normed, weight.dtype), name)
 
     def layer_norm(self, x: Value, weight: Value, bias: Value, eps: float) -> Value:
         """See ``Ops.layer_norm``; the kernel itself computes in float32."""
-        if x.dtype != weight.dtype:
+        name = names.of_parameter(weight)
+        if not x.dtype == weight.dtype == self._gives(name, weight.dtype):
             return super().layer_norm(x, weight, bias, eps)
         normed = self.onnx.LayerNormalization(x, weight, bias, epsilon=eps, axis=-1)
-        return self._typed(normed, weight.dtype)
+        return names.give(self._typed(normed, weight.dtype), name)
 
     def add_layer_norm(
         self, residual: Value, x: Value, weight: Value, bias: Value, eps: float
     ) -> tuple[Value, Value]:
         """See ``Ops.add_layer_norm``; one kernel where all share a dtype, but on a CPU, where that
         kernel takes several times as long as the two."""
-        residual, x = self.addends(residual, x)
-        same = x.dtype == residual.dtype == weight.dtype == self._residual
+        same = self._one_dtype(residual, x, weight)
+        same = same and (self.choice.made or weight.dtype == self._residual)
         if not same or self.target.device == "cpu" or _too_wide(weight):
             return super().add_layer_norm(residual, x, weight, bias, eps)
         normed, _, _, total = self.contrib.SkipLayerNormalization(
             x, residual, weight, bias, epsilon=eps, _outputs=4
         )
-        return self._typed(total, residual.dtype), self._typed(normed, weight.dtype)
+        return self._as_norm(total, normed, weight)
 
     def activation(self, x: Value, name: str) -> Value:
         """See ``Ops.activation``; the kernels themselves compute in float32."""
-        return self._finite(self._typed(self._activation(x, name), x.dtype))
+        own, rule = names.activation(names.of(x)), x.dtype
+        (x,) = self._reads(x, result=self._gives(own, rule))
+        return self._clamped(self._typed(self._activation(x, name), x.dtype), own, rule)
 
     def _activation(self, x: Value, name: str) -> Value:
         if name in ("gelu_new", "gelu_pytorch_tanh") and self.target.device == "cuda":
@@ -137,11 +159,12 @@ class ContribOps(Ops):
     def attention(
         self, q: Value, k: Value, v: Value, bias: Value | None, heads: int, scale: float = 1.0
     ) -> Value:
-        if (ranges := self.factors(q, k, v)) is not None:
+        if (ranges := self.ranges_of(q, k, v)) is not None:
             return self._integer_attention((q, k, v), ranges, bias, heads, scale)
+        name, (q, k, v, bias) = self._factors(q, k, v, bias)
         more = () if bias is None else (None, None, bias)
         y = self.contrib.MultiHeadAttention(q, k, v, *more, num_heads=heads, scale=scale)
-        return self._typed(y, self._compute)
+        return names.give(self._typed(y, q.dtype), name)
 
     def cached_attention(
         self,
@@ -163,8 +186,10 @@ class ContribOps(Ops):
                 _outputs=3,
             )
             return self._typed(y, self._compute), key, value
+        k, v = (self.cast(x, self._compute) for x in (k, v))
         key = self.onnx.TensorScatter(slots.key, k, slots.first_slot, axis=1)
         value = self.onnx.TensorScatter(slots.value, v, slots.first_slot, axis=1)
+        key, value = (self._typed(x, self._compute) for x in (key, value))
         return self.attention(q, key, value, spelled, heads, scale), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:

@@ -25,8 +25,9 @@ _VALUES = {
 
 
 def lowering(builder: GraphBuilder, target: Target) -> Ops:
-    """The vocabulary, lowered to what the Target has."""
-    if target.weights == "full":
+    """The vocabulary, lowered to what the Target has: ONNX Runtime has no product by fp8 weights,
+    which only the fused kernels multiply by, so its graphs read full ones."""
+    if target.weights == "full" or (target.weights == "fp8" and target.contrib):
         return ContribOps(builder, target) if target.contrib else Ops(builder, target)
     return QuantisedContribOps(builder, target) if target.contrib else QuantisedOps(builder, target)
 
@@ -34,11 +35,11 @@ def lowering(builder: GraphBuilder, target: Target) -> Ops:
 class QuantisedOps(Ops):
     """Standard operators, which multiply by what values and scales stand for."""
 
-    def _linear(
+    def _product(
         self, x: Value, weight: Value, bias: Value | None, scale: float, transposed: bool
     ) -> Value:
         """See ``Ops.linear``."""
-        return super()._linear(x, self._spelled_weight(weight, transposed), bias, scale, False)
+        return super()._product(x, self._spelled_weight(weight, transposed), bias, scale, False)
 
     def _made(self, weight: Value, transposed: bool) -> tuple[Value, Value]:
         """The initializers that stand for a parameter in the Target's format."""
@@ -93,13 +94,11 @@ class QuantisedOps(Ops):
 class QuantisedContribOps(QuantisedOps, ContribOps):
     """ONNX Runtime's MatMulNBits."""
 
-    def _linear(
+    def _product(
         self, x: Value, weight: Value, bias: Value | None, scale: float, transposed: bool
     ) -> Value:
         """See ``Ops.linear``. On a CPU blocks of the input are rounded to 8 bits, too, as only such
         kernels are faster there than those of full weights."""
-        if self.target.weights == "fp8":
-            return super()._linear(x, weight, bias, scale, transposed)
         values, scales = self._made(weight, transposed)
         outputs, inputs = _sizes(weight, transposed)
         x = self.cast(self._scaled(x, scale), weight.dtype or self._compute)

@@ -6,7 +6,6 @@ Shapes: B batch rows, Q query tokens, L KV cache slots, K keys read, H heads, D 
 width. Every value carries its dtype, so that casts appear only where dtypes really differ.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,55 +14,23 @@ import torch
 from onnxscript import GraphBuilder
 
 from fastgen.errors import UnsupportedConfigError
+from fastgen.ops import names
 from fastgen.ops.calibrated import Calibrated
 from fastgen.ops.values import Bias, KVSlots, Value
 from fastgen.target import Target
 
 # A wide result is scaled before it becomes float16: up to 16 million fits, and what small ones lose
 # (8e-6) is far below the residual stream they are added to.
-_WIDE_SCALE = 2.0**-8
+WIDE_SCALE = 2.0**-8
 _CACHED_SCALE = 2.0**-2  # a power of two: rounds nothing
-
-_TORCH_DTYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-}
 
 
 class Ops(Calibrated):
     """Operations lowered for one Target; passed as ``op`` to every module's ``forward``."""
 
     def __init__(self, builder: GraphBuilder, target: Target) -> None:
-        super().__init__(target)
-        self.builder = builder
-        self.onnx = builder.op
-        self._compute = ir.DataType[_ir_name(target.dtype)]
-        self._residual = ir.DataType[_ir_name(target.residual_dtype)]
+        super().__init__(builder, target)
         self._spelled: dict[Bias, Value] = {}
-        self.made: dict[str, Value] = {}
-        """What the graph reads that is made of parameters, by name (see ``quantised.py``)."""
-
-    # Values and dtypes
-
-    def constant(self, values: Any, dtype: torch.dtype) -> Value:
-        """A small constant tensor."""
-        tensor = torch.as_tensor(values, dtype=dtype)
-        name = f"constant_{len(self.builder.graph.initializers)}"
-        return self.builder.initializer(ir.tensor(tensor, name=name), qualify=False)
-
-    def scalar(self, value: float, dtype: ir.DataType | None = None) -> Value:
-        """A scalar; of the compute dtype unless said."""
-        return self.constant(value, _TORCH_DTYPES[dtype or self._compute])
-
-    def cast(self, x: Value, dtype: ir.DataType) -> Value:
-        if x.dtype == dtype:
-            return x
-        return self._typed(self.onnx.Cast(x, to=dtype), dtype)
-
-    def _typed(self, value: Value, dtype: ir.DataType | None) -> Value:
-        value.type = ir.TensorType(dtype or self._compute)
-        return value
 
     # Layers
 
@@ -72,7 +39,7 @@ class Ops(Calibrated):
         if offset:
             ids = self.onnx.Add(ids, self.constant(offset, torch.int64))
         rows = self._typed(self.onnx.Gather(weight, ids, axis=0), weight.dtype)
-        return self.cast(self._scaled(rows, scale), self._residual)
+        return self.given(self._scaled(rows, scale), names.of_parameter(weight), self._residual)
 
     def linear(
         self,
@@ -82,48 +49,41 @@ class Ops(Calibrated):
         scale: float = 1.0,
         transposed: bool = False,
     ) -> Value:
-        """``scale * x @ weight.T + bias`` with torch's [out, in] weight, in the weight's dtype;
-        ``transposed``: the weight is [in, out]. Of 8-bit integers where the Target's calibration
-        knows the range of ``x``."""
-        known = self.input_range(weight)
-        if known is None:
-            y = self._linear(x, weight, bias, scale, transposed)
+        """``scale * x @ weight.T + bias`` with torch's [out, in] weight, in the weight's dtype
+        unless another is chosen; ``transposed``: the weight is [in, out]. Of 8-bit integers where
+        the Target's calibration knows the range of ``x``."""
+        name = names.of_parameter(weight)
+        if name in self.choice:
+            return names.give(self._wide_product(x, weight, bias, scale, transposed), name)
+        if (known := self.read_by(name, x)) is None:
+            y = self._product(x, weight, bias, scale, transposed)
         else:
-            y = self._integer_linear(x, known, weight, bias, scale, transposed)
-        return self.noted(x, weight, y)
+            y = self._integer_product(x, known, weight, bias, scale, transposed)
+        return self.given(y, name, y.dtype)
 
-    def _linear(
+    def _product(
         self, x: Value, weight: Value, bias: Value | None, scale: float, transposed: bool
     ) -> Value:
-        """``linear`` as it is."""
         dtype = weight.dtype or self._compute
         x = self.cast(self._scaled(x, scale), dtype)
         rows = self._typed(self.onnx.Flatten(x, axis=2), dtype)
         wide = ir.DataType.FLOAT if dtype == ir.DataType.FLOAT16 else dtype
         # TensorRT takes such casts around a product as: float16, accumulated in float32. They must
         # be next to the Gemm, or it would really cast the weight.
-        factors = [self.cast(value, wide) for value in (rows, weight)]
-        addend = [] if bias is None else [self.cast(bias, wide)]
+        factors = [self._cast(value, wide) for value in (rows, weight)]
+        addend = [] if bias is None else [self._cast(bias, wide)]
         y = self.onnx.Gemm(*factors, *addend, transB=int(not transposed))
-        y = self.cast(self._typed(y, wide), dtype)
+        y = self._cast(self._typed(y, wide), dtype)
         return self._typed(self._unflatten(y, x, weight.shape[int(transposed)]), dtype)
 
     def split(self, x: Value, parts: int) -> list[Value]:
         """[B, Q, parts * E] -> parts of [B, Q, E]."""
         pieces = self.onnx.Split(x, num_outputs=parts, axis=-1, _outputs=parts)
-        return [self._typed(piece, x.dtype) for piece in pieces]
+        return [self._as(piece, x) for piece in pieces]
 
     def rows_kept(self, x: Value, kept: Value) -> Value:
         """[B, Q, E], [K] query tokens -> [B, K, E]."""
-        return self._typed(self.onnx.Gather(x, kept, axis=1), x.dtype)
-
-    def _scaled(self, x: Value, scale: float) -> Value:
-        """``scale * x``: in float32, as a rounded scale would shift all results; but a power of two
-        in x's dtype, since TensorRT makes that a factor of the float32 accumulator."""
-        if scale == 1.0:
-            return x
-        dtype = x.dtype if is_power_of_two(scale) else ir.DataType.FLOAT
-        return self._typed(self.onnx.Mul(self.cast(x, dtype), self.scalar(scale, dtype)), dtype)
+        return self._as(self.onnx.Gather(x, kept, axis=1), x)
 
     def _unflatten(self, rows: Value, x: Value, width: int) -> Value:
         """[B * Q, width] rows back to [B, Q, width], as in ``x``."""
@@ -132,41 +92,75 @@ class Ops(Calibrated):
         return self.onnx.Reshape(rows, shape)
 
     def wide_linear(self, x: Value, weight: Value) -> Value:
-        """A linear whose result may exceed float16's range; given in the residual dtype."""
+        """A linear whose result may exceed float16's range; given in the residual dtype, unless
+        another is chosen."""
+        if self.choice.made:
+            return self.linear(x, weight)
         if weight.dtype != ir.DataType.FLOAT16:
-            return self.cast(self.linear(x, weight), self._residual)
-        scaled = self.cast(self.linear(x, weight, scale=_WIDE_SCALE), self._residual)
-        unscale = self.constant(1 / _WIDE_SCALE, torch.float32)
-        return self._typed(self.onnx.Mul(scaled, unscale), self._residual)
+            return self.as_residual(self.linear(x, weight))
+        y = self._wide_product(x, weight, None, 1.0, transposed=False)
+        return names.give(self.cast(y, self._residual), names.of_parameter(weight))
+
+    def _wide_product(
+        self, x: Value, weight: Value, bias: Value | None, scale: float, transposed: bool
+    ) -> Value:
+        """As ``_product``; of a float16 weight in float32, and beyond what fits float16."""
+        if weight.dtype != ir.DataType.FLOAT16:
+            return self._product(x, weight, bias, scale, transposed)
+        full = self.target.weights == "full"
+        if full and names.product(names.of_parameter(weight)) in self.choice:
+            weight = self.cast(weight, ir.DataType.FLOAT)
+            bias = None if bias is None else self.cast(bias, ir.DataType.FLOAT)
+            return self._product(x, weight, bias, scale, transposed)
+        if x.dtype == ir.DataType.FLOAT:  # which may exceed the range itself
+            x, by = self._scaled(x, WIDE_SCALE), scale
+        else:
+            by = scale * WIDE_SCALE
+        y = self.cast(self._product(x, weight, None, by, transposed), ir.DataType.FLOAT)
+        unscale = self.constant(1 / WIDE_SCALE, torch.float32)
+        y = self._typed(self.onnx.Mul(y, unscale), ir.DataType.FLOAT)
+        if bias is None:
+            return y
+        bias = self.cast(bias, ir.DataType.FLOAT)
+        return self._typed(self.onnx.Add(y, bias), ir.DataType.FLOAT)
 
     def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
         """Root-mean-square norm, computed in float32; from residual to compute dtype."""
         wide = [self.cast(value, ir.DataType.FLOAT) for value in (x, weight)]
         normed = self.onnx.RMSNormalization(*wide, epsilon=eps, axis=-1)
-        return self.cast(self._typed(normed, ir.DataType.FLOAT), weight.dtype)
+        normed = self._typed(normed, ir.DataType.FLOAT)
+        return self.given(normed, names.of_parameter(weight), weight.dtype)
 
     def add_rms_norm(
         self, residual: Value, x: Value, weight: Value, eps: float
     ) -> tuple[Value, Value]:
         """``residual + x`` and its norm."""
-        residual, x = self.addends(residual, x)
-        total = self.onnx.Add(residual, self.cast(x, self._residual))
-        total = self._typed(total, self._residual)
+        total = self._sum(residual, x, weight)
         return total, self.rms_norm(total, weight, eps)
+
+    def _sum(self, residual: Value, x: Value, norm: Value) -> Value:
+        """What the norm of this weight reads."""
+        residual, x = self.addends(residual, x)
+        name = names.total(names.of_parameter(norm))
+        dtype = self._gives(name, self._residual)
+        terms = self._reads(residual, x, result=dtype)
+        if not self.choice.made:
+            terms = [self.cast(term, dtype) for term in terms]
+        total = self._typed(self.onnx.Add(*terms), terms[0].dtype)
+        return self.given(total, name, dtype)
 
     def layer_norm(self, x: Value, weight: Value, bias: Value, eps: float) -> Value:
         """Mean and variance norm, computed in float32; from any dtype to the weight's."""
         wide = [self.cast(value, ir.DataType.FLOAT) for value in (x, weight, bias)]
         normed = self.onnx.LayerNormalization(*wide, epsilon=eps, axis=-1)
-        return self.cast(self._typed(normed, ir.DataType.FLOAT), weight.dtype)
+        normed = self._typed(normed, ir.DataType.FLOAT)
+        return self.given(normed, names.of_parameter(weight), weight.dtype)
 
     def add_layer_norm(
         self, residual: Value, x: Value, weight: Value, bias: Value, eps: float
     ) -> tuple[Value, Value]:
         """``residual + x`` in the residual dtype, and its norm."""
-        residual, x = self.addends(residual, x)
-        total = self.onnx.Add(self.cast(residual, self._residual), self.cast(x, self._residual))
-        total = self._typed(total, self._residual)
+        total = self._sum(residual, x, weight)
         return total, self.layer_norm(total, weight, bias, eps)
 
     def activation(self, x: Value, name: str) -> Value:
@@ -174,7 +168,7 @@ class Ops(Calibrated):
         float16 results stay finite."""
         wide = x if name == "relu" else self.cast(x, ir.DataType.FLOAT)
         y = self._typed(self._activation(wide, name), wide.dtype)
-        return self._finite(self.cast(y, x.dtype))
+        return self._clamped(y, names.activation(names.of(x)), x.dtype)
 
     def _activation(self, x: Value, name: str) -> Value:
         if name == "relu":
@@ -193,7 +187,12 @@ class Ops(Calibrated):
         )
 
     def multiply(self, x: Value, y: Value) -> Value:
-        return self._finite(self._typed(self.onnx.Mul(x, y), x.dtype))
+        name = names.multiply(names.of(x))
+        x, y = self._reads(x, y, result=self._gives(name, x.dtype))
+        return self._clamped(self._typed(self.onnx.Mul(x, y), x.dtype), name, x.dtype)
+
+    def _clamped(self, x: Value, name: str, rule: ir.DataType) -> Value:
+        return names.give(self._finite(self.given(x, name, rule)), name)
 
     def _finite(self, x: Value) -> Value:
         """Clamp float16 to its finite range, as stock T5 does: inf - inf would become NaN."""
@@ -258,25 +257,26 @@ class Ops(Calibrated):
         return self._typed(self.onnx.Expand(mask, shape), mask.dtype)
 
     def as_residual(self, x: Value) -> Value:
-        """``x`` in the residual stream's dtype."""
-        return self.cast(x, self._residual)
+        """``x`` in the residual stream's dtype; where operations are chosen, in its own."""
+        return x if self.choice.made else self.cast(x, self._residual)
 
     def add(self, x: Value, y: Value) -> Value:
-        return self._typed(self.onnx.Add(x, y), x.dtype)
+        name = names.add(names.of(x), names.of(y))
+        x, y = self._reads(x, y, result=self._gives(name, x.dtype))
+        return self.given(self._typed(self.onnx.Add(x, y), x.dtype), name, x.dtype)
 
     # Rows without their padding
 
     def spread(self, x: Value, places: Value) -> Value:
         """Packed tokens [1, T, E] -> [B, S, E], by the token of each place [B, S]."""
         rows = self.onnx.Gather(x, places, axis=1)
-        rows = self.onnx.Squeeze(rows, self.constant([0], torch.int64))
-        return self.passed(x, self._typed(rows, x.dtype))
+        return self._as(self.onnx.Squeeze(rows, self.constant([0], torch.int64)), x)
 
     def pack(self, x: Value, tokens: Value) -> Value:
         """[B, S, E] -> packed tokens [1, T, E], by each token's place [T]: row * S + column."""
         flat = self._typed(self.onnx.Flatten(x, axis=2), x.dtype)
         rows = self.onnx.Gather(flat, tokens, axis=0)
-        return self._typed(self.onnx.Unsqueeze(rows, self.constant([0], torch.int64)), x.dtype)
+        return self._as(self.onnx.Unsqueeze(rows, self.constant([0], torch.int64)), x)
 
     def spelled_out(self, bias: Bias, first_slot: Value) -> Value:
         """A bias as one tensor [B or 1, 1 or H, Q, K], for the slots K that attention reads."""
@@ -309,11 +309,18 @@ class Ops(Calibrated):
         """Attention of [B, Q, H*D] queries over keys and values held as [B, K, H*D], or as
         [B, H, K, D] KV buffers; bias [B or 1, 1 or H, Q, K], None to see all. Products of queries
         and keys are multiplied by ``scale``."""
-        if (ranges := self.factors(q, k, v)) is not None:
+        if (ranges := self.ranges_of(q, k, v)) is not None:
             return self._integer_attention((q, k, v), ranges, bias, heads, scale)
+        name, (q, k, v, bias) = self._factors(q, k, v, bias)
         k, v = (x if _rank(x) == 4 else self._split(x, heads) for x in (k, v))
-        q = self._split(self.cast(self._scaled(q, scale), self._compute), heads)
-        return self._attend(q, k, v, bias)
+        q = self._split(self.cast(self._scaled(q, scale), q.dtype), heads)
+        return names.give(self._attend(q, k, v, bias), name)
+
+    def _factors(self, q: Value, *others: Value | None) -> tuple[str, list[Any]]:
+        """The name of an attention, and what it reads in the dtype that is chosen for it."""
+        name = names.attention(names.of(q))
+        dtype, factors = self._gives(name, self._compute), [q, *others]
+        return name, [x if x is None else self.cast(x, dtype) for x in factors]
 
     def _attend(
         self, q: Value, k: Value, v: Value, bias: Value | None, scale: float = 1.0
@@ -323,24 +330,25 @@ class Ops(Calibrated):
         if not self.target.attends:
             y = self._products(q, k, v, bias)
         else:
+            scaled = q
             if scale != 1.0:
-                q = self.onnx.Mul(q, self.scalar(1 / scale))
-            y = self.onnx.Attention(q, k, v, bias, scale=scale)
-        return self._merged(y)
+                scaled = self.onnx.Mul(q, self.scalar(1 / scale, q.dtype))
+            y = self.onnx.Attention(scaled, k, v, bias, scale=scale)
+        return self._merged(y, q.dtype)
 
-    def _merged(self, y: Value) -> Value:
+    def _merged(self, y: Value, dtype: ir.DataType | None) -> Value:
         """[B, H, Q, D] -> [B, Q, H*D]."""
         rows = self.onnx.Transpose(y, perm=[0, 2, 1, 3])
         merged = self.onnx.Reshape(rows, self.constant([0, 0, -1], torch.int64))
-        return self._typed(merged, self._compute)
+        return self._typed(merged, dtype)
 
     def _products(self, q: Value, k: Value, v: Value, bias: Value | None) -> Value:
         """Attention as stock T5 computes it, its Softmax in float32."""
         scores = self.onnx.MatMul(q, self.onnx.Transpose(k, perm=[0, 1, 3, 2]))
         scores = scores if bias is None else self.onnx.Add(scores, bias)
-        scores = self._typed(scores, self._compute)
+        scores = self._typed(scores, q.dtype)
         wide = self.onnx.Softmax(self.cast(scores, ir.DataType.FLOAT), axis=-1)
-        weights = self.cast(self._typed(wide, ir.DataType.FLOAT), self._compute)
+        weights = self.cast(self._typed(wide, ir.DataType.FLOAT), q.dtype)
         return self.onnx.MatMul(weights, v)
 
     def cached_attention(
@@ -355,13 +363,15 @@ class Ops(Calibrated):
     ) -> tuple[Value, Value, Value]:
         """Write k and v [B, Q, H*D] into their slots, then attend, with products of queries and
         keys times ``scale``; also gives the KV buffers."""
-        rows = self._split(k, heads), self._split(v, heads)
+        rows = [self._split(self.cast(x, self._compute), heads) for x in (k, v)]
         key = self.onnx.TensorScatter(slots.key, rows[0], slots.first_slot, axis=-2)
         value = self.onnx.TensorScatter(slots.value, rows[1], slots.first_slot, axis=-2)
+        key, value = (self._typed(x, self._compute) for x in (key, value))
+        name, (q, keys, values) = self._factors(q, key, value)
+        q = self._split(self.cast(self._scaled(q, scale), q.dtype), heads)
+        spelled = self.cast(self.spelled_out(bias, slots.first_slot), q.dtype)
         # TensorRT would copy the whole key buffer at every step if the scale were 1
-        q = self._split(self.cast(self._scaled(q, scale), self._compute), heads)
-        spelled = self.spelled_out(bias, slots.first_slot)
-        return self._attend(q, key, value, spelled, _CACHED_SCALE), key, value
+        return names.give(self._attend(q, keys, values, spelled, _CACHED_SCALE), name), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         """[B, K, H*D] -> the layout of a KV buffer."""
@@ -375,12 +385,3 @@ class Ops(Calibrated):
 
 def _rank(x: Value) -> int | None:
     return None if x.shape is None else len(x.shape)
-
-
-def is_power_of_two(scale: float) -> bool:
-    """Whether multiplying by it rounds nothing (but what becomes subnormal)."""
-    return math.frexp(scale)[0] == 0.5
-
-
-def _ir_name(dtype: str) -> str:
-    return {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[dtype]

@@ -91,11 +91,12 @@ class FastEncoder(StockForward, EngineModule):
         packs = self._packs and skips
         skips = skips and (self._packs or self._skips_padding)
         fused = self._fused_engine(target, padding=not skips)
+        by_packed = packs and target.device == "cpu"
         if fused is None:  # else it serves hidden states of all layers only, and can wait
-            engine()
+            (packed if by_packed and target.weights != "full" else engine)()
         encoder = Encoder(
             *(engine, target, self.device, width, options, layers, states, more),
-            packed if packs and target.device == "cpu" else None,
+            packed if by_packed else None,
             fused,
         )
         if target.device == "cpu" and (pooler := self._pooler_root()) is not None:

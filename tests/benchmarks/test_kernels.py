@@ -1,5 +1,6 @@
 """The bytes of a step's launches, recorded on the CPU: only addresses are looked at."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from fastgen import (
 )
 from fastgen.bench.floor import floor_of
 from fastgen.bench.workload import Workload
+from fastgen.blockwise import GROUPS, parse, quantise
 from fastgen.engines.fused.engine import FusedEngine
 from fastgen.engines.fused.ops import FusedOps
 from fastgen.engines.fused.wide import WideOps
@@ -40,12 +42,23 @@ def model(gpu):
     return FastT5ForConditionalGeneration(config)
 
 
-def recorded(model, vocabulary, size, filled=FILLED):
+class Parameters(dict):
+    """A model's own, and what is made of them in fewer bits."""
+
+    def __missing__(self, name):
+        parameter, form, _ = parse(name)
+        weight = self[parameter].detach()
+        blocks = quantise(weight.T if form.transposed else weight, form.kind, form.group)
+        self |= dict(zip(form.names(parameter), (blocks.values, blocks.scales), strict=True))
+        return self[name]
+
+
+def recorded(model, vocabulary, size, filled=FILLED, weights="full"):
     """What a step over a bucket of this size is recorded as, and the bucket."""
     root, dtype = model._decoder_root(), str(model.dtype).removeprefix("torch.")
-    target = onnxruntime_cuda(dtype)
+    target = replace(onnxruntime_cuda(dtype), weights=weights, group=GROUPS.get(weights, 0))
     parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    engine = FusedEngine(root, target, parameters)
+    engine = FusedEngine(root, target, Parameters(parameters))
     bucket = Bucket(root.shape, target, torch.device("cpu"), size)
     bucket.tensors["first_slot"].fill_(filled)
     ops = vocabulary(target, engine._parameters, bucket.tensors)
@@ -132,6 +145,24 @@ def test_what_is_added_is_read_and_written(model):
 def gpt2():
     config = GPT2Config(n_embd=256, n_head=4, n_layer=3, vocab_size=4096)
     return FastGPT2LMHeadModel(config).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
+def test_weights_of_fewer_bits_count_as_they_lie(gpu, weights, rows):
+    model, size = gpt2(), BucketSize(rows, 1, 64, 0)
+    vocabulary = FusedOps if rows == 1 else WideOps
+    (found, ops, _), (whole, _, _) = (
+        recorded(model, vocabulary, size, weights=kind) for kind in (weights, "full")
+    )
+    own = dict(model.named_parameters(remove_duplicate=False))
+    names = {name for name in ops.made if parse(name)}
+    read = sum(ops.made[name].nbytes for name in names)
+    replaced = sum(own[name].nbytes for name in {parse(name)[0] for name in names})
+    assert len(names) == 2 * (4 * 3 + 1)
+    total, before = (sum(kind.bytes for kind in kinds_.values()) for kinds_ in (found, whole))
+    # Of many rows cuBLAS reads what was written as numbers, as many bytes as the weights had
+    assert total - before == read + (replaced if rows > 1 else -replaced)
 
 
 def bart():

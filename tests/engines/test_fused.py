@@ -1,6 +1,7 @@
 """What the fused kernels record, without a GPU: launches hold addresses, and nothing runs."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +12,14 @@ from transformers import GPT2Config
 import fastgen
 from fastgen.bench.shapes import SHAPES, shape_config
 from fastgen.bench.workload import Workload, standard_grid
+from fastgen.blockwise import GROUPS, KINDS, parse
 from fastgen.engines import NotFused
 from fastgen.engines.fused.ops import FusedOps
 from fastgen.engines.fused.products import TILE_ROWS
 from fastgen.engines.fused.prompt import PromptOps
 from fastgen.engines.fused.wide import WideOps
 from fastgen.execution.bucket import Bucket, BucketSize
-from fastgen.target import onnxruntime_cuda
+from fastgen.target import Target, onnxruntime_cuda
 
 META = torch.device("meta")
 TARGET = onnxruntime_cuda("bfloat16")
@@ -49,17 +51,35 @@ def root_of(model: Any) -> Any:
     return root
 
 
-def parameters(model: Any) -> dict[str, torch.Tensor]:
+class Parameters(dict[str, torch.Tensor]):
+    """A model's own, and what would be made of them in fewer bits."""
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        found = parse(name)
+        assert found is not None
+        parameter, form, which = found
+        whole = self[parameter]
+        shape = form.shapes(*(whole.T if form.transposed else whole).shape)[which]
+        values = torch.float8_e4m3fn if form.kind == "fp8" else torch.uint8
+        scales = torch.float32 if form.kind == "fp8" else whole.dtype
+        return torch.empty(shape, dtype=(values, scales)[which], device=whole.device)
+
+
+def parameters(model: Any) -> Parameters:
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    return {name: value.detach() for name, value in own.items()}
+    return Parameters({name: value.detach() for name, value in own.items()})
 
 
-def record(model: Any, size: BucketSize) -> FusedOps:
+def of_fewer_bits(kind: Any, group: int | None = None) -> Target:
+    return replace(TARGET, weights=kind, group=GROUPS[kind] if group is None else group)
+
+
+def record(model: Any, size: BucketSize, target: Target = TARGET) -> FusedOps:
     """A step over a bucket."""
     root = root_of(model)
-    tensors = Bucket(root.shape, TARGET, META, size).tensors
+    tensors = Bucket(root.shape, target, META, size).tensors
     vocabulary = FusedOps if size.batch * size.queries <= TILE_ROWS else WideOps
-    ops = vocabulary(TARGET, parameters(model), tensors)
+    ops = vocabulary(target, parameters(model), tensors)
     results = root.decode(ops, **{n: t for n, t in tensors.items() if n != "logits"})
     ops.store(results["logits"], tensors["logits"])
     return ops
@@ -73,19 +93,63 @@ def size_of(workload: Workload, causal: bool) -> BucketSize:
     )
 
 
+def two_layers(name: str) -> Any:
+    """A published shape, but for its depth."""
+    config = shape_config(name)
+    for field in ("num_decoder_layers", "decoder_layers", "n_layer"):
+        if hasattr(config, field):
+            setattr(config, field, 2)
+    return made(SHAPES[name].stock, config)
+
+
 @pytest.mark.parametrize("workload", standard_grid(), ids=lambda workload: workload.title)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_step_of_the_benchmark_runs_fused(name: str, workload: Workload) -> None:
     """Recorded without a refusal; the layers of a family take as many launches each."""
-    shape, config = SHAPES[name], shape_config(name)
-    for field in ("num_decoder_layers", "decoder_layers", "n_layer"):
-        if hasattr(config, field):
-            setattr(config, field, 2)
-    ops = record(made(shape.stock, config), size_of(workload, shape.kind == "causal"))
+    shape = SHAPES[name]
+    ops = record(two_layers(name), size_of(workload, shape.kind == "causal"))
     each = {"causal": 5, "seq2seq": 8}[shape.kind]
     if size_of(workload, False)[:2] == (1, 1):
         assert len(ops.launches) == 2 * each + 2  # and the embedding, and the head
     assert len(ops.launches) >= 2 * each + 2
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (1, 4), (16, 1), (16, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["t5-small", "t5-11b", "flan-t5-xxl", "gpt2-xl", "bart-large"])
+def test_every_product_reads_weights_of_fewer_bits(
+    name: str, kind: Any, rows: tuple[int, int]
+) -> None:
+    """Without a refusal, in as many products, or behind a launch each for many rows."""
+    model, size = two_layers(name), BucketSize(*rows, 128, 0 if "gpt2" in name else 64)
+    ops, whole = record(model, size, of_fewer_bits(kind)), record(model, size)
+    for kernel in ops._kernels:
+        assert "linear<" not in kernel or "linear<Ints" in kernel or "linear<Fp8" in kernel
+    if isinstance(ops, WideOps):
+        assert launched(ops, "dequantise") >= 2 * (4 if "gpt2" in name else 8) + 1
+        assert len(ops.launches) >= len(whole.launches) + launched(ops, "dequantise")
+    else:
+        assert launched(ops, "linear") == launched(whole, "linear") > 0
+    weights = {parse(n) for n in ops.made} - {None}
+    products = {found[0] for found in weights if found}
+    assert len(products) >= (2 * 4 if "gpt2" in name else 2 * 8) + 1
+
+
+def launched(ops: FusedOps, kernel: str) -> int:
+    """How many launches of a kernel template."""
+    return sum(getattr(launch, "kernel", "").startswith(kernel) for launch in ops.launches)
+
+
+def test_weights_of_fewer_bits_that_are_refused() -> None:
+    size = BucketSize(1, 1, 64, 0)
+    with pytest.raises(NotFused, match="in groups of 32"):
+        record(gpt2(), size, of_fewer_bits("int4", 32))
+    with pytest.raises(NotFused, match=r"fp8 of .*, 72 inputs"):
+        record(gpt2(n_embd=72, n_head=3, n_inner=96), size, of_fewer_bits("fp8"))
+    with pytest.raises(NotFused, match=r"int8 of .*, 100 inputs"):
+        record(gpt2(n_embd=64, n_head=2, n_inner=100), size, of_fewer_bits("int8"))
+    with pytest.raises(NotFused, match="activations in float32"):
+        record(gpt2().float(), size, replace(of_fewer_bits("int8"), dtype="float32"))
 
 
 def gpt2(**fields: Any) -> Any:

@@ -10,8 +10,8 @@ import torch
 from fastgen.engines.fused import packed_kernels as kernels
 from fastgen.engines.fused.encoder import compile_kernels, side_streams
 from fastgen.engines.fused.packed_attention import Attention, BiasedAttention, Table
-from fastgen.engines.fused.packed_ops import Product, Products
 from fastgen.engines.fused.packed_places import Count, Place, Spread
+from fastgen.engines.fused.packed_products import Product, Products
 from fastgen.engines.fused.packed_values import Buffer, Call, Norm, Size, Term
 from tests.gpu.models import DEVICE, DTYPES, ids, ragged
 

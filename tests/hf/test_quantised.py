@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,12 @@ from transformers import BertConfig, BertForSequenceClassification
 import fastgen
 from fastgen.blockwise import Format, parse
 from fastgen.engines import NoEngine
+from fastgen.errors import WeightsGoneError
 from fastgen.hf import quantised
+from fastgen.hf.let_go import Gone, let_go
 from fastgen.hf.quantised import Weights
 from tests.configs import Pair, build_pair, prompts
-from tests.helpers import logits, refusal
+from tests.helpers import logits, refusal, sources, targets
 from tests.quantised import standing_for
 
 KINDS = "int8", "int4"
@@ -53,7 +56,7 @@ def test_a_family_computes_with_rounded_weights(name: str, kind: str) -> None:
     assert_most_rows_close(call(pair.fast, ids), expected)
     assert not torch.allclose(expected, call(pair.stock, ids), rtol=1e-3, atol=1e-3)
     arguments = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
-    assert pair.fast.explain(**arguments).path == "fast loop"
+    assert str(pair.fast.explain(**arguments)) == f"fast loop, {kind} weights"
     same = 0
     for row in ids[:4, None]:
         found, wanted = (m.generate(row, **arguments) for m in (pair.fast, reference))
@@ -78,7 +81,9 @@ def test_bert(kind: str) -> None:
         mask[4:, 9 - hidden :] = 0
         with torch.no_grad():
             found, expected = (m(ids, attention_mask=mask).logits for m in (fast, reference))
-            assert fast.bert.refusal(input_ids=ids, attention_mask=mask) is None
+            assert (
+                str(fast.explain(input_ids=ids, attention_mask=mask)) == f"engine, {kind} weights"
+            )
         assert_most_rows_close(found, expected)
 
 
@@ -179,6 +184,86 @@ def test_the_engine_lets_go_of_what_it_has_packed() -> None:
     assert held and all(made.blocks is None for made in held)
     pointers = model._engine.decoder(False, 64).weight_pointers()
     assert pointers and not any(map(parse, pointers))
+
+
+# Weights that torch lets go
+
+
+def light(name: str, kind: str = "int8") -> Pair:
+    """As ``with_weights``, once torch has let its weights go; tables stay."""
+    pair = with_weights(name, kind, keep_torch_weights=False)
+    call(pair.fast, prompts(name))
+    return pair
+
+
+@pytest.mark.parametrize("name", ["t5-1.1", "t5-1.0", "bart", "gpt2"])
+def test_without_torchs_weights_results_are_the_same(name: str) -> None:
+    kept, pair, ids = with_weights(name, "int8"), light(name), prompts(name)
+    matrices = [p for n, p in pair.fast.named_parameters() if isinstance(p, Gone)]
+    places = [m.weight for m in pair.fast.modules() if isinstance(m, torch.nn.Embedding)]
+    others = [p for p in pair.fast.parameters() if p.ndim == 2 and not isinstance(p, Gone)]
+    assert matrices and {*map(id, others)} <= {*map(id, places)}
+    for _ in range(2):
+        assert torch.equal(call(pair.fast, ids), call(kept.fast, ids))
+        found, wanted = (
+            m.generate(ids, max_new_tokens=70, num_beams=2) for m in (pair.fast, kept.fast)
+        )
+        assert torch.equal(found, wanted)
+    assert pair.fast.num_parameters() == kept.fast.num_parameters()
+    assert pair.fast.device.type == "cpu" and pair.fast.dtype == torch.float32
+
+
+def test_the_memory_is_given_back() -> None:
+    pair = with_weights("t5-1.1", "int8", keep_torch_weights=False)
+    weight = pair.fast.decoder.block[0].layer[2].DenseReluDense.wo.weight
+    memory = weakref.ref(weight.untyped_storage())
+    shape, place = weight.shape, weight.data_ptr()
+    logits(pair.fast)
+    gc.collect()
+    assert memory() is None
+    assert isinstance(weight, torch.nn.Parameter)
+    assert (weight.shape, weight.data_ptr()) == (shape, place)
+
+
+NEEDS: dict[str, Callable[[Any], Any]] = {
+    "torch": lambda m: m(inputs_embeds=torch.ones(1, 2, 32), decoder_input_ids=targets()[:1]),
+    "saving": lambda m: m.state_dict(),
+    "half": lambda m: m.half(),
+    "a copy": copy.deepcopy,
+    "a look": lambda m: m.lm_head.weight.sum(),
+    "an edit": lambda m: m.lm_head.weight.data.mul_(2),
+    "other options": lambda m: [setattr(m, "engine_options", {}), logits(m)],
+    "another graph": lambda m: m.generate(
+        sources(), output_hidden_states=True, return_dict_in_generate=True, max_new_tokens=3
+    ),
+}
+
+
+@pytest.mark.parametrize("need", NEEDS)
+def test_what_needs_torchs_weights_says_that_they_are_gone(need: str) -> None:
+    model = light("t5-1.1").fast
+    with pytest.raises(WeightsGoneError, match=r"was let go.*keep_torch_weights=True"):
+        NEEDS[need](model)
+
+
+def test_tables_that_stay_are_still_edited() -> None:
+    """Tied embeddings stay, and what was made of them follows their edits."""
+    pair = light("t5-1.0")
+    before = logits(pair.fast)
+    assert not isinstance(pair.fast.lm_head.weight, Gone)
+    pair.fast.decoder.final_layer_norm.weight.data.mul_(2)
+    torch.testing.assert_close(logits(pair.fast), 2 * before, rtol=1e-3, atol=1e-3)
+    pair.fast.shared.weight.data.mul_(2)
+    with pytest.raises(WeightsGoneError):  # the engine of other numbers needs all
+        logits(pair.fast)
+
+
+def test_a_weight_that_gradients_may_be_asked_of_stays() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 32))
+    held = (weight * weight).sum()
+    let_go(weight, "weight")
+    assert not isinstance(weight, Gone)
+    held.backward()
 
 
 # Refusals

@@ -3,10 +3,12 @@
 import copy
 import functools
 import math
+import threading
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from transformers import T5Config
 
 import fastgen
 from fastgen.engines import NoEngine
+from fastgen.hf import weights
 from fastgen.hf.module import EngineModule
 from fastgen.hf.weights import Fingerprint, Glance, weights_state
 from tests.configs import TINY, Pair
@@ -157,11 +160,24 @@ def test_an_edit_of_one_row_through_data_is_seen(prepack: float) -> None:
     assert pair.fast._engine is engine
 
 
+@pytest.fixture(params=["one thread", "three threads", "no thread to be had"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Threads that look at a matrix of a few rows, two rows at a time."""
+    if request.param == "one thread":
+        return 1
+    if request.param == "no thread to be had":
+        monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError))
+    monkeypatch.setattr(weights, "_PIECE", 64)
+    monkeypatch.setattr(weights, "_WORTH_A_THREAD", 32)
+    return 3
+
+
 @pytest.mark.parametrize("columns", [7, 8])
-def test_fingerprints_tell_what_changed(columns: int) -> None:
+def test_fingerprints_tell_what_changed(columns: int, threads: int) -> None:
     matrix = torch.randn(5, columns)
     whole = torch.nn.Parameter(matrix)
-    fingerprint = Fingerprint([whole, whole])
+    fingerprint = Fingerprint([whole, whole], threads)
+    assert len(fingerprint._shares) == threads
     assert fingerprint.same()
     edits: list[Callable[[torch.Tensor], Any]] = [
         lambda m: m[2:3].mul_(2),
@@ -172,7 +188,7 @@ def test_fingerprints_tell_what_changed(columns: int) -> None:
         lambda m: m[0, 0].fill_(torch.nan),
     ]
     for edit in edits:
-        fingerprint = Fingerprint([whole])
+        fingerprint = Fingerprint([whole], threads)
         edit(whole.data)
         assert not fingerprint.same()
 

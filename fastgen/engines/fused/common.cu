@@ -32,6 +32,17 @@ INLINE void from_float(float x, fp16& y) {  // finite, as stock T5 clamps: inf -
 }
 INLINE void from_float(float x, float& y) { y = x; }
 
+INLINE unsigned two_of_float(float low, float high) {  // as fp16
+    unsigned y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+template <class A, class B> struct Same { static constexpr bool value = false; };
+template <class A> struct Same<A, A> { static constexpr bool value = true; };
+template <bool FIRST, class A, class B> struct Either { typedef A type; };
+template <class A, class B> struct Either<false, A, B> { typedef B type; };
+
 INLINE float finite(fp16 x) { return fminf(fmaxf(to_float(x), -65504.f), 65504.f); }
 INLINE float finite(bf16 x) { return to_float(x); }
 INLINE float finite(float x) { return x; }
@@ -114,8 +125,8 @@ INLINE float over_warp(float x) {
 // stream, float [COUNT, K]; normed has rows of STRIDE. Waits for the residual stream itself.
 // A warp's own mean first, and then all warps' parts as one: exact, with one barrier (Chan et al.,
 // "Updating formulae and a pairwise algorithm for computing sample variances", 1979).
-template <int NORM, int K, int WARPS, int COUNT, int STRIDE>
-INLINE void normalize(const float* residual, const NormArgs& args, bool first, T* normed) {
+template <int NORM, int K, int WARPS, int COUNT, int STRIDE, class X>
+INLINE void normalize(const float* residual, const NormArgs& args, bool first, X* normed) {
     constexpr int STEP = 128 * WARPS, STEPS = (K + STEP - 1) / STEP;  // four columns a thread
     __shared__ float sums[WARPS][COUNT], squares[WARPS][COUNT];       // squares: of deviations
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -183,14 +194,14 @@ INLINE void normalize(const float* residual, const NormArgs& args, bool first, T
             const float4 centred = x[r][s] - mean;
             const float from[4] = {centred.x, centred.y, centred.z, centred.w};
             float wide[4];
-            Pack<T, 4> y;
+            Pack<X, 4> y;
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 wide[e] = from[e] * factor * to_float(scale[s].element[e]);
                 if (NORM == LAYER) wide[e] += to_float(bias[s].element[e]);
                 from_float(wide[e], y.element[e]);
             }
-            if (inside(s)) *(Pack<T, 4>*)(normed + r * STRIDE + k) = y;
+            if (inside(s)) *(Pack<X, 4>*)(normed + r * STRIDE + k) = y;
             if (NORM == LAYER && inside(s) && first && args.stream)
                 *(float4*)(args.stream + r * K + k) = make_float4(wide[0], wide[1], wide[2], wide[3]);
         }

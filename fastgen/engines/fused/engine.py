@@ -44,17 +44,19 @@ class FusedEngine:
         """
         Args:
             root: the family's decoder, a ``DecoderRoot``, whose step is recorded.
-            parameters: the model's parameters by name; they must stay alive and in place.
+            parameters: the model's parameters by name, and what is made of them in fewer bits by
+                the names of ``blockwise.Format``; they must stay alive and in place.
             engine_cache: where compiled kernels are kept; None compiles them in every process.
         """
         self.target, self._root, self._engine_cache = target, root, engine_cache
-        self._parameters = {}
+        self._parameters = parameters
+        self._own = []
         for name, parameter in root.named_parameters():
             parameter.name, parameter._realized = name, True  # onnxscript would rename it
-            self._parameters[name] = parameters[name].detach()
+            self._own.append(name)
 
     def weight_pointers(self) -> dict[str, int]:
-        return {name: p.data_ptr() for name, p in self._parameters.items()}
+        return {name: self._parameters[name].data_ptr() for name in self._own}
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> "FusedBinding":
         """Record and compile the step over these tensors; logits land in ``tensors["logits"]``.

@@ -25,6 +25,7 @@ from fastgen.engines.fused.values import (
     Residual,
     pointer,
 )
+from fastgen.ops import names
 from fastgen.ops.values import Bias, KVSlots
 
 MAX_SLOTS = 8192  # a block keeps the bias of its slots in shared memory
@@ -167,6 +168,7 @@ class FusedOps(Products):
     # Norms
 
     def rms_norm(self, x: Embedded | Residual, weight: Any, eps: float) -> Normed:
+        self._rounds(names.of_parameter(weight))
         return Normed(self._as_residual(x), self._narrow(weight), None, eps)
 
     def add_rms_norm(
@@ -176,6 +178,7 @@ class FusedOps(Products):
         return total, self.rms_norm(total, weight, eps)
 
     def layer_norm(self, x: Embedded | Residual, weight: Any, bias: Any, eps: float) -> Normed:
+        self._rounds(names.of_parameter(weight))
         return Normed(self._as_residual(x), self._narrow(weight), self._narrow(bias), eps)
 
     def add_layer_norm(
@@ -207,13 +210,14 @@ class FusedOps(Products):
             hidden = self._buffer("hidden", products[0].sizes[1])
             self._linear(hidden, products, "GATE" if x.gate else "ACTIVATE", x.activation)
             x = hidden
-        matrix = self._weight(weight)
-        if transposed and matrix.shape[0] % 8:
-            raise NotFused(f"{weight.name} {tuple(matrix.shape)}: both must be multiples of 8")
+        matrix = self._matrix(weight, transposed)
         vector = None if bias is None else self._parameter(bias)
-        if vector is not None and (vector.dtype != matrix.dtype or not vector.is_contiguous()):
-            raise NotFused(f"{bias.name} in {vector.dtype}, its weight in {matrix.dtype}")
-        return Product(x, matrix, scale, vector, transposed)
+        own = matrix.values.dtype if matrix.blocks is None else self._dtype
+        if vector is not None and (vector.dtype != own or not vector.is_contiguous()):
+            raise NotFused(f"{bias.name} in {vector.dtype}, its product in {own}")
+        name = names.of_parameter(weight)
+        self._rounds(names.product(name))
+        return Product(x, matrix, scale, vector, name)
 
     def wide_linear(self, x: Normed | Activated | torch.Tensor, weight: Any) -> Product:
         return self.linear(x, weight)  # sums stay in float32 until they meet the residual stream
@@ -227,11 +231,13 @@ class FusedOps(Products):
     def activation(self, x: Product, name: str) -> Activated:
         if name not in ACTIVATIONS:
             raise NotFused(f"activation {name!r}: one of {sorted(ACTIVATIONS)}")
+        self._rounds(x.name, names.activation(x.name))
         return Activated(x, name)
 
     def multiply(self, x: Activated, y: Product) -> Activated:
         if x.gate is not None or y.x is not x.product.x:
             raise NotFused("a gate that is not a second product of the same input")
+        self._rounds(y.name, names.multiply(x.product.name))
         return replace(x, gate=y)
 
     # Attention
@@ -247,6 +253,7 @@ class FusedOps(Products):
     ) -> torch.Tensor:
         if bias is None or tuple(bias.shape) != (self._batch, 1, self._queries, k.shape[1]):
             raise NotFused("attention with another bias than a mask over sources")
+        self._rounds(q.name, names.attention(q.name))
         query = self._buffer("query", q.sizes[1])
         self._linear(query, [q], "STORE")
         return self._attention(query, k, v, heads, mask=bias.data_ptr(), scale=scale)
@@ -281,6 +288,7 @@ class FusedOps(Products):
     ) -> torch.Tensor:
         """Launch the products of attention: [rows, 3 * H * D]."""
         products = _side_by_side(q, k, v)
+        self._rounds(*(p.name for p in products), names.attention(products[0].name))
         rows = self._buffer("query, key, value", sum(p.sizes[1] for p in products))
         self._linear(rows, products, "STORE")
         return rows

@@ -8,7 +8,7 @@ float32, and products are added to it as they are summed (root-mean-square norms
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,32 +19,15 @@ from fastgen.engines.fused.packed_attention import (
     BiasedAttention,
     Table,
 )
-from fastgen.engines.fused.packed_kernels import (
-    Activate,
-    Embed,
-    NormRows,
-    NormStream,
-    Prefetch,
-)
-from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Size, Term
+from fastgen.engines.fused.packed_kernels import Activate, Embed, NormRows, NormStream
+from fastgen.engines.fused.packed_products import Product, Products, Recorded
+from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Term
 from fastgen.engines.fused.products import ACTIVATIONS
-from fastgen.engines.fused.recorder import Builder
+from fastgen.engines.fused.recorder import Builder, narrow_results
+from fastgen.ops import names
 from fastgen.target import Target
 
 MAX_WIDTH = 8192  # of a row, that a block of the kernels holds
-
-
-class Recorded(Protocol):
-    """One launch, or several that do not depend on each other."""
-
-    @property
-    def reads(self) -> Sequence[Buffer]: ...
-
-    @property
-    def writes(self) -> Sequence[Buffer]: ...
-
-    def __call__(self, size: Size) -> None:
-        """Queue it on torch's current stream."""
 
 
 # Values
@@ -62,38 +45,6 @@ class Embedded:
     """A sum of embeddings."""
 
     terms: tuple[Term, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """``scale * x @ matrix + bias``, activated if there is an activation."""
-
-    x: Buffer
-    matrix: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float = 1.0
-    activation: str | None = None
-    """One of cuBLAS: RELU, or GELU_TANH."""
-    onto: Buffer | None = None
-    """A residual stream that it is added to."""
-
-    def into(self, buffer: Buffer, size: Size) -> None:
-        x, y = self.x.rows(size.tokens), buffer.rows(size.tokens)
-        if self.onto is not None:
-            if x.dtype == y.dtype:
-                torch.addmm(y, x, self.matrix, alpha=self.scale, out=y)
-            else:
-                addmm = torch.ops.aten.addmm.dtype_out
-                addmm(y, x, self.matrix, y.dtype, beta=1.0, alpha=self.scale, out=y)
-        elif self.activation is not None and self.bias is not None:
-            gelu = self.activation != "RELU"
-            torch._addmm_activation(
-                self.bias, x, self.matrix, alpha=self.scale, use_gelu=gelu, out=y
-            )
-        elif self.bias is not None:
-            torch.addmm(self.bias, x, self.matrix, alpha=self.scale, out=y)
-        else:
-            torch.addmm(y, x, self.matrix, beta=0.0, alpha=self.scale, out=y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,47 +71,6 @@ class Total:
     """A sum of which nothing but its norm was computed."""
 
 
-# Launches that are not kernels of our own
-
-
-class Products:
-    """Products by cuBLAS, each with its bias; they do not depend on each other."""
-
-    def __init__(self, products: Sequence[Product]) -> None:
-        self.products = products
-        self.reads = [product.x for product in products]
-        self.writes = [product.onto or Buffer(product.matrix.shape[1]) for product in products]
-        self.ahead: Prefetch | None = None
-        """Fetches the weights of the products that follow, if there is a stream for it."""
-
-    def __call__(self, size: Size) -> None:
-        if size.side:
-            self._side_by_side(size)
-            return
-        for product, y in zip(self.products, self.writes, strict=True):
-            product.into(y, size)
-
-    def _side_by_side(self, size: Size) -> None:
-        """On streams of their own: few rows leave most of a GPU's processors idle."""
-        began, ended = torch.cuda.Event(), []
-        began.record()
-        pairs = [*zip(self.products, self.writes, strict=True)]
-        if size.fetching is not None and self.ahead is not None:
-            size.fetching.wait_event(began)
-            with torch.cuda.stream(size.fetching):
-                self.ahead()
-        for stream, (product, y) in zip(size.side, pairs[1:], strict=False):
-            stream.wait_event(began)
-            with torch.cuda.stream(stream):
-                product.into(y, size)
-                ended.append(torch.cuda.Event())
-                ended[-1].record()
-        for product, y in [pairs[0], *pairs[1 + len(size.side) :]]:
-            product.into(y, size)
-        for event in ended:
-            event.wait()
-
-
 class PackedOps:
     """Records the launches of an encoder; the methods are those of ``ops.Ops``."""
 
@@ -173,6 +83,7 @@ class PackedOps:
         """Whether some launch asks for tokens' columns."""
         self._parameters = parameters
         self._dtype = getattr(torch, target.dtype)
+        self._rounds = narrow_results(target)
         self._zeros: dict[int, torch.Tensor] = {}
         self._streams: dict[Embedded, Stream] = {}
         self._additions = 0
@@ -201,6 +112,7 @@ class PackedOps:
         if isinstance(x, Buffer):
             return x
         if isinstance(x, Product):
+            self._rounds(x.name)
             return self._record(Products([x]))[0]
         if isinstance(x, Activated):
             return self._activated(x.product, x.kind, x.gate)
@@ -277,11 +189,11 @@ class PackedOps:
                 raise NotFused("a second norm of embeddings, or one of another width")
             stream = self._streams[x] = Stream(Buffer(y.width, dtype=torch.float32))
             self.embed = Embed(x.terms, norm, y, stream.buffer)
-        else:
-            stream = self._stream(x)
-            if stream.buffer.width != y.width:
-                raise NotFused(f"a norm of {y.width} columns of a stream of {stream.buffer.width}")
-            self._record(NormStream(stream.buffer, norm, y))
+            return y
+        stream = self._stream(x)
+        if stream.buffer.width != y.width:
+            raise NotFused(f"a norm of {y.width} columns of a stream of {stream.buffer.width}")
+        self._record(NormStream(stream.buffer, norm, y))
         return y
 
     def add_rms_norm(self, residual: Any, x: Any, weight: Any, eps: float) -> tuple[Stream, Buffer]:
@@ -303,6 +215,7 @@ class PackedOps:
         return stream
 
     def _norm(self, weight: Any, bias: Any, eps: float) -> Norm:
+        self._rounds(names.of_parameter(weight))
         norm = Norm(self._weight(weight), None if bias is None else self._weight(bias), eps)
         if len(norm.weight) > MAX_WIDTH:
             raise NotFused(f"a norm of rows of {len(norm.weight)}: {MAX_WIDTH} at most")
@@ -327,7 +240,9 @@ class PackedOps:
     ) -> Product:
         matrix = self._weight(weight) if transposed else self._weight(weight).T
         addend = None if bias is None else self._weight(bias, matrix.shape[1])
-        return Product(self.rows(x), matrix, addend, scale)
+        name = names.of_parameter(weight)
+        self._rounds(names.product(name))
+        return Product(self.rows(x), matrix, addend, scale, name=name)
 
     def wide_linear(self, x: Any, weight: Any) -> Product:
         return self.linear(x, weight)  # its sums stay float32 on a residual stream
@@ -336,11 +251,13 @@ class PackedOps:
         pair = isinstance(x, Activated) and isinstance(y, Product) and x.gate is None
         if not pair or x.product.matrix.shape != y.matrix.shape:
             raise NotFused("a gate that is not a second product of the activated one's size")
+        self._rounds(y.name, names.multiply(x.product.name))
         return replace(x, gate=y)
 
     def activation(self, x: Product, name: str) -> Activated:
         if name not in ACTIVATIONS or not isinstance(x, Product):
             raise NotFused(f"activation {name!r}: one of {sorted(ACTIVATIONS)}, of a product")
+        self._rounds(x.name, names.activation(x.name))
         return Activated(x, ACTIVATIONS[name])
 
     def position_table(self, weight: Any, buckets: Sequence[int], future: int | None) -> Table:
@@ -379,6 +296,7 @@ class PackedOps:
         of_one = all(isinstance(x, Product) for x in (q, k, v))
         if not of_one or not (q.matrix.shape == k.matrix.shape == v.matrix.shape):
             raise NotFused("attention of other values than three products of a size")
+        self._rounds(q.name, k.name, v.name, names.attention(q.name))
         head_size, step = q.matrix.shape[1] // heads, 4 if self._dtype == torch.float32 else 8
         if isinstance(bias, Table):
             BiasedAttention.check(bias, heads, head_size)

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from fastgen.engines.fused.packed_kernels import Prefetch
-from fastgen.engines.fused.packed_ops import Products, Recorded
+from fastgen.engines.fused.packed_products import Products, Recorded
 from fastgen.engines.fused.packed_values import Buffer, Size
 
 MOST_FETCHED = 24 * 2**20  # bytes

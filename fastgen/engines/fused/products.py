@@ -6,8 +6,14 @@ import torch
 
 from fastgen.engines import NotFused
 from fastgen.engines.fused.recorder import Recorder
-from fastgen.engines.fused.values import LinearArgs, Normed, Product, Residual, pointer
-from fastgen.engines.nvrtc import ELEMENTS
+from fastgen.engines.fused.values import (
+    LinearArgs,
+    Matrix,
+    Normed,
+    Product,
+    Residual,
+    pointer,
+)
 
 TILE_ROWS = 16  # one side of a tensor core product
 MAX_WIDTH = 8192  # of a norm
@@ -39,64 +45,85 @@ class Products(Recorder):
         product = products[0]
         x, weight, (inputs, outputs) = product.x, product.weight, product.sizes
         args = LinearArgs(y=y.data_ptr(), scale=product.scale)
-        args.weight[: len(products)] = [product.weight.data_ptr() for product in products]
+        args.weight[: len(products)] = [product.weight.values.data_ptr() for product in products]
+        args.scales[: len(products)] = [pointer(product.weight.scales) for product in products]
         args.bias[: len(products)] = [pointer(product.bias) for product in products]
         gated = epilogue == "GATE"
         segments, weights = (1, 2) if gated else (len(products), 1)
         warps = self._warps(inputs)
-        tiles = self._tiles(outputs * segments, warps, weights, product.across)
+        if weight.blocks is not None:
+            warps = self._narrow_warps(inputs, isinstance(x, Normed))
+        tiles = self._tiles(outputs * segments, warps, weights, weight)
         blocks, norm = -(-outputs // (8 * tiles)) * segments, "NONE"
-        if isinstance(x, Normed) and not self._norms_inside(x, inputs, warps, tiles * weights):
+        shared = self._shared(weight, warps, tiles * weights)
+        if isinstance(x, Normed) and not self._norms_inside(x, weight, warps, shared):
             x = self._norm(x, inputs)
+        if shared > STATIC_SHARED:
+            raise NotFused(f"{inputs} inputs by {self._rows} rows: more than shared memory holds")
         if isinstance(x, Normed):
             norm = self._begin_norm(x, args)
         else:
             args.x = x.data_ptr()
         sizes = f"{inputs}, {outputs}, {segments}, {tiles}, {warps}"
         biased = any(product.bias is not None for product in products)
-        flags = f"{str(biased).lower()}, {str(product.across).lower()}"
+        flags = f"{str(biased).lower()}, {str(weight.across).lower()}"
         kind = f"{norm}, {epilogue}, {ACTIVATIONS[activation]}, {flags}"
-        body = f"linear<{ELEMENTS[weight.dtype]}, {sizes}, {kind}>"
-        self._launch(body, (blocks, 1), 32 * warps, args)
+        body = f"linear<{weight.element}, {sizes}, {kind}>"
+        together = None
+        if weight.blocks is not None:  # 80 registers a thread, and no wave of one block alone
+            together = max(24 // warps, min(-(-blocks // self._processors), 2))
+        self._launch(body, (blocks, 1), 32 * warps, args, together)
+
+    def _shared(self, weight: Matrix, warps: int, tiles: int) -> int:
+        """Bytes that a block holds of its tiles: sums of every warp, scales of every group."""
+        held = 4 * warps * 8 * tiles * self._rows
+        if weight.blocks is not None and weight.group:
+            held += weight.blocks.scales[0].nbytes * (8 * tiles + 2)
+        return held
 
     def _check_products(self, products: list[Product], epilogue: str) -> None:
-        weight = products[0].weight
-        if weight.dtype not in (torch.float32, self._dtype):
-            raise NotFused(f"weights in {weight.dtype}, activations in {self._dtype}")
-        kinds = {(p.weight.dtype, p.weight.shape, p.scale, p.across) for p in products}
+        kinds = {(p.weight.element, p.weight.across, p.sizes, p.scale) for p in products}
         if len(kinds) > 1:
             raise NotFused("products of one input that differ in shape, dtype or scale")
-        if epilogue == "GATE" and products[0].across:
+        if epilogue == "GATE" and products[0].weight.across:
             raise NotFused("gated products of [in, out] weights")
 
     def _warps(self, inputs: int) -> int:
         """Warps that share out a row of weights: four loads each, if a block holds so many."""
         return min(max(-(-inputs // 128), 8), 32)
 
-    def _tiles(self, outputs: int, warps: int, weights: int, across: bool) -> int:
+    def _narrow_warps(self, inputs: int, normed: bool) -> int:
+        """The same of weights of fewer bits. Half a processor's threads at most: the next launch's
+        blocks find room beside them, and fetch their weights meanwhile."""
+        return min(max(-(-inputs // (128 if normed else 256)), 8), 16)
+
+    def _tiles(self, outputs: int, warps: int, weights: int, weight: Matrix) -> int:
         """Tiles of eight outputs that one block computes. Several read the input less often, which
         counts with many rows, and weights that lie across in longer pieces; few leave processors
         without work. The bounds are measured ones."""
-        if across:
+        if weight.across:
             sums = 4 * warps * 8 * self._rows  # bytes of a tile: floats of every warp
             for tiles in (8, 4):
                 if 4 * outputs // (8 * tiles) >= 3 * self._processors and tiles * sums <= 2**15:
                     return tiles
             return 2
         least = self._processors // (1 if self._rows == 1 else 2)
-        for tiles in (4, 2):
+        most = 8 if weight.blocks is not None and warps <= 8 else 4  # beside 80 registers a thread
+        for tiles in (8, 4, 2):
             outputs_held = 8 * tiles * self._rows  # one a thread, and float sums of every warp
             fits = outputs_held <= 32 * warps and 4 * warps * weights * outputs_held <= 2**14
-            if fits and tiles * weights <= 4 and outputs // (8 * tiles) >= least:
+            if fits and tiles * weights <= most and outputs // (8 * tiles) >= least:
                 return tiles
         return 1
 
     # Norms
 
-    def _norms_inside(self, x: Normed, width: int, warps: int, tiles: int) -> bool:
-        """Whether a product's blocks norm their input themselves: few rows, which fit them."""
-        row_bytes = (width + 32) * self._dtype.itemsize + 4 * warps * (8 * tiles + 2)
-        fits = width <= 128 * warps and self._rows * row_bytes <= STATIC_SHARED
+    def _norms_inside(self, x: Normed, weight: Matrix, warps: int, shared: int) -> bool:
+        """Whether a product's blocks norm their input themselves: few rows, which fit them beside
+        what they hold."""
+        width, widest = weight.sizes[0], (128 if weight.blocks is None else 256) * warps
+        own = self._rows * ((width + 32) * self._dtype.itemsize + 8 * warps)
+        fits = width <= widest and own + shared <= STATIC_SHARED
         most = _FUSED_NORM_ROWS if x.bias is None else _FUSED_LAYER_NORM_ROWS
         return fits and self._rows <= most
 

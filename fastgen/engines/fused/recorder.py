@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 
+from fastgen.blockwise import Blocks, Format
 from fastgen.engines import NotFused
+from fastgen.engines.fused.values import Matrix
 from fastgen.engines.nvrtc import ELEMENTS, Launch
+from fastgen.ops import names
 from fastgen.target import Target
 
-_SOURCES = ("common.cu", "linear.cu", "attention.cu")
+_SOURCES = ("common.cu", "weights.cu", "linear.cu", "attention.cu")
 _REGISTERS = 2**16  # of a processor
 _LEAST_REGISTERS = 64  # that a thread needs, about
+_WARP_INPUTS = 64  # of a weight of fewer bits that a warp reads at a time: all of one group
 
 
 class Builder:
@@ -22,6 +26,20 @@ class Builder:
     def push_module(self, name: str, class_name: str) -> None: ...
 
     def pop_module(self) -> None: ...
+
+
+def narrow_results(target: Target) -> Callable[..., None]:
+    """What refuses operations, by their names, whose results are to be float32 (``Target.wide``):
+    for those that kernels give in the compute dtype. Sums of the residual stream, and what is only
+    added to them, have float32 anyway."""
+    choice = names.Choice(target)
+
+    def check(*operations: str) -> None:
+        for name in operations:
+            if name in choice:
+                raise NotFused(f"{name} is to be float32, which fused kernels give in float16")
+
+    return check
 
 
 class Recorder:
@@ -38,7 +56,10 @@ class Recorder:
         self.device = tensors["input_ids"].device
         self.launches: list[Launch | Callable[[int], None]] = []
         """In their order; a function queues work on torch's current stream, given its handle."""
+        self._rounds = narrow_results(target)
         self._parameters = parameters
+        self.made: dict[str, torch.Tensor] = {}
+        """Weights of fewer bits that are read, values and scales, by name."""
         self._tensors = dict(tensors)  # launches hold only pointers to them
         self._dtype = getattr(torch, target.dtype)
         self._batch, self._queries = tensors["input_ids"].shape
@@ -67,11 +88,18 @@ class Recorder:
         return "\n".join([*lines, *self._kernels])
 
     def _launch(
-        self, body: str, grid: tuple[int, int], threads: int, args: ctypes.Structure, **more: int
+        self,
+        body: str,
+        grid: tuple[int, int],
+        threads: int,
+        args: ctypes.Structure,
+        together: int | None = None,
+        **more: int,
     ) -> None:
-        """Launch an instantiation of a kernel template."""
+        """Launch an instantiation of a kernel template; ``together``: blocks of a processor."""
         alone = more.get("cluster", 1) == 1  # a cluster's blocks are placed together anyway
-        together = self._together(grid[0] * grid[1], threads) if alone else 1
+        if together is None:
+            together = self._together(grid[0] * grid[1], threads) if alone else 1
         bounds = f"{threads}, {together}" if together > 1 else f"{threads}"
         if (body, bounds) not in self._names:
             name = f"{body.split('<')[0]}_{len(self._names)}"
@@ -100,7 +128,7 @@ class Recorder:
         return self._scratch[key]
 
     def _parameter(self, value: Any) -> torch.Tensor:
-        return self._parameters[value.name]
+        return self._parameters[value.name].detach()
 
     def _weight(self, value: Any) -> torch.Tensor:
         weight = self._parameter(value)
@@ -109,6 +137,33 @@ class Recorder:
                 f"{value.name} {tuple(weight.shape)}: rows must be multiples of 8 elements"
             )
         return weight
+
+    def _matrix(self, value: Any, transposed: bool) -> Matrix:
+        """What a product multiplies by in place of a parameter, [in, out] where ``transposed``."""
+        kind, dtype = self.target.weights, self._parameter(value).dtype
+        if kind == "full":
+            weight = self._weight(value)
+            if dtype not in (torch.float32, self._dtype):
+                raise NotFused(f"{value.name} in {dtype}, activations in {self._dtype}")
+            first, second = weight.shape
+            if transposed and first % 8:
+                raise NotFused(f"{value.name} {(first, second)}: both must be multiples of 8")
+            return Matrix(weight, (first, second) if transposed else (second, first), transposed)
+        if self._dtype == torch.float32:
+            raise NotFused(f"{kind} weights with activations in float32")
+        first, second = self._parameter(value).shape
+        inputs, outputs = (first, second) if transposed else (second, first)
+        names = Format(kind, self.target.group, transposed).names(value.name)
+        values, scales = (self._parameters[name] for name in names)
+        self.made |= {names[0]: values, names[1]: scales}
+        matrix = Matrix(values, (inputs, outputs), blocks=Blocks(values, scales, kind))
+        least = 16 if kind == "fp8" else 8
+        if inputs % least or matrix.group % _WARP_INPUTS:
+            raise NotFused(
+                f"{kind} of {value.name}, {inputs} inputs in groups of {matrix.group}: fused "
+                f"kernels serve multiples of {least}, groups of multiples of {_WARP_INPUTS}"
+            )
+        return matrix
 
     def _narrow(self, value: Any) -> torch.Tensor:
         """A weight that must be in the activations' dtype."""

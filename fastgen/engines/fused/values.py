@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastgen.blockwise import Blocks
+from fastgen.engines.nvrtc import ELEMENTS
+
 # What an operation gives before its numbers are needed
 
 
@@ -58,20 +61,53 @@ class Normed:
 
 
 @dataclass(frozen=True, eq=False)
+class Matrix:
+    """What a product multiplies by: [out, in], or where ``across`` [in, out]; or its blocks."""
+
+    values: torch.Tensor
+    sizes: tuple[int, int]
+    """How many inputs and outputs."""
+    across: bool = False
+    blocks: Blocks | None = None
+    """Whose ``values`` they are, with the scales; always [out, in]."""
+
+    @property
+    def scales(self) -> torch.Tensor | None:
+        return None if self.blocks is None else self.blocks.scales
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale in one output; 0: all, or there are no scales."""
+        if self.blocks is None or self.blocks.kind == "fp8":
+            return 0
+        return self.values.shape[2] * (2 if self.blocks.kind == "int4" else 1)
+
+    @property
+    def element(self) -> str:
+        """What the kernels' sources call its type."""
+        if self.blocks is None:
+            return ELEMENTS[self.values.dtype]
+        if self.blocks.kind == "fp8":
+            return "Fp8"
+        bits = self.blocks.kind.removeprefix("int")
+        return f"Ints<{bits}, {self.group}, {ELEMENTS[self.blocks.scales.dtype]}>"
+
+
+@dataclass(frozen=True, eq=False)
 class Product:
-    """``scale * x @ weight.T + bias``; ``across``: the weight is [in, out]."""
+    """``scale * x @ weight.T + bias``."""
 
     x: "Normed | torch.Tensor"
-    weight: torch.Tensor
+    weight: Matrix
     scale: float
     bias: torch.Tensor | None = None
-    across: bool = False
+    name: str = ""
+    """Of the operation (see ``ops/names.py``)."""
 
     @property
     def sizes(self) -> tuple[int, int]:
         """How many inputs and outputs."""
-        first, second = self.weight.shape
-        return (first, second) if self.across else (second, first)
+        return self.weight.sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +128,7 @@ class Activated:
     gate: Product | None = None
 
 
-# The kernels' parameters (see common.cu, linear.cu and attention.cu)
+# The kernels' parameters (see common.cu, weights.cu, linear.cu and attention.cu)
 
 _POINTER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 _LONG = ctypes.c_longlong
@@ -116,9 +152,13 @@ class NormArgs(ctypes.Structure):
 
 class LinearArgs(ctypes.Structure):
     _fields_ = [
-        *(("x", _POINTER), ("weight", _POINTER * 3), ("bias", _POINTER * 3), ("y", _POINTER)),
-        *(("scale", _FLOAT), ("norm", NormArgs)),
+        *(("x", _POINTER), ("weight", _POINTER * 3), ("scales", _POINTER * 3)),
+        *(("bias", _POINTER * 3), ("y", _POINTER), ("scale", _FLOAT), ("norm", NormArgs)),
     ]
+
+
+class DequantiseArgs(ctypes.Structure):
+    _fields_ = [("weight", _POINTER), ("scales", _POINTER), ("y", _POINTER), ("rows", _INT)]
 
 
 class AttentionArgs(ctypes.Structure):

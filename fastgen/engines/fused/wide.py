@@ -5,10 +5,12 @@ import torch
 from fastgen.engines import NotFused
 from fastgen.engines.fused.ops import FusedOps
 from fastgen.engines.fused.products import ACTIVATIONS
-from fastgen.engines.fused.values import ActivateArgs, Normed, Product
+from fastgen.engines.fused.values import ActivateArgs, DequantiseArgs, Matrix, Normed, Product
 
 MAX_ROWS = 512
 _THREADS = 256
+_PIECE = 16  # inputs that a thread dequantises
+_SCRATCH = 2**24  # elements that are dequantised at a time
 
 
 class WideOps(FusedOps):
@@ -39,21 +41,59 @@ class WideOps(FusedOps):
         self, y: torch.Tensor, x: torch.Tensor, product: Product, beta: float = 0.0
     ) -> None:
         """Queue ``y = product + beta * y``, summed in float32 whatever y's dtype."""
-        weight, scale, addmm = product.weight, product.scale, torch.ops.aten.addmm
-        if weight.dtype not in (torch.float32, self._dtype) or y.dtype.itemsize < weight.itemsize:
-            raise NotFused(f"weights in {weight.dtype}, activations in {self._dtype}")
-        rows, bias = x, None if product.bias is None else product.bias.flatten()
-        if x.dtype != weight.dtype:
-            rows = self._buffer("float32", x.shape[1], weight.dtype)
-        factor = weight if product.across else weight.T
-        inside = beta == 0.0 and y.dtype == weight.dtype  # then cuBLAS adds the bias
+        matrix, scale = product.weight, product.scale
+        bias = None if product.bias is None else product.bias.flatten()
+        if matrix.blocks is None:
+            factor = matrix.values if matrix.across else matrix.values.T
+            self._multiplied(y, x, factor, bias, scale, beta)
+            return
+        each = max(1, _SCRATCH // matrix.sizes[0])
+        for first in range(0, matrix.sizes[1], each):
+            some = slice(first, first + each)
+            weight = self._dequantised(matrix, some)
+            part = None if bias is None else bias[some]
+            self._multiplied(y.view(self._rows, -1)[:, some], x, weight.T, part, scale, beta)
+
+    def _dequantised(self, matrix: Matrix, some: slice) -> torch.Tensor:
+        """Launch what gives some outputs of a weight of fewer bits as numbers [out, in]."""
+        assert matrix.blocks is not None
+        values, scales = matrix.values[some], matrix.blocks.scales[some]
+        inputs, outputs = matrix.sizes[0], len(values)
+        if (key := ("dequantised", inputs * outputs)) not in self._scratch:
+            self._scratch[key] = torch.empty(
+                inputs * outputs, dtype=self._dtype, device=self.device
+            )
+        weight = self._scratch[key].view(outputs, inputs)
+        for tensor in (values, scales):
+            self.made[f"at {tensor.data_ptr()}"] = tensor
+        args = DequantiseArgs(values.data_ptr(), scales.data_ptr(), weight.data_ptr(), outputs)
+        blocks = -(-outputs * -(-inputs // _PIECE) // _THREADS)
+        self._launch(f"dequantise<{matrix.element}, {inputs}>", (blocks, 1), _THREADS, args)
+        return weight
+
+    def _multiplied(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        factor: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+        beta: float,
+    ) -> None:
+        """Queue ``y = scale * x @ factor + bias + beta * y``."""
+        rows, dtype, addmm = x, factor.dtype, torch.ops.aten.addmm
+        if y.dtype.itemsize < dtype.itemsize:
+            raise NotFused(f"weights in {dtype}, activations in {self._dtype}")
+        if x.dtype != dtype:
+            rows = self._buffer("float32", x.shape[1], dtype)
+        inside = beta == 0.0 and y.dtype == dtype  # then cuBLAS adds the bias
 
         def launch(stream: int) -> None:
             if rows is not x:
                 rows.copy_(x)
             if inside and bias is not None:
                 torch.addmm(bias, rows, factor, alpha=scale, out=y)
-            elif y.dtype == weight.dtype:
+            elif y.dtype == dtype:
                 torch.addmm(y, rows, factor, beta=beta, alpha=scale, out=y)
             else:
                 addmm.dtype_out(y, rows, factor, y.dtype, beta=beta, alpha=scale, out=y)
