@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 _FORM = "rows"
+_FEW = 2**20  # elements that are worked on at once, which bounds what is held in float32
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,17 @@ def made(name: str, parameter: torch.Tensor) -> torch.Tensor:
     steps = row_steps(weight)
     if which == "steps":
         return steps
-    values = torch.round(weight.float() / steps.float()[:, None]).clamp_(-127, 127)
-    values = (values + 128).to(torch.uint8) if rows.unsigned else values.to(torch.int8)
-    return (values.t() if rows.inputs_first else values).contiguous()
+    outputs, inputs = weight.shape
+    shape = (inputs, outputs) if rows.inputs_first else (outputs, inputs)
+    dtype = torch.uint8 if rows.unsigned else torch.int8
+    values = torch.empty(shape, dtype=dtype, device=weight.device)
+    by_row = values.t() if rows.inputs_first else values
+    few = max(1, _FEW // max(1, inputs))
+    for first in range(0, outputs, few):
+        part = slice(first, first + few)
+        whole = weight[part].float() / steps[part].float()[:, None]
+        by_row[part] = (whole.round_().clamp_(-127, 127) + 128 * rows.unsigned).to(dtype)
+    return values
 
 
 def row_steps(weight: torch.Tensor) -> torch.Tensor:
