@@ -63,8 +63,8 @@ def kinds(ops: Any, runs: Iterable[Callable[[int], None]]) -> dict[str, Kind]:
 
 def kernel_bytes(args: ctypes.Structure, body: str, memory: dict[int, torch.Tensor]) -> int:
     """Bytes that a kernel must read and write: each tensor that it has a pointer to, once. But of a
-    table of embeddings a row for each token, and of KV slots, and what belongs to them, those that
-    are filled; what a product is added to is read and written."""
+    table of embeddings or angles a row for each token, and of KV slots, and what belongs to them,
+    those that are filled; what a product is added to is read and written."""
     tensors = {name: memory[address] for name, address in pointers(args)}
     rows, filled = (tensors["ids"].numel() if "ids" in tensors else 0), 1.0
     if "first_slot" in tensors:  # self-attention, which appends to the slots
@@ -77,12 +77,14 @@ def kernel_bytes(args: ctypes.Structure, body: str, memory: dict[int, torch.Tens
         seen.add(tensor.data_ptr())
         if rows and name in ("weight", "places"):
             total += rows * tensor[0].nbytes
+        elif name == "turn.angles":
+            total += tensor[0].nbytes * tensors["query_positions"].shape[0]
         elif name in ("key", "value", "mask", "slot_positions"):
             total += tensor.nbytes * filled
         else:
             total += tensor.nbytes * (2 if name == "y" and "ADD" in body else 1)
     if "first_slot" in tensors:
-        total += 2 * tensors["y"].nbytes  # the new keys and values, as wide as what is attended
+        total += 2 * len(tensors["y"]) * tensors["key"][0, 0].nbytes  # the new keys and values
     return round(total)
 
 

@@ -143,7 +143,7 @@ class Bucket:
         return [self.tensors[name] for name in ("input_ids", "query_positions", "first_slot")]
 
     def _heads(self, slots: int) -> tuple[int, int, int]:
-        return self.shape.heads, slots, self.shape.head_size
+        return self.shape.stored_heads, slots, self.shape.head_size
 
     def _empty(self, *axes: int) -> torch.Tensor:
         return torch.empty(axes, dtype=self.dtype, device=self.device)

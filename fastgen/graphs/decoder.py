@@ -116,7 +116,7 @@ class Step:
         table: int | None = None,
     ) -> Value:
         """The next layer's attention of [B, Q, H*D] queries over all tokens so far: writes the KV
-        slots of its keys and values.
+        slots of its keys and values, which have the heads that ``Shape.kv_heads`` says.
 
         Args:
             table: which of the family's position tables is added to the scores; None: none.
@@ -127,6 +127,7 @@ class Step:
             self._buffers[f"self_key.{layer}"],
             self._buffers[f"self_value.{layer}"],
             self._first_slot,
+            self._shape.groups,
         )
         bias = self._bias if table is None else self._with_table(table)
         y, key, value = op.cached_attention(q, k, v, slots, bias, heads, scale)
@@ -177,7 +178,7 @@ class DecoderRoot(nn.Module):
         """The cross graph: what stays the same for all tokens of one ``generate``."""
         results = {"cross_mask": op.mask_bias(attention_mask)}
         results |= zip(self.shape.tables, self.tables(op), strict=True)
-        heads, head_size = self.shape.heads, self.shape.head_size
+        heads, head_size = self.shape.stored_heads, self.shape.head_size
         for layer, kv in enumerate(self.source(op, encoder_hidden_states)):
             key, value = (op.as_kv(x, heads, head_size) for x in kv)
             results |= {f"cross_key.{layer}": key, f"cross_value.{layer}": value}

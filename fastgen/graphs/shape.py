@@ -10,6 +10,7 @@ Axes: B rows, S source tokens, Q query tokens, L slots, H heads, D head size, E 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from fastgen.ops.values import Groups
 from fastgen.target import Target
 
 LAST_STATE = "last_hidden_state"
@@ -37,6 +38,20 @@ class Shape:
     """Whether it attends to an encoder; if not, rows may begin behind the first slot."""
     positions: int | None = None
     """How many positions a row may have; None if a position is no place in a table."""
+    kv_heads: int | None = None
+    """Heads of keys and values, where several query heads share one; None: as many as ``heads``."""
+
+    @property
+    def stored_heads(self) -> int:
+        """Heads that KV buffers hold."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def groups(self) -> Groups | None:
+        """How query heads share those of keys and values; None where each has its own."""
+        if self.stored_heads == self.heads:
+            return None
+        return Groups(self.stored_heads, self.heads // self.stored_heads, self.head_size)
 
     @property
     def output(self) -> tuple[str, int]:
@@ -58,5 +73,5 @@ class Shape:
     def kv_axes(self, target: Target, slots: int | str) -> tuple[int | str, ...]:
         """A KV buffer as graphs see it: attention in BLHD layout wants H and D merged."""
         if target.kv_layout == "BLHD":
-            return "B", slots, self.heads * self.head_size
-        return "B", self.heads, slots, self.head_size
+            return "B", slots, self.stored_heads * self.head_size
+        return "B", self.stored_heads, slots, self.head_size

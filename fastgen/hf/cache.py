@@ -228,7 +228,7 @@ def unshared(
         A cache of B * N rows that is independent of the bucket.
     """
     batch, beams, length = slots.shape
-    heads, head_size = bucket.shape.heads, bucket.shape.head_size
+    heads, head_size = bucket.shape.stored_heads, bucket.shape.head_size
     index = slots.view(batch, 1, -1, 1).expand(-1, heads, -1, head_size)
     cache: StaticKVCache | StaticDecoderCache = StaticDecoderCache(bucket.shape.layers)
     if bucket.shape.source:

@@ -26,7 +26,7 @@ class Calibrated(Typed):
 
     _unflatten: Any
     _split: Any
-    _merged: Any
+    _joined: Any
 
     def __init__(self, builder: GraphBuilder, target: Target) -> None:
         super().__init__(builder, target)
@@ -132,7 +132,7 @@ class Calibrated(Typed):
         keys = self._typed(self.onnx.Transpose(k, perm=[0, 1, 3, 2]), k.dtype)
         scores = self._typed(self.onnx.MatMul(q, keys), self._compute)
         weights = self.rounded(self._weights(scores, bias, scale), Range(0.0, 1.0))
-        y = self._merged(self.onnx.MatMul(weights, v), self._compute)
+        y = self._joined(self.onnx.MatMul(weights, v), self._compute)
         return names.give(y, names.attention(names.of(factors[0])))
 
     def _weights(self, scores: Value, bias: Value | None, scale: float) -> Value:

@@ -10,7 +10,7 @@ from fastgen.calibration import Range
 from fastgen.ops import names
 from fastgen.ops.standard import Ops
 from fastgen.ops.typed import is_power_of_two
-from fastgen.ops.values import Bias, KVSlots, Value
+from fastgen.ops.values import Angles, Bias, KVSlots, Value
 from fastgen.target import Target
 
 
@@ -21,6 +21,7 @@ class ContribOps(Ops):
         super().__init__(builder, target)
         self.contrib = builder.opset("com.microsoft")
         self._seen: dict[Value, Value] = {}
+        self._tables: dict[Angles, tuple[Value, Value, Value]] = {}
 
     def _product(
         self, x: Value, weight: Value, bias: Value | None, scale: float, transposed: bool
@@ -70,7 +71,7 @@ class ContribOps(Ops):
         scores = self._multiplied(q, keys, steps[0] * scale, steps[1], zeros[0], zeros[1])
         weights = self.quantised(self._weights(scores, bias, 1.0), 1 / 255, 0)
         y = self._multiplied(weights, v, 1 / 255, steps[2], 0, zeros[2])
-        return names.give(self._merged(y, y.dtype), names.attention(names.of(factors[0])))
+        return names.give(self._joined(y, y.dtype), names.attention(names.of(factors[0])))
 
     def _multiplied(
         self, x: Value, y: Value, x_step: float, y_step: float, x_zero: int, y_zero: int
@@ -177,7 +178,9 @@ class ContribOps(Ops):
         scale: float = 1.0,
     ) -> tuple[Value, Value, Value]:
         """See ``Ops.cached_attention``; attention itself may write what it is given."""
-        spelled = self.spelled_out(bias, slots.first_slot)
+        groups = slots.groups
+        spelled = self._folded_bias(bias, slots.first_slot, groups)
+        q, heads = self._folded(q, groups), heads if groups is None else groups.count
         if self.target.appends_in_attention:
             y, key, value = self.contrib.MultiHeadAttention(
                 *(q, k, v, None, None, spelled, slots.key, slots.value, slots.first_slot),
@@ -185,12 +188,31 @@ class ContribOps(Ops):
                 scale=scale,
                 _outputs=3,
             )
-            return self._typed(y, self._compute), key, value
+            return self._unfolded(self._typed(y, self._compute), groups), key, value
         k, v = (self.cast(x, self._compute) for x in (k, v))
         key = self.onnx.TensorScatter(slots.key, k, slots.first_slot, axis=1)
         value = self.onnx.TensorScatter(slots.value, v, slots.first_slot, axis=1)
         key, value = (self._typed(x, self._compute) for x in (key, value))
-        return self.attention(q, key, value, spelled, heads, scale), key, value
+        y = self.attention(q, key, value, spelled, heads, scale)
+        return self._unfolded(y, groups), key, value
+
+    def rotary(self, x: Value, angles: Angles, heads: int) -> Value:
+        """See ``Ops.rotary``. The kernel finds angles in a table of x's dtype, by row: each token's
+        are there as they are."""
+        x = self.cast(x, self._compute)
+        if angles not in self._tables:
+            whole = self.constant([-1, angles.frequencies], torch.int64)
+            rows = [
+                self.onnx.Reshape(self.cast(turns, self._compute), whole)
+                for turns in (angles.cosines, angles.sines)
+            ]
+            zero, one = (self.constant(n, torch.int64) for n in (0, 1))
+            places = self.onnx.Range(zero, self.onnx.Size(angles.positions), one)
+            places = self.onnx.Reshape(places, self.onnx.Shape(angles.positions))
+            places = self.onnx.Expand(places, self.onnx.Shape(x, end=2))
+            self._tables[angles] = places, *rows
+        y = self.contrib.RotaryEmbedding(x, *self._tables[angles], num_heads=heads)
+        return self._as(y, x)
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         return x if self.target.kv_layout == "BLHD" else super().as_kv(x, heads, head_size)

@@ -16,6 +16,7 @@ from onnxscript import GraphBuilder
 from fastgen.errors import UnsupportedConfigError
 from fastgen.ops import names
 from fastgen.ops.calibrated import Calibrated
+from fastgen.ops.heads import Heads
 from fastgen.ops.values import Bias, KVSlots, Value
 from fastgen.target import Target
 
@@ -25,12 +26,13 @@ WIDE_SCALE = 2.0**-8
 _CACHED_SCALE = 2.0**-2  # a power of two: rounds nothing
 
 
-class Ops(Calibrated):
+class Ops(Heads, Calibrated):
     """Operations lowered for one Target; passed as ``op`` to every module's ``forward``."""
 
     def __init__(self, builder: GraphBuilder, target: Target) -> None:
         super().__init__(builder, target)
         self._spelled: dict[Bias, Value] = {}
+        self._tiled: dict[tuple[Bias, int], Value] = {}
 
     # Layers
 
@@ -334,9 +336,9 @@ class Ops(Calibrated):
             if scale != 1.0:
                 scaled = self.onnx.Mul(q, self.scalar(1 / scale, q.dtype))
             y = self.onnx.Attention(scaled, k, v, bias, scale=scale)
-        return self._merged(y, q.dtype)
+        return self._joined(y, q.dtype)
 
-    def _merged(self, y: Value, dtype: ir.DataType | None) -> Value:
+    def _joined(self, y: Value, dtype: ir.DataType | None) -> Value:
         """[B, H, Q, D] -> [B, Q, H*D]."""
         rows = self.onnx.Transpose(y, perm=[0, 2, 1, 3])
         merged = self.onnx.Reshape(rows, self.constant([0, 0, -1], torch.int64))
@@ -362,16 +364,20 @@ class Ops(Calibrated):
         scale: float = 1.0,
     ) -> tuple[Value, Value, Value]:
         """Write k and v [B, Q, H*D] into their slots, then attend, with products of queries and
-        keys times ``scale``; also gives the KV buffers."""
+        keys times ``scale``; also gives the KV buffers. ``heads`` are q's."""
+        groups = slots.groups
+        heads = heads if groups is None else groups.count
         rows = [self._split(self.cast(x, self._compute), heads) for x in (k, v)]
         key = self.onnx.TensorScatter(slots.key, rows[0], slots.first_slot, axis=-2)
         value = self.onnx.TensorScatter(slots.value, rows[1], slots.first_slot, axis=-2)
         key, value = (self._typed(x, self._compute) for x in (key, value))
         name, (q, keys, values) = self._factors(q, key, value)
-        q = self._split(self.cast(self._scaled(q, scale), q.dtype), heads)
-        spelled = self.cast(self.spelled_out(bias, slots.first_slot), q.dtype)
+        q = self._folded(self.cast(self._scaled(q, scale), q.dtype), groups)
+        q = self._split(q, heads)
+        spelled = self.cast(self._folded_bias(bias, slots.first_slot, groups), q.dtype)
         # TensorRT would copy the whole key buffer at every step if the scale were 1
-        return names.give(self._attend(q, keys, values, spelled, _CACHED_SCALE), name), key, value
+        y = self._attend(q, keys, values, spelled, _CACHED_SCALE)
+        return names.give(self._unfolded(y, groups), name), key, value
 
     def as_kv(self, x: Value, heads: int, head_size: int) -> Value:
         """[B, K, H*D] -> the layout of a KV buffer."""

@@ -7,12 +7,38 @@ Value: TypeAlias = Any  # an onnx_ir.Value, whose package carries no types
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Query heads that share keys and values."""
+
+    count: int
+    """Groups: heads of keys and values."""
+    size: int
+    """Query heads of a group, which lie next to each other."""
+    head_size: int
+
+
+@dataclass(frozen=True)
 class KVSlots:
     """One layer's KV buffers and where the query tokens' keys and values go."""
 
     key: Value  # Target.kv_shape, or its BLHD axes H and D merged
     value: Value
     first_slot: Value  # int32 [1] on the CPU (also the filled length), int64 [B] on a GPU
+    groups: Groups | None = None  # None: each query head has keys and values of its own
+
+
+@dataclass(frozen=True, eq=False)
+class Angles:
+    """By how much heads are turned: of each query token its position's."""
+
+    positions: Value
+    """int64 [B or 1, Q]."""
+    cosines: Value
+    """float32 [B or 1, Q, D / 2]."""
+    sines: Value
+    """The same."""
+    frequencies: int
+    """D / 2."""
 
 
 @dataclass(frozen=True, eq=False)

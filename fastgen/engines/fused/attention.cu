@@ -1,4 +1,4 @@
-// Attention over KV buffers, and the embedding (see linear.cu for the definitions in front).
+// Attention over KV buffers, and the embedding (see rotary.cu for the definitions in front).
 
 // ---------------------------------------------------------------------------------------------
 // Embedding: the rows of the token ids, and of their positions, start the residual stream
@@ -35,7 +35,7 @@ INLINE void embedding(const EmbeddingArgs& args) {
 
 struct AttentionArgs {
     const T* q;                        // [ROWS, stride]; SELF: new keys and values lie behind it
-    T *key, *value;                    // [B, slots, H * D]
+    T *key, *value;                    // [B, slots, H / GROUP * D]
     const T* table;                    // SELF: [H, span], bias by key minus query position; or null
     const T* mask;                     // [B, 1, QUERIES, slots] to add, or null
     const long long* query_positions;  // SELF: [QUERIES]
@@ -44,15 +44,9 @@ struct AttentionArgs {
     const long long* row_start;        // SELF: [B], the first position that is seen; or null
     T* y;                              // [ROWS, H * D]
     int heads, slots, stride, span, reach, queries;
-    float scale;  // of the products of queries and keys
+    float scale;    // of the products of queries and keys
+    TurnArgs turn;  // of TURN
 };
-
-INLINE Pack<T, 8> load8(const T* x) { return *(const Pack<T, 8>*)x; }
-
-INLINE void unpack(const Pack<T, 8>& from, float (&x)[8]) {
-#pragma unroll
-    for (int e = 0; e < 8; e++) x[e] = to_float(from.element[e]);
-}
 
 // What is added to the score of a slot: a mask, and without a source a bias by distance, at most
 // 1 ahead and indexed as Python lists are; or nothing, for slots from the row's start to the query.
@@ -156,39 +150,41 @@ INLINE int list_seen(const float* bias, int stride, int count, unsigned short* s
     return total;
 }
 
-INLINE constexpr int lanes_of(int head_size) {  // eight elements each, as many as shuffles can sum
-    int lanes = 1;
-    while (8 * lanes < head_size) lanes *= 2;
-    return lanes;
-}
-
 constexpr int WINDOW = 64;  // slots that a block has on their way to L2, which all blocks share
 
-// A block computes TOGETHER queries of one row: they share its keys and values. With MASKED it
-// reads only the slots that one of them sees: of beams, each sees one slot of every position.
-template <int D, int WARPS, int SPLITS, int UNROLL, int TOGETHER, bool SELF, bool MASKED>
+// A block computes TOGETHER queries of one row, and of each HEADS heads of the GROUP that shares a
+// key's: all of them share its keys and values. With MASKED it reads only the slots that one of the
+// queries sees: of beams, each sees one slot of every position. With TURN the new keys and the
+// queries are turned here.
+template <int D, int WARPS, int SPLITS, int UNROLL, int TOGETHER, bool SELF, bool MASKED,
+          int GROUP = 1, int HEADS = 1, int TURN = AS_IS>
 INLINE void attention(const AttentionArgs& args) {
     constexpr int LANES = lanes_of(D), GROUPS = WARPS * 32 / LANES;  // LANES hold one slot's key
+    constexpr int ALL = TOGETHER * HEADS;  // query i is of token i / HEADS, head i % HEADS
+    constexpr int NEW = TURN ? QUERIES : 1;
     extern __shared__ float bias[];  // [TOGETHER, slots of this block]; MASKED: the slots seen
-    __shared__ float warp_parts[WARPS][D + 2], block_parts[SPLITS][D + 2];
+    __shared__ float warp_parts[WARPS][D + 2], block_parts[SPLITS > 1 ? ALL : 1][SPLITS][D + 2];
+    __shared__ alignas(16) T new_keys[NEW][TURN ? D : 8];  // of TURN
+    __shared__ float2 angles[NEW][TURN ? D / 2 : 1];
 
     launch_dependents();
     cluster_arrive<SPLITS>();
-    const int split = blockIdx.x % SPLITS, h = blockIdx.x / SPLITS, row = blockIdx.y * TOGETHER;
+    const int split = blockIdx.x % SPLITS, h = blockIdx.x / SPLITS * HEADS, row = blockIdx.y * TOGETHER;
     const int b = row / QUERIES, width = args.heads * D, lane = threadIdx.x % 32;
+    const int kv_width = width / GROUP, kv_part = h / GROUP * D;
     const int part = threadIdx.x % LANES * 8, group = threadIdx.x / LANES;
     const bool holds = part < D;  // lanes beyond the head size are idle
     const int old = SELF ? (int)args.first_slot[b] : args.slots;
     const int total = SELF ? min(old + QUERIES, args.slots) : args.slots;
     const int share = (total + SPLITS - 1) / SPLITS;
     const int begin = split * share, end = min(begin + share, total);
-    T* key = args.key + (long long)b * args.slots * width + h * D;
-    T* value = args.value + (long long)b * args.slots * width + h * D;
+    T* key = args.key + (long long)b * args.slots * kv_width + kv_part;
+    T* value = args.value + (long long)b * args.slots * kv_width + kv_part;
     unsigned short* seen = (unsigned short*)(bias + TOGETHER * share);
     const auto slot_at = [&](int i) { return begin + (MASKED ? seen[i] : i); };
     const auto prefetch = [&](int slot, int element) {
         if (slot >= old) return;
-        const long long place = (long long)slot * width + element;
+        const long long place = (long long)slot * kv_width + element;
         asm volatile("prefetch.global.L2 [%0];" ::"l"(key + place));
         asm volatile("prefetch.global.L2 [%0];" ::"l"(value + place));
     };
@@ -199,6 +195,15 @@ INLINE void attention(const AttentionArgs& args) {
     };
     int count = end - begin;
     if constexpr (!MASKED) prefetch_first(count);
+    Halves query_norm, key_norm;
+    if constexpr (TURN != AS_IS)
+        for (int i = threadIdx.x; i < QUERIES * D / 2; i += WARPS * 32)
+            angles[i / (D / 2)][i % (D / 2)] = angles_of<D>(args.turn, args.query_positions,
+                args.row_start, b * QUERIES + i / (D / 2), QUERIES)[i % (D / 2)];
+    if constexpr (TURN == NORMED) {
+        query_norm = load_halves<D>(args.turn.query_norm, part);
+        key_norm = load_halves<D>(args.turn.key_norm, part);
+    }
     for (int s = begin + threadIdx.x; s < end; s += WARPS * 32)
 #pragma unroll
         for (int r = 0; r < TOGETHER; r++)
@@ -208,22 +213,42 @@ INLINE void attention(const AttentionArgs& args) {
     wait_for_inputs();
 
     // The new keys and values are read where the product left them, whichever block stores them
-    const T* fresh = args.q + (long long)b * QUERIES * args.stride + h * D;
-    const T* own = fresh + row % QUERIES * args.stride;
-    float q[TOGETHER][8];
+    const T* fresh = args.q + (long long)b * QUERIES * args.stride + kv_part;
+    const int beside = GROUP > 1 ? h * D - kv_part : 0;  // the queries' heads lie further on
+    const T* own = fresh + beside + row % QUERIES * args.stride;
+    if constexpr (TURN != AS_IS) {
+        for (int base = 0; base < QUERIES; base += GROUPS) {  // all lanes stay for the norms' sums
+            const int i = min(base + group, QUERIES - 1);
+            const Halves x = load_halves<D>(fresh + i * args.stride + width, part);
+            float y[8];
+            turn<D, TURN>(x, key_norm, args.turn.eps, angles[i], part, y);
+            if (base + group < QUERIES && holds)
 #pragma unroll
-    for (int r = 0; r < TOGETHER; r++) {
-        const long long slot_of_own = old + row % QUERIES + r;
-        if (SELF && split == 0 && threadIdx.x < D && slot_of_own < args.slots) {
-            const T* mine = own + r * args.stride + threadIdx.x;
-            key[slot_of_own * width + threadIdx.x] = mine[width];
-            value[slot_of_own * width + threadIdx.x] = mine[2 * width];
+                for (int e = 0; e < 8; e++) from_float(y[e], new_keys[i][part + e]);
         }
-        unpack(holds ? load8(own + r * args.stride + part) : Pack<T, 8>{}, q[r]);
+        __syncthreads();
+    }
+    float q[ALL][8];
+#pragma unroll
+    for (int r = 0; r < ALL; r++) {
+        const int token = r / HEADS;
+        const long long slot_of_own = old + row % QUERIES + token;
+        const bool stores = SELF && split == 0 && r % HEADS == 0 && h % GROUP == 0;
+        if (stores && threadIdx.x < D && slot_of_own < args.slots) {
+            const T* mine = own + token * args.stride + threadIdx.x - beside;
+            const T* new_key = TURN ? &new_keys[(row % QUERIES + token) % NEW][threadIdx.x] : mine + width;
+            key[slot_of_own * kv_width + threadIdx.x] = *new_key;
+            value[slot_of_own * kv_width + threadIdx.x] = mine[width + kv_width];
+        }
+        const T* head = own + token * args.stride + r % HEADS * D;
+        if constexpr (TURN == AS_IS) unpack(holds ? load8(head + part) : Pack<T, 8>{}, q[r]);
+        else
+            turn<D, TURN>(load_halves<D>(head, part), query_norm, args.turn.eps,
+                          angles[row % QUERIES + token], part, q[r]);
 #pragma unroll
         for (int e = 0; e < 8; e++) q[r][e] *= args.scale;
     }
-    Softmax softmax[TOGETHER];
+    Softmax softmax[ALL];
     for (int base = 0; base < count; base += UNROLL * GROUPS) {  // all lanes of a warp stay in the loop
         Pack<T, 8> k[UNROLL], v[UNROLL];
         int place[UNROLL];
@@ -232,42 +257,47 @@ INLINE void attention(const AttentionArgs& args) {
             const int slot = slot_at(min(base + i * GROUPS + group, count - 1));
             const bool stored = !SELF || slot < old;
             const T* new_row = fresh + (long long)(slot - old) * args.stride;
+            const T* new_key = TURN ? new_keys[(unsigned)(slot - old) % NEW] : new_row + width;
             k[i] = v[i] = Pack<T, 8>{};
-            if (holds) k[i] = load8((stored ? key + (long long)slot * width : new_row + width) + part);
-            if (holds) v[i] = load8((stored ? value + (long long)slot * width : new_row + 2 * width) + part);
+            if (holds) k[i] = load8((stored ? key + (long long)slot * kv_width : new_key) + part);
+            if (holds) v[i] = load8((stored ? value + (long long)slot * kv_width : new_row + (width + kv_width)) + part);
             place[i] = slot - begin;
             const int later = base + i * GROUPS + group + WINDOW;
             if (holds && part * (int)sizeof(T) % 128 == 0 && later < count) prefetch(slot_at(later), part);
         }
-        float score[TOGETHER][UNROLL], x[8];
+        float score[ALL][UNROLL], x[8];
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
             const bool real = base + i * GROUPS + group < count;
             unpack(k[i], x);
 #pragma unroll
-            for (int r = 0; r < TOGETHER; r++) {
+            for (int r = 0; r < ALL; r++) {
                 float sum = 0.f;
 #pragma unroll
                 for (int e = 0; e < 8; e++) sum += q[r][e] * x[e];
 #pragma unroll
                 for (int o = LANES / 2; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-                score[r][i] = real ? sum + bias[r * share + place[i]] : negative_infinity();
+                score[r][i] = real ? sum + bias[r / HEADS * share + place[i]] : negative_infinity();
             }
         }
 #pragma unroll
-        for (int r = 0; r < TOGETHER; r++) softmax[r].weigh(score[r]);
+        for (int r = 0; r < ALL; r++) softmax[r].weigh(score[r]);
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
             unpack(v[i], x);
 #pragma unroll
-            for (int r = 0; r < TOGETHER; r++)
+            for (int r = 0; r < ALL; r++)
 #pragma unroll
                 for (int e = 0; e < 8; e++) softmax[r].y[e] += score[r][i] * x[e];
         }
     }
+    const auto store = [&](int r, float y, float sum) {
+        T* to = args.y + (long long)(row + r / HEADS) * width + (h + r % HEADS) * D + threadIdx.x;
+        from_float(sum > 0.f ? y / sum : 0.f, *to);
+    };
     cluster_wait<SPLITS>();  // the first block runs by now
 #pragma unroll
-    for (int r = 0; r < TOGETHER; r++) {
+    for (int r = 0; r < ALL; r++) {
         if (r > 0) __syncthreads();  // the parts of the query before were read
 #pragma unroll
         for (int o = LANES; o < 32; o *= 2) softmax[r].merge(o);
@@ -281,17 +311,21 @@ INLINE void attention(const AttentionArgs& args) {
         __syncthreads();
         float top = 0.f, sum = 0.f, y = 0.f;
         if (threadIdx.x < D) y = merge_parts<D>(warp_parts, top, sum);
-        if constexpr (SPLITS > 1) {  // and then TOGETHER is 1
-            if (threadIdx.x < D) store_to_first(&block_parts[split][threadIdx.x], y);
-            if (threadIdx.x == 0) store_to_first(&block_parts[split][D], top);
-            if (threadIdx.x == 0) store_to_first(&block_parts[split][D + 1], sum);
+        if constexpr (SPLITS > 1) {
+            if (threadIdx.x < D) store_to_first(&block_parts[r][split][threadIdx.x], y);
+            if (threadIdx.x == 0) store_to_first(&block_parts[r][split][D], top);
+            if (threadIdx.x == 0) store_to_first(&block_parts[r][split][D + 1], sum);
+            if (r + 1 < ALL) continue;  // all queries' parts are merged together
             cluster_arrive<SPLITS>();
             cluster_wait<SPLITS>();
-            if (split == 0 && threadIdx.x < D) y = merge_parts<D>(block_parts, top, sum);
+#pragma unroll
+            for (int before = 0; before < r; before++)
+                if (split == 0 && threadIdx.x < D) {
+                    y = merge_parts<D>(block_parts[before], top, sum);
+                    store(before, y, sum);
+                }
+            if (split == 0 && threadIdx.x < D) y = merge_parts<D>(block_parts[r], top, sum);
         }
-        if (split == 0 && threadIdx.x < D) {
-            T* to = args.y + (long long)(row + r) * width + h * D + threadIdx.x;
-            from_float(sum > 0.f ? y / sum : 0.f, *to);
-        }
+        if (split == 0 && threadIdx.x < D) store(r, y, sum);
     }
 }

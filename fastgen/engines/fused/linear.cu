@@ -185,7 +185,7 @@ struct LinearArgs {
     const void* x;          // T [ROWS, K], or with a norm the float residual stream
     const void* weight[3];  // W [N, K], ACROSS: [K, N]; one a segment; GATE: wi_0 and wi_1
     const void* scales[3];  // of weights of fewer bits: S [N, groups], or float [N]
-    const void* bias[3];    // [N], with BIAS, in the weights' dtype
+    const void* bias[3];    // [N], with BIAS, in the weights' dtype; the first of all three is of FIRST segments
     void* y;                // T [ROWS, SEGMENTS * N]; ADD: the float residual stream [ROWS, N]
     float scale;
     NormArgs norm;
@@ -233,7 +233,7 @@ template <class W, int K, int OUTPUTS, int THREADS> struct Scales {
 
 // A block computes 8 * TILES outputs (of each of two weights with GATE); its warps share out K.
 template <class W, int K, int N, int SEGMENTS, int TILES, int WARPS, int NORM, int EPILOGUE, int ACT,
-          bool BIAS, bool ACROSS>
+          bool BIAS, bool ACROSS, int FIRST = 1>
 INLINE void linear(const LinearArgs& args) {
     typedef typename Format<W>::Bias Bias;
     constexpr int WEIGHTS = EPILOGUE == GATE ? 2 : 1, ALL = TILES * WEIGHTS;
@@ -259,12 +259,14 @@ INLINE void linear(const LinearArgs& args) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int segment = blockIdx.x / BLOCKS, first = blockIdx.x % BLOCKS * 8 * TILES;
     const int k0 = (warp * 4 + lane % 4) * COLUMNS;
+    const int source = FIRST > 1 ? max(segment - FIRST + 1, 0) : segment;  // of weight and bias
+    const int inside = FIRST > 1 && segment < FIRST ? segment * N : 0;     // the first of them
     const char* rows[ALL];
     Fragment<W> w[AHEAD][ALL], ring[RING];
     const auto row_of = [&](int a, int i) {  // row i of tile a, as there are N
-        return (long long)min(first + a / WEIGHTS * 8 + i, N - 1);
+        return (long long)(min(first + a / WEIGHTS * 8 + i, N - 1) + inside);
     };
-    const auto matrix = [&](int a) { return EPILOGUE == GATE ? a % 2 : segment; };
+    const auto matrix = [&](int a) { return EPILOGUE == GATE ? a % 2 : source; };
 #pragma unroll
     for (int a = 0; a < ALL; a++) {
         rows[a] = (const char*)which(args.weight, matrix(a));
@@ -300,11 +302,11 @@ INLINE void linear(const LinearArgs& args) {
 #pragma unroll
         for (int i = 0; i < WEIGHTS; i++) {
             const int o = threadIdx.x + e * WARPS * 32, n = first + o % (8 * TILES);
-            const Bias* from = (const Bias*)which(args.bias, segment + i);
-            if (BIAS && gives(o) && from) bias[e][i] = to_float(from[n]);
+            const Bias* from = (const Bias*)which(args.bias, source + i);
+            if (BIAS && gives(o) && from) bias[e][i] = to_float(from[n + inside]);
             scale[e][i] = args.scale;
             if (Format<W>::ROW_SCALED && gives(o))
-                scale[e][i] *= ((const float*)which(args.scales, segment + i))[n];
+                scale[e][i] *= ((const float*)which(args.scales, source + i))[n + inside];
         }
 
     if constexpr (NORM != NONE)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from fastgen.engines import NotFused
-from fastgen.engines.fused.products import ACTIVATIONS, STATIC_SHARED, Products
+from fastgen.engines.fused.products import ACTIVATIONS, STATIC_SHARED
+from fastgen.engines.fused.rotary import Factor, Rotary, Turn
 from fastgen.engines.fused.values import (
     Activated,
     AttentionArgs,
@@ -37,7 +38,7 @@ def head_size_served(head_size: int) -> bool:
     return 16 <= head_size <= MAX_HEAD_SIZE and head_size % 8 == 0
 
 
-class FusedOps(Products):
+class FusedOps(Rotary):
     """Records the launches of one step; the methods are those of ``ops.Ops``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -50,10 +51,17 @@ class FusedOps(Products):
     # Attention kernels
 
     def _attention(
-        self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, **args: Any
+        self,
+        q: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        heads: int,
+        group: int = 1,
+        turn: Turn | None = None,
+        **args: Any,
     ) -> torch.Tensor:
-        """Launch attention of ``q`` [rows, stride] over KV buffers [B, slots, H * D]."""
-        slots, width = key.shape[1:]
+        """Launch attention of ``q`` [rows, stride] over KV buffers [B, slots, H / group * D]."""
+        slots, width = key.shape[1], key.shape[2] * group
         head_size = width // heads
         if not head_size_served(head_size) or slots > MAX_SLOTS:
             most = f"16 to {MAX_HEAD_SIZE} by 8, {MAX_SLOTS} slots"
@@ -70,24 +78,45 @@ class FusedOps(Products):
             queries=self._queries,
             **args,
         )
-        splits = self._splits(slots, heads)
-        share = -(-slots // splits)
-        queries = self._queries_together(heads, splits, share)
-        shared_bytes = 4 * share * queries
+        turn = turn or Turn()
+        arguments.turn = turn.args
         own = "first_slot" in args
         masked = own and args["mask"] is not None
+        self._launch_attention(arguments, head_size, group, turn.kind, own, masked)
+        return y
+
+    def _launch_attention(
+        self, args: AttentionArgs, head_size: int, group: int, turn: str, own: bool, masked: bool
+    ) -> None:
+        slots = args.slots
+        own_heads = self._heads_together(args.heads, group, slots)
+        blocks = args.heads // own_heads
+        splits = self._splits(slots, blocks)
+        share = -(-slots // splits)
+        queries = self._queries_together(blocks, splits, min(4 // own_heads, MAX_SLOTS // share))
+        together = own_heads * queries
+        shared_bytes = 4 * share * queries
         if masked := masked and shared_bytes + 2 * share <= 4 * MAX_SLOTS:
             shared_bytes += 2 * share
-        warps, unroll = self._attention_block(head_size, heads, queries, share)
-        if shared_bytes + 4 * (head_size + 2) * (warps + splits) > STATIC_SHARED - 256:
+        warps, unroll = self._attention_block(head_size, blocks, together, share)
+        parts = warps + (together * splits if splits > 1 else 1)
+        fixed = 4 * (head_size + 2) * parts
+        if turn != "AS_IS":  # the new keys and their angles
+            fixed += self._queries * head_size * (4 + self._dtype.itemsize)
+        if shared_bytes + fixed > STATIC_SHARED - 256:
             raise NotFused(
                 f"heads of {head_size}, {slots} slots: more than a block's shared memory"
             )
         sizes = f"{head_size}, {warps}, {splits}, {unroll}, {queries}"
-        body = f"attention<{sizes}, {str(own).lower()}, {str(masked).lower()}>"
-        grid = heads * splits, self._rows // queries
-        self._launch(body, grid, 32 * warps, arguments, shared_bytes=shared_bytes, cluster=splits)
-        return y
+        kind = f"{str(own).lower()}, {str(masked).lower()}"
+        if group > 1 or turn != "AS_IS":
+            kind += f", {group}, {own_heads}, {turn}"
+        grid = blocks * splits, self._rows // queries
+        self._launch(
+            *(f"attention<{sizes}, {kind}>", grid, 32 * warps, args),
+            shared_bytes=shared_bytes,
+            cluster=splits,
+        )
 
     def _splits(self, slots: int, heads: int) -> int:
         """Blocks that share out a row's slots: each at least 64, and not three a processor."""
@@ -98,12 +127,26 @@ class FusedOps(Products):
                 return splits
         return 1
 
-    def _queries_together(self, heads: int, splits: int, share: int) -> int:
+    def _heads_together(self, heads: int, group: int, slots: int) -> int:
+        """Query heads of one block, which reads the keys and values of their group once: several,
+        if that leaves most processors a block."""
+        for together in (4, 3, 2):
+            blocks = heads // together
+            all_blocks = blocks * self._rows * self._splits(slots, blocks)
+            if group % together == 0 and 4 * all_blocks >= 3 * self._processors:
+                return together
+        return 1
+
+    def _queries_together(self, heads: int, splits: int, most: int) -> int:
         """Queries of one block, which reads their common keys and values once: several of a row's,
-        if that leaves every processor a block."""
+        if that leaves every processor a block.
+
+        Args:
+            heads: blocks of one query and split.
+            most: how many queries' sums fit a block.
+        """
         if splits > 1 or heads * self._batch < self._processors:
             return 1
-        most = min(4, MAX_SLOTS // share)  # four queries' sums fit the registers
         return max(n for n in range(1, most + 1) if self._queries % n == 0)
 
     def _attention_block(
@@ -260,17 +303,18 @@ class FusedOps(Products):
 
     def cached_attention(
         self,
-        q: Product | Part,
-        k: Product | Part,
+        q: Factor,
+        k: Factor,
         v: Product | Part,
         slots: KVSlots,
         bias: Bias,
         heads: int,
         scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rows = self._query_key_value(q, k, v)
+        rows, turn = self._query_key_value(q, k, v, heads, slots, bias)
         attended = self._attention(
             *(rows, slots.key, slots.value, heads),
+            group=1 if slots.groups is None else slots.groups.size,
             table=pointer(bias.table),
             mask=pointer(bias.mask),
             query_positions=bias.query_positions.data_ptr(),
@@ -280,18 +324,25 @@ class FusedOps(Products):
             span=0 if bias.table is None else bias.table.shape[-1],
             reach=bias.reach,
             scale=scale,
+            turn=turn,
         )
         return attended, slots.key, slots.value
 
     def _query_key_value(
-        self, q: Product | Part, k: Product | Part, v: Product | Part
-    ) -> torch.Tensor:
-        """Launch the products of attention: [rows, 3 * H * D]."""
+        self, q: Factor, k: Factor, v: Product | Part, heads: int, slots: KVSlots, bias: Bias
+    ) -> tuple[torch.Tensor, Turn]:
+        """Launch the products of attention, side by side; and the turn of queries and keys that
+        attention has to do itself."""
+        q, k, turn = self._unturned(q, k)
         products = _side_by_side(q, k, v)
         self._rounds(*(p.name for p in products), names.attention(products[0].name))
         rows = self._buffer("query, key, value", sum(p.sizes[1] for p in products))
         self._linear(rows, products, "STORE")
-        return rows
+        if turn.angles is None or self._turns_inside():
+            return rows, turn
+        keys = heads if slots.groups is None else slots.groups.count
+        self._turn_rows(rows, heads, keys, turn, bias)
+        return rows, Turn()
 
     def store(self, x: Product, y: torch.Tensor) -> None:
         """Give the step's result ``x`` in the tensor ``y`` [B, Q, outputs]."""

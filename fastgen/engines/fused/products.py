@@ -43,13 +43,14 @@ class Products(Recorder):
         """Launch products that share their input; ``y`` takes their outputs side by side."""
         self._check_products(products, epilogue)
         product = products[0]
-        x, weight, (inputs, outputs) = product.x, product.weight, product.sizes
+        x, weight, (inputs, outputs) = product.x, product.weight, products[-1].sizes
         args = LinearArgs(y=y.data_ptr(), scale=product.scale)
         args.weight[: len(products)] = [product.weight.values.data_ptr() for product in products]
         args.scales[: len(products)] = [pointer(product.weight.scales) for product in products]
         args.bias[: len(products)] = [pointer(product.bias) for product in products]
         gated = epilogue == "GATE"
-        segments, weights = (1, 2) if gated else (len(products), 1)
+        first = product.sizes[1] // outputs  # as many segments are of the first product
+        segments, weights = (1, 2) if gated else (len(products) - 1 + first, 1)
         warps = self._warps(inputs)
         if weight.blocks is not None:
             warps = self._narrow_warps(inputs, isinstance(x, Normed))
@@ -67,6 +68,7 @@ class Products(Recorder):
         sizes = f"{inputs}, {outputs}, {segments}, {tiles}, {warps}"
         biased = any(product.bias is not None for product in products)
         flags = f"{str(biased).lower()}, {str(weight.across).lower()}"
+        flags += f", {first}" if first > 1 else ""
         kind = f"{norm}, {epilogue}, {ACTIVATIONS[activation]}, {flags}"
         body = f"linear<{weight.element}, {sizes}, {kind}>"
         together = None
@@ -82,8 +84,12 @@ class Products(Recorder):
         return held
 
     def _check_products(self, products: list[Product], epilogue: str) -> None:
-        kinds = {(p.weight.element, p.weight.across, p.sizes, p.scale) for p in products}
-        if len(kinds) > 1:
+        inputs, outputs = products[-1].sizes  # the first may have several times the outputs
+        first = products[0].sizes[1] // outputs
+        kinds = {(p.weight.element, p.weight.across, p.scale) for p in products}
+        sizes = {p.sizes for p in products[1:]} | {(inputs, outputs)}
+        alike = len(kinds) == len(sizes) == 1 and products[0].sizes == (inputs, first * outputs)
+        if not alike or (first > 1 and (epilogue != "STORE" or products[0].weight.across)):
             raise NotFused("products of one input that differ in shape, dtype or scale")
         if epilogue == "GATE" and products[0].weight.across:
             raise NotFused("gated products of [in, out] weights")

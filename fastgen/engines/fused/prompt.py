@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from fastgen.engines import NotFused
-from fastgen.engines.fused.ops import MAX_SLOTS
+from fastgen.engines.fused.rotary import Factor
 from fastgen.engines.fused.values import Part, Product
 from fastgen.engines.fused.wide import WideOps
 from fastgen.ops.values import Bias, KVSlots
@@ -38,15 +38,15 @@ class PromptOps(WideOps):
         """Leave out what follows the last keys and values."""
         del self.launches[self._needed :]
 
-    def _queries_together(self, heads: int, splits: int, share: int) -> int:
+    def _queries_together(self, heads: int, splits: int, most: int) -> int:
         many = splits == 1 and heads * self._rows >= 4 * self._processors
-        most = min(4 if many else 2, MAX_SLOTS // share)
+        most = min(4 if many else 2, most)
         return max(n for n in (1, 2, 4) if n <= most and self._queries % n == 0)
 
     def cached_attention(
         self,
-        q: Product | Part,
-        k: Product | Part,
+        q: Factor,
+        k: Factor,
         v: Product | Part,
         slots: KVSlots,
         bias: Bias,
@@ -62,8 +62,8 @@ class PromptOps(WideOps):
 
     def _flash_attention(
         self,
-        q: Product | Part,
-        k: Product | Part,
+        q: Factor,
+        k: Factor,
         v: Product | Part,
         slots: KVSlots,
         bias: Bias,
@@ -72,12 +72,16 @@ class PromptOps(WideOps):
     ) -> torch.Tensor:
         if bias.table is not None or bias.mask is not None:
             raise NotFused("flash attention with a table of positions or a mask")
-        rows = self._query_key_value(q, k, v)
-        query, *new = rows.view(self._batch, self._queries, 3, heads, -1).unbind(2)
+        rows, _ = self._query_key_value(q, k, v, heads, slots, bias)
+        kept_width = slots.key.shape[2]
+        widths = rows.shape[1] - 2 * kept_width, kept_width, kept_width
+        parts = rows.view(self._batch, self._queries, -1).split(widths, dim=2)
+        head_size = widths[0] // heads
+        query, *new = (x.unflatten(2, (-1, head_size)) for x in parts)
         filled = slice(self._filled, self._filled + self._queries)
-        kept = [x.unflatten(2, (heads, -1)) for x in (slots.key, slots.value)]
+        kept = [x.unflatten(2, (-1, head_size)) for x in (slots.key, slots.value)]
         segments = self._segments(bias.row_start, slots.key.shape[1])
-        y = self._buffer("attended", heads * query.shape[-1])
+        y = self._buffer("attended", widths[0])
 
         def launch(stream: int) -> None:
             for buffer, values in zip(kept, new, strict=True):

@@ -120,6 +120,32 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
+class HeadNormed:
+    """A root-mean-square norm of each head of a product."""
+
+    product: Product
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Angles:
+    """By how much the heads of query tokens are turned."""
+
+    positions: Positions
+    table: torch.Tensor
+    """Cosines and sines by position, float32 [positions, D / 2, 2]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """Heads that are turned by their tokens' positions."""
+
+    x: Product | HeadNormed
+    angles: Angles
+
+
+@dataclass(frozen=True, eq=False)
 class Activated:
     """``activation(product)``, times another product if there is a gate."""
 
@@ -128,7 +154,7 @@ class Activated:
     gate: Product | None = None
 
 
-# The kernels' parameters (see common.cu, weights.cu, linear.cu and attention.cu)
+# The kernels' parameters (see common.cu, weights.cu, linear.cu, rotary.cu and attention.cu)
 
 _POINTER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 _LONG = ctypes.c_longlong
@@ -161,6 +187,21 @@ class DequantiseArgs(ctypes.Structure):
     _fields_ = [("weight", _POINTER), ("scales", _POINTER), ("y", _POINTER), ("rows", _INT)]
 
 
+class TurnArgs(ctypes.Structure):
+    _fields_ = [
+        *(("angles", _POINTER), ("query_norm", _POINTER), ("key_norm", _POINTER)),
+        *(("eps", _FLOAT), ("known", _INT)),
+    ]
+
+
+class TurnRowsArgs(ctypes.Structure):
+    _fields_ = [
+        *(("x", _POINTER), ("query_positions", _POINTER), ("row_start", _POINTER)),
+        *(("heads", _INT), ("keys", _INT), ("stride", _INT), ("queries", _INT)),
+        ("turn", TurnArgs),
+    ]
+
+
 class AttentionArgs(ctypes.Structure):
     _fields_ = [
         *(("q", _POINTER), ("key", _POINTER), ("value", _POINTER)),
@@ -168,6 +209,7 @@ class AttentionArgs(ctypes.Structure):
         *(("slot_positions", _POINTER), ("first_slot", _POINTER), ("row_start", _POINTER)),
         *(("y", _POINTER), ("heads", _INT), ("slots", _INT), ("stride", _INT)),
         *(("span", _INT), ("reach", _INT), ("queries", _INT), ("scale", _FLOAT)),
+        ("turn", TurnArgs),
     ]
 
 

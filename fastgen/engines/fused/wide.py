@@ -27,15 +27,15 @@ class WideOps(FusedOps):
         if isinstance(x, Normed):
             x = self._norm(x, products[0].sizes[0])
         if epilogue == "STORE":
-            for product, outputs in zip(products, self._parts(y, len(products)), strict=True):
+            for product, outputs in zip(products, self._parts(y, products), strict=True):
                 self._product(outputs, x, product)
         elif epilogue == "ADD":
             self._product(y, x, products[0], beta=1.0)
         else:
             self._activated(y, x, products, activation)
 
-    def _parts(self, y: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-        return y.view(self._rows, -1).chunk(count, dim=1)
+    def _parts(self, y: torch.Tensor, products: list[Product]) -> tuple[torch.Tensor, ...]:
+        return y.view(self._rows, -1).split([p.sizes[1] for p in products], dim=1)
 
     def _product(
         self, y: torch.Tensor, x: torch.Tensor, product: Product, beta: float = 0.0
