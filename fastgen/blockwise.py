@@ -7,12 +7,12 @@ import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
-Kind = Literal["int8", "int4", "fp8"]
-Weights = Literal["full", Kind]
+from fastgen.options import Kind
+
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 GROUPS: dict[str, int] = {"int8": 128, "int4": 64, "fp8": 0}

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fastgen.blockwise import Weights
 from fastgen.errors import OptionError
 
+Kind = Literal["int8", "int4", "fp8"]
+"""How weights of fewer bits are held (see ``blockwise.py``)."""
+Weights = Literal["full", Kind]
 ENVIRONMENT_VARIABLE = "FASTGEN_ENGINE_OPTIONS"
 # Threads beyond the machine's only wait for each other, and thousands take minutes to start; 64
 # are allowed everywhere, so that a server's options do for a smaller machine's tests.

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fastgen.blockwise import Weights
 from fastgen.calibration import Calibration
+from fastgen.options import Weights
 
 KVLayout = Literal["BHLD", "BLHD"]
 

@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).parent.parent / "fastgen"
 #: A room is a folder, or some files; each may import from itself and from those above.
 ROOMS: tuple[tuple[str, ...], ...] = (
     # What every room may know
-    ("errors", "blockwise", "calibration", "int8"),
-    ("options", "target", "runtime", "fingerprint", "progress", "engine_cache"),
+    ("errors", "options", "blockwise", "calibration", "int8"),
+    ("target", "runtime", "fingerprint", "progress", "engine_cache"),
     ("capturable", "cuda", "cuda_graph", "processes", "fallback", "explain", "registry"),
     ("ops",),
     ("graphs",),

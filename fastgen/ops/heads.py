@@ -26,11 +26,11 @@ class Heads(Typed):
         last = self.constant([2], torch.int64)
         wide = self.onnx.Cast(self.onnx.Unsqueeze(positions, last), to=ir.DataType.FLOAT)
         angles = self.onnx.Mul(wide, self.constant(list(frequencies), torch.float32))
-        turns = (
+        cosines, sines = (
             self._scaled(self._typed(x, ir.DataType.FLOAT), scale)
             for x in (self.onnx.Cos(angles), self.onnx.Sin(angles))
         )
-        return Angles(positions, *turns, len(frequencies))
+        return Angles(positions, cosines, sines, len(frequencies))
 
     def rotary(self, x: Value, angles: Angles, heads: int) -> Value:
         """Turn each head of [B, Q, H*D] by its token's angles, in float32: element i of its first

@@ -333,8 +333,8 @@ class FusedOps(Rotary):
     ) -> tuple[torch.Tensor, Turn]:
         """Launch the products of attention, side by side; and the turn of queries and keys that
         attention has to do itself."""
-        q, k, turn = self._unturned(q, k)
-        products = _side_by_side(q, k, v)
+        query, key, turn = self._unturned(q, k)
+        products = _side_by_side(query, key, v)
         self._rounds(*(p.name for p in products), names.attention(products[0].name))
         rows = self._buffer("query, key, value", sum(p.sizes[1] for p in products))
         self._linear(rows, products, "STORE")

@@ -45,8 +45,8 @@ class Rotary(Products):
     ) -> Angles:
         """A table by position, as long as a row may become: made once, before any step."""
         count = self._tensors["slot_positions"].shape[1]
-        real = {"dtype": torch.float32, "device": self.device}
-        angles = torch.arange(count, **real)[:, None] * torch.tensor(list(frequencies), **real)
+        places = torch.arange(count, dtype=torch.float32, device=self.device)
+        angles = places[:, None] * torch.tensor(list(frequencies), device=self.device)
         table = scale * torch.stack((angles.cos(), angles.sin()), dim=-1)
         self._scratch["angles", len(self._scratch)] = table
         return Angles(positions, table)
