@@ -28,9 +28,11 @@ def skip_absent(name):
 
 def outcome(contender_class, kind, checkpoint, folder, workload):
     contender = contender_class(kind, "cpu", torch.float32, 128)
-    contender.load(contender.prepare(str(checkpoint), folder))
-    output = contender.call(contender.inputs(workload), workload)
-    return contender.result(output)
+    try:
+        contender.load(contender.prepare(str(checkpoint), folder))
+        return contender.result(contender.call(contender.inputs(workload), workload))
+    finally:
+        contender.close()
 
 
 @pytest.fixture(scope="module")
