@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:  # the same names again: type checkers do not read a dict
+    from fastgen import quantize as quantize
     from fastgen.auto import *
     from fastgen.errors import FallbackWarning as FallbackWarning
     from fastgen.errors import WeightsGoneError as WeightsGoneError
@@ -23,6 +24,8 @@ else:  # of a module with this function, they would take every name for one of i
 
     def __getattr__(name: str) -> Any:
         """Import a public name on first use, so that ``fastgen cache list`` does not load torch."""
+        if name == "quantize":  # a part to be used by its own name
+            return importlib.import_module("fastgen.quantize")
         if name not in _HOMES:
             raise AttributeError(f"module 'fastgen' has no attribute {name!r}")
         value = getattr(importlib.import_module(_HOMES[name]), name)

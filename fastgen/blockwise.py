@@ -47,15 +47,21 @@ class Format:
         return (outputs, blocks, self.group * _BITS[self.kind] // 8), (outputs, blocks)
 
 
+def is_made(name: str) -> bool:
+    """Whether a tensor of this name is made of a parameter: by ``Format.names`` or another's."""
+    return ":" in name
+
+
 def parse(name: str) -> tuple[str, Format, int] | None:
     """The inverse of ``Format.names``: the parameter, its format, and 0 for values or 1 for scales;
     None if it is the name of a parameter as it is."""
     parameter, *form = name.split(":")
-    if not form:
+    kind, *sizes = form[0].split("-") if form else ("",)
+    if kind not in KINDS:
         return None
-    kind, group, *transposed = form[0].split("-")
+    group, *transposed = sizes
     which = ("values", "scales").index(form[1])
-    return parameter, Format(KINDS[KINDS.index(kind)], int(group), bool(transposed)), which
+    return parameter, Format(kind, int(group), bool(transposed)), which
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Target: what one backend, on one device, in one dtype can do. Capabilities are data."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fastgen.blockwise import Weights
+from fastgen.calibration import Calibration
 
 KVLayout = Literal["BHLD", "BLHD"]
 
@@ -49,6 +50,12 @@ class Target:
     ``blockwise.py``)."""
     group: int = 0
     """Inputs of such a weight that share a scale; 0 is a whole row."""
+    integers: bool = False
+    """Products of 8-bit integers exist: what a calibration asks for is served."""
+    saturates: bool = False
+    """Products of uint8 and int8 overflow 16 bits on this processor, so that weights are uint8."""
+    calibration: Calibration | None = field(default=None, hash=False)
+    """Ranges of the inputs of linear layers, whose products then are of 8-bit integers."""
 
     @property
     def residual_dtype(self) -> str:
@@ -63,7 +70,7 @@ class Target:
         return batch, slots, heads, head_size
 
 
-def onnxruntime_cpu() -> Target:
+def onnxruntime_cpu(saturates: bool = False) -> Target:
     """ONNX Runtime's CPU provider: attention appends to the KV buffer; float32 only."""
     return Target(
         "onnxruntime",
@@ -76,6 +83,8 @@ def onnxruntime_cpu() -> Target:
         always_masked=True,
         static_slots=False,
         captured=False,
+        integers=True,
+        saturates=saturates,
     )
 
 
@@ -109,6 +118,7 @@ def tensorrt(dtype: str, backend: str = "tensorrt") -> Target:
         always_masked=True,
         static_slots=True,
         captured=True,
+        integers=True,
     )
 
 

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "fastgen"
 #: A room is a folder, or some files; each may import from itself and from those above.
 ROOMS: tuple[tuple[str, ...], ...] = (
     # What every room may know
-    ("errors", "blockwise"),
+    ("errors", "blockwise", "calibration", "int8"),
     ("options", "target", "runtime", "fingerprint", "progress", "engine_cache"),
     ("capturable", "cuda", "cuda_graph", "processes", "fallback", "explain", "registry"),
     ("ops",),
@@ -29,7 +29,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("generation",),
     ("tasks",),
     ("models",),
-    ("auto", "doctor", "bench", "precision"),
+    ("auto", "doctor", "bench", "precision", "quantize"),
     ("cli", "__main__"),
 )
 ORDER = {part: number for number, parts in enumerate(ROOMS) for part in parts}
@@ -43,7 +43,7 @@ CLOSED = {
 
 #: Libraries that only these parts may import.
 ONLY_IN: dict[str, set[str]] = {
-    "onnxruntime": {"engines", "runtime"},
+    "onnxruntime": {"engines", "quantize", "runtime"},
     "onnxscript": {"graphs", "hf", "models", "ops"},
     "tensorrt": {"engines"},
     "tensorrt_rtx": {"engines"},

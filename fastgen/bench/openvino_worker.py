@@ -72,6 +72,7 @@ class Worker:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    del sys.path[0]  # this folder, whose modules have names of libraries
     worker = Worker()
     for line in sys.stdin:
         request = json.loads(line)

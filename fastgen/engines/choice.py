@@ -1,5 +1,6 @@
 """The choice of an engine for a device and dtype."""
 
+import platform
 from dataclasses import replace
 
 import torch
@@ -57,7 +58,7 @@ def _whole(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> 
                 f"on the CPU the engine computes in float32, the model is in {name}: load it with "
                 "dtype=torch.float32, or call model.float()"
             )
-        return targets.onnxruntime_cpu()
+        return targets.onnxruntime_cpu(saturates=_saturates())
     if device.type == "cuda":
         if name not in ("float32", "float16", "bfloat16"):
             raise NoEngine(
@@ -69,3 +70,9 @@ def _whole(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> 
             return targets.onnxruntime_tensorrt(name)
         return targets.onnxruntime_cuda(name)
     raise NoEngine(f"no engine runs on device {device.type!r}: cpu and cuda are served")
+
+
+def _saturates() -> bool:
+    """Whether products of uint8 and int8 are added in 16 bits, two by two: on x86 without VNNI."""
+    known = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    return platform.machine().lower() in ("x86_64", "amd64") and not known()

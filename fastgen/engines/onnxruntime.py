@@ -9,7 +9,7 @@ import onnx
 import torch
 
 from fastgen import cuda, processes, runtime
-from fastgen.blockwise import parse
+from fastgen.blockwise import is_made
 from fastgen.engine_cache import Artifact
 from fastgen.engines import onnxruntime_tensorrt
 from fastgen.engines.weight_inputs import weights_as_inputs
@@ -96,7 +96,7 @@ class OnnxRuntimeEngine:
         with cuda.exclusive(self._device):  # a session that is made works on the engine stream
             self._session = _on_device(compile_graph, self._device)
         processes.never_destroy_in_children(self._session)
-        for name in filter(parse, self.copied):  # what was made for the session alone
+        for name in filter(is_made, self.copied):  # what was made for the session alone
             del self._weights[name]
         self._run_options = None  # looking into it costs ONNX Runtime 0.1 ms
         if target.device == "cuda":
@@ -166,7 +166,7 @@ def _constants(
     if target.backend == onnxruntime_tensorrt.NAME:  # it would copy them into its engines
         return ()
     if target.device == "cpu":  # it holds those of matrix products a second time, prepacked
-        made = tuple(filter(parse, graph.parameters))  # not constant, they would be read slowly
+        made = tuple(filter(is_made, graph.parameters))  # not constant, they would be read slowly
         return _prepacked(graph, parameters, options.prepack) + made
     return graph.parameters
 
@@ -177,7 +177,7 @@ def _prepacked(
     """The matrices to pack within ``share`` of all parameters' bytes: of the graph that runs once
     a token, those of short rows first, which unpacked are read slowest; with 1, all of all."""
     if share == 1:
-        return tuple(name for name in graph.parameters if not parse(name))
+        return tuple(name for name in graph.parameters if not is_made(name))
     outputs = {spec.name for spec in graph.outputs}
     if "logits" not in outputs or "last_hidden_state" in outputs:  # the latter with hidden states
         return ()

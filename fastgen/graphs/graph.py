@@ -44,7 +44,7 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
     parameters: tuple[str, ...]
     """Names of the torch parameters (in the HF module) that are this graph's initializers, and of
-    what is made of some (``blockwise.Format.names``)."""
+    what is made of some (``blockwise.Format.names``, ``int8.Rows.names``)."""
 
     def meta(self) -> dict[str, Any]:
         """Everything but the bytes, as JSON-able data."""

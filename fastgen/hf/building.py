@@ -8,7 +8,8 @@ import torch
 from onnxscript import nn as graph_nn
 
 from fastgen import processes
-from fastgen.blockwise import parse
+from fastgen.blockwise import is_made
+from fastgen.calibration import Calibration
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
@@ -26,6 +27,10 @@ from fastgen.target import Target
 
 _QUANTISED = "quantised or sharded, which only torch runs: load the model without that"
 
+# Of a weight that integers were made of, which rows tell of an edit: to read all of them, as often
+# as an encoder is called, would take a good part of what its products take
+_LOOKED_AT = 32
+
 _KNOWN_LIBRARIES = ("torch", "transformers", "fastgen")
 
 
@@ -39,6 +44,7 @@ class BuildsEngines(torch.nn.Module):
     """What the weights were that engines hold a second time."""
     _made: dict[Key, Made]
     """What engines read instead of weights."""
+    _calibration: Calibration | None = None
     _gone = 0
     """How many of them there were when torch's weights were let go last."""
     _plain: frozenset[str] = frozenset()
@@ -75,7 +81,7 @@ class BuildsEngines(torch.nn.Module):
                 parameter.data = parameter.data.contiguous()
         if target.dtype == "float16":
             target = replace(target, wide=found.recalled(self))
-        return target
+        return replace(target, calibration=self._calibration) if target.integers else target
 
     def _while_as_it_is(self, name: str, parameter: torch.Tensor, reason: str) -> Standing:
         """A refusal that stands while the parameter is of its kind."""
@@ -137,12 +143,14 @@ class BuildsEngines(torch.nn.Module):
 
     def _note(self, engine: Engine, own: Weights) -> None:
         """Remember what an engine reads, and what it holds a second time."""
-        self._plain |= {name for name in engine.weight_pointers() if not parse(name)}
+        self._plain |= {name for name in engine.weight_pointers() if not is_made(name)}
         copied = getattr(engine, "copied", ())
         own.packed(copied)
         if left := own.sources(copied):
             threads = self.engine_options.intra_op_threads or processes.threads()
             self._copies += (Fingerprint(left, threads),)
+        if self.device.type == "cpu" and (rounded := own.rounded()):
+            self._copies += (Fingerprint(part.detach()[::_LOOKED_AT] for part in rounded),)
 
     def _weights(self) -> Weights:
         """What engines read: parameters, and what is made of them."""

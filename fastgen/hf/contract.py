@@ -152,6 +152,11 @@ RELIANCES: tuple[Reliance, ...] = (
     ),
     *_rows(
         "read",
+        "transformers.pytorch_utils",
+        Conv1D="a linear layer whose weight is [in, out]: its inputs are calibrated too",
+    ),
+    *_rows(
+        "read",
         "transformers.generation.configuration_utils",
         GenerationMode="which decoding method a call takes",
     ),

@@ -23,7 +23,8 @@ def _sources_digest() -> str:
     package = Path(str(files("fastgen")))
     rooms = [path for room in ("graphs", "models", "ops") for path in (package / room).glob("*.py")]
     digest = hashlib.sha256()
-    for file in [package / "blockwise.py", package / "target.py", *sorted(rooms)]:
+    data = (package / f"{name}.py" for name in ("blockwise", "calibration", "int8", "target"))
+    for file in [*data, *sorted(rooms)]:
         name = file.relative_to(package).as_posix()
         digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -1,10 +1,12 @@
 """Whole Hugging Face models whose stacks are Fast ones: made, loaded, saved and named."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from transformers import PreTrainedModel
 
+from fastgen.calibration import FILE_NAME, Calibration
 from fastgen.hf.module import EngineModule
 from fastgen.hf.stock import is_ours, stock_class
 from fastgen.options import EngineOptions
@@ -74,7 +76,7 @@ class FastPreTrained(EngineModule):
         engine_options: EngineOptions | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """As the stock ``from_pretrained``.
+        """As the stock ``from_pretrained``; a calibration in the checkpoint's folder is taken up.
 
         Args:
             engine_options: as in the constructor.
@@ -83,13 +85,23 @@ class FastPreTrained(EngineModule):
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
         model.engine_options = options
+        folder = Path(str(args[0] if args else kwargs["pretrained_model_name_or_path"]))
+        if (folder / FILE_NAME).is_file() and model._calibrated_parts():
+            model.calibration = Calibration.load(folder)
         return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock ``save_pretrained``; the checkpoint names the stock class."""
+        """As the stock ``save_pretrained``; the checkpoint names the stock class, and a calibration
+        lies in a file of its own."""
         fast = self.__class__
+        calibration, folder = self.calibration, args[0] if args else kwargs["save_directory"]
         self.__class__ = stock_class(fast)
         try:
-            return self.save_pretrained(*args, **kwargs)
+            saved = self.save_pretrained(*args, **kwargs)
         finally:
             self.__class__ = fast
+        if calibration is not None:
+            calibration.save(folder)
+        else:  # one of other weights may lie there
+            (Path(folder) / FILE_NAME).unlink(missing_ok=True)
+        return saved

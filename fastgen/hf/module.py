@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastgen import processes
+from fastgen.calibration import Calibration
 from fastgen.engines import NoEngine
 from fastgen.errors import UnsupportedConfigError
 from fastgen.explain import Explained
@@ -48,6 +49,8 @@ class EngineModule(Explained, BuildsEngines):
     _waits = False
     """Whether its engine is built by its own first call, not with the whole model's."""
     _standing: Remembered | None = None
+    _calibrates = False
+    """Whether it is a stack whose activations may be calibrated."""
 
     @property
     def engine_options(self) -> EngineOptions:
@@ -63,6 +66,33 @@ class EngineModule(Explained, BuildsEngines):
             if isinstance(module, EngineModule):
                 module._engine_options = resolved
         self.invalidate_engine()
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Ranges of the encoder's activations, by which its engine computes in 8-bit integers; None
+        computes in the model's own dtype. Assigning drops the engines built so far.
+
+        Raises:
+            TypeError: what is assigned is no Calibration, or the model has no Fast encoder.
+        """
+        return next((part._calibration for part in self._calibrated_parts()), None)
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration | None) -> None:
+        given: Any = calibration
+        if not isinstance(given, Calibration | None):
+            kind = type(given).__name__
+            raise TypeError(f"calibration is a {kind}: fastgen.quantize.calibrate gives one.")
+        parts = self._calibrated_parts()
+        if not parts and calibration is not None:
+            raise TypeError(f"{type(self).__qualname__} has no encoder that could be calibrated.")
+        for part in parts:
+            part._calibration = calibration
+        self.invalidate_engine()
+
+    def _calibrated_parts(self) -> "list[EngineModule]":
+        parts = (part for part in self.modules() if isinstance(part, EngineModule))
+        return [part for part in parts if part._calibrates]
 
     def invalidate_engine(self) -> None:
         """Drop compiled engines, KV buckets and captured graphs; the next call builds anew.
@@ -208,7 +238,7 @@ class EngineModule(Explained, BuildsEngines):
         """Whether engines hold weights a second time, and must be made anew after an edit."""
         options = self.engine_options
         packs = options.prepack > 0 and self.device.type == "cpu"
-        return packs or options.weights != "full"
+        return packs or options.weights != "full" or self._calibration is not None
 
     # What torch does to a module
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastgen import int8
 from fastgen.blockwise import Blocks, Format, parse, quantise
 from fastgen.engines import NoEngine
 from fastgen.hf.let_go import Gone, let_go
@@ -53,8 +54,12 @@ class Weights(Mapping[str, torch.Tensor]):
                 None lets none go.
         """
         self._tensors, self.made, self._tables = tensors, made, tables
+        self._rounded: set[str] = set()
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if (source := int8.source(name)) is not None:
+            self._rounded.add(source)
+            return int8.made(name, self._tensors[source])
         if (found := parse(name)) is None:
             return self._tensors[name]
         parameter, form, which = found
@@ -68,14 +73,19 @@ class Weights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def rounded(self) -> list[torch.Tensor]:
+        """The parameters that somebody asked for as integers with a step for each row."""
+        return [self._tensors[name] for name in sorted(self._rounded)]
+
     def packed(self, names: Iterable[str]) -> None:
         """Let go of the blocks of these values and scales, which an engine has copied."""
         for parameter, form, _ in filter(None, map(parse, names)):
             self.made[parameter, form] = replace(self.made[parameter, form], blocks=None)
 
     def sources(self, names: Iterable[str]) -> list[torch.Tensor]:
-        """The parameters that these names stand for, or are made of, but for those let go."""
-        found = {name: parse(name) for name in names}
+        """The parameters that these names stand for, or are made of, but for those let go and those
+        ``rounded``."""
+        found = {name: parse(name) for name in names if int8.source(name) is None}
         parts = [(self._tensors[made[0] if made else name], made) for name, made in found.items()]
         return [parameter for parameter, made in parts if not (made and self._goes(parameter))]
 

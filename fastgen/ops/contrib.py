@@ -1,9 +1,12 @@
 """The vocabulary of ``ops/`` in ONNX Runtime's own operators; the only file that knows them."""
 
+from collections.abc import Sequence
+
 import torch
 from onnx_ir import DataType
 from onnxscript import GraphBuilder
 
+from fastgen.calibration import Range
 from fastgen.ops import names
 from fastgen.ops.standard import Ops
 from fastgen.ops.typed import is_power_of_two
@@ -30,6 +33,53 @@ class ContribOps(Ops):
         y = self.contrib.FusedMatMul(x, weight, transB=int(not transposed), alpha=alpha)
         y = y if bias is None else self.onnx.Add(y, bias)
         return self._typed(y, weight.dtype)
+
+    def _integer_product(
+        self,
+        x: Value,
+        known: Range,
+        weight: Value,
+        bias: Value | None,
+        scale: float,
+        transposed: bool,
+    ) -> Value:
+        """See ``Calibrated._integer_product``; one kernel, which adds the bias, too."""
+        step, zero = known.asymmetric()
+        values, steps = self.rows_of(weight, transposed, inputs_first=True)
+        middle = [self.constant(128, torch.uint8)] if self.target.saturates else []
+        y = self.contrib.MatMulIntegerToFloat(
+            *(self.quantised(x, step, zero), values, self.scalar(scale * step), steps),
+            *(self.constant(zero, torch.uint8), *(middle or [None]), bias),
+        )
+        return self._typed(y, weight.dtype)
+
+    def _integer_attention(
+        self,
+        factors: Sequence[Value],
+        ranges: Sequence[Range],
+        bias: Value | None,
+        heads: int,
+        scale: float,
+    ) -> Value:
+        """See ``Calibrated._integer_attention``; of uint8 by uint8, which never overflows."""
+        steps, zeros = zip(*(known.asymmetric() for known in ranges), strict=True)
+        q, k, v = (
+            self._split(self.quantised(x, step, zero), heads)
+            for x, step, zero in zip(factors, steps, zeros, strict=True)
+        )
+        keys = self.onnx.Transpose(k, perm=[0, 1, 3, 2])
+        scores = self._multiplied(q, keys, steps[0] * scale, steps[1], zeros[0], zeros[1])
+        weights = self.quantised(self._weights(scores, bias, 1.0), 1 / 255, 0)
+        y = self._multiplied(weights, v, 1 / 255, steps[2], 0, zeros[2])
+        return names.give(self._joined(y, y.dtype), names.attention(names.of(factors[0])))
+
+    def _multiplied(
+        self, x: Value, y: Value, x_step: float, y_step: float, x_zero: int, y_zero: int
+    ) -> Value:
+        """The product of two tensors of uint8, in float32."""
+        steps = self.scalar(x_step), self.scalar(y_step)
+        zeros = self.constant(x_zero, torch.uint8), self.constant(y_zero, torch.uint8)
+        return self._typed(self.contrib.MatMulIntegerToFloat(x, y, *steps, *zeros), self._compute)
 
     def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
         """See ``Ops.rms_norm``; the kernel gives the weight's dtype."""
@@ -110,6 +160,8 @@ class ContribOps(Ops):
     def attention(
         self, q: Value, k: Value, v: Value, bias: Value | None, heads: int, scale: float = 1.0
     ) -> Value:
+        if (ranges := self.ranges_of(q, k, v)) is not None:
+            return self._integer_attention((q, k, v), ranges, bias, heads, scale)
         name, (q, k, v, bias) = self._factors(q, k, v, bias)
         more = () if bias is None else (None, None, bias)
         y = self.contrib.MultiHeadAttention(q, k, v, *more, num_heads=heads, scale=scale)

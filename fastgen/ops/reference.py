@@ -16,7 +16,7 @@ from torch.nn.functional import embedding, gelu, layer_norm, silu
 from fastgen.errors import UnsupportedConfigError
 from fastgen.ops import names
 from fastgen.ops.standard import WIDE_SCALE
-from fastgen.ops.values import Bias, KVSlots
+from fastgen.ops.values import Angles, Bias, KVSlots
 from fastgen.target import Target
 
 LARGEST = torch.finfo(torch.float16).max
@@ -199,6 +199,12 @@ class ReferenceOps:
 
         return self._run("norm", names.of_parameter(weight), [x], compute)
 
+    def head_norm(self, x: Known, weight: Any, eps: float) -> Known:
+        size = self._parameters[weight.name].shape[0]
+        split = Known(x.tensor.unflatten(-1, (-1, size)), x.name, x.wide)
+        normed = self.rms_norm(split, weight, eps)
+        return Known(normed.tensor.flatten(-2), normed.name, normed.wide)
+
     def _sum(self, residual: Known, x: Known, norm: Any) -> Known:
         name = names.total(names.of_parameter(norm))
         return self._run("sum", name, [residual, x], lambda r, a, b: a + b, rule=True)
@@ -255,7 +261,21 @@ class ReferenceOps:
     def constant(self, values: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(values, dtype=dtype)
 
-    # Biases
+    # Positions and biases
+
+    def rotary_angles(
+        self, positions: torch.Tensor, frequencies: Sequence[float], scale: float = 1.0
+    ) -> Angles:
+        rates = torch.tensor([*frequencies], device=positions.device)
+        angles = positions[..., None].float() * rates
+        return Angles(positions, scale * angles.cos(), scale * angles.sin(), len(frequencies))
+
+    def rotary(self, x: Known, angles: Angles, heads: int) -> Known:
+        """Of what float16 graphs hold in float16, as ONNX Runtime's kernel gives it."""
+        first, second = x.tensor.unflatten(-1, (heads, -1)).chunk(2, dim=-1)
+        cosines, sines = (turns[:, :, None] for turns in (angles.cosines, angles.sines))
+        turned = first * cosines - second * sines, second * cosines + first * sines
+        return Known(torch.cat(turned, dim=-1).flatten(-2), x.name)
 
     def position_table(self, weight: Any, buckets: Sequence[int], future: int | None) -> Known:
         table = self._weight(weight)[list(buckets)].T.clone()
@@ -333,5 +353,12 @@ class ReferenceOps:
             rows[:, first : first + new.tensor.shape[1]] = new.tensor
             return Known(rows, new.name)
 
+        def shared(x: Known) -> Known:
+            if (groups := slots.groups) is None:
+                return x
+            split = x.tensor.unflatten(-1, (groups.count, groups.head_size))
+            return Known(split.repeat_interleave(groups.size, dim=2).flatten(-2), x.name)
+
         key, value = written(slots.key, k), written(slots.value, v)
-        return self.attention(q, key, value, self._spelled(bias), heads, scale), key, value
+        y = self.attention(q, shared(key), shared(value), self._spelled(bias), heads, scale)
+        return y, key, value

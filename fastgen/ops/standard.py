@@ -15,6 +15,7 @@ from onnxscript import GraphBuilder
 
 from fastgen.errors import UnsupportedConfigError
 from fastgen.ops import names
+from fastgen.ops.calibrated import Calibrated
 from fastgen.ops.heads import Heads
 from fastgen.ops.values import Bias, KVSlots, Value
 from fastgen.target import Target
@@ -25,15 +26,13 @@ WIDE_SCALE = 2.0**-8
 _CACHED_SCALE = 2.0**-2  # a power of two: rounds nothing
 
 
-class Ops(Heads):
+class Ops(Heads, Calibrated):
     """Operations lowered for one Target; passed as ``op`` to every module's ``forward``."""
 
     def __init__(self, builder: GraphBuilder, target: Target) -> None:
         super().__init__(builder, target)
         self._spelled: dict[Bias, Value] = {}
         self._tiled: dict[tuple[Bias, int], Value] = {}
-        self.made: dict[str, Value] = {}
-        """What the graph reads that is made of parameters, by name (see ``quantised.py``)."""
 
     # Layers
 
@@ -53,11 +52,15 @@ class Ops(Heads):
         transposed: bool = False,
     ) -> Value:
         """``scale * x @ weight.T + bias`` with torch's [out, in] weight, in the weight's dtype
-        unless another is chosen; ``transposed``: the weight is [in, out]."""
+        unless another is chosen; ``transposed``: the weight is [in, out]. Of 8-bit integers where
+        the Target's calibration knows the range of ``x``."""
         name = names.of_parameter(weight)
         if name in self.choice:
             return names.give(self._wide_product(x, weight, bias, scale, transposed), name)
-        y = self._product(x, weight, bias, scale, transposed)
+        if (known := self.read_by(name, x)) is None:
+            y = self._product(x, weight, bias, scale, transposed)
+        else:
+            y = self._integer_product(x, known, weight, bias, scale, transposed)
         return self.given(y, name, y.dtype)
 
     def _product(
@@ -95,6 +98,8 @@ class Ops(Heads):
         another is chosen."""
         if self.choice.made:
             return self.linear(x, weight)
+        if weight.dtype != ir.DataType.FLOAT16:
+            return self.as_residual(self.linear(x, weight))
         y = self._wide_product(x, weight, None, 1.0, transposed=False)
         return names.give(self.cast(y, self._residual), names.of_parameter(weight))
 
@@ -137,6 +142,7 @@ class Ops(Heads):
 
     def _sum(self, residual: Value, x: Value, norm: Value) -> Value:
         """What the norm of this weight reads."""
+        residual, x = self.addends(residual, x)
         name = names.total(names.of_parameter(norm))
         dtype = self._gives(name, self._residual)
         terms = self._reads(residual, x, result=dtype)
@@ -305,6 +311,8 @@ class Ops(Heads):
         """Attention of [B, Q, H*D] queries over keys and values held as [B, K, H*D], or as
         [B, H, K, D] KV buffers; bias [B or 1, 1 or H, Q, K], None to see all. Products of queries
         and keys are multiplied by ``scale``."""
+        if (ranges := self.ranges_of(q, k, v)) is not None:
+            return self._integer_attention((q, k, v), ranges, bias, heads, scale)
         name, (q, k, v, bias) = self._factors(q, k, v, bias)
         k, v = (x if _rank(x) == 4 else self._split(x, heads) for x in (k, v))
         q = self._split(self.cast(self._scaled(q, scale), q.dtype), heads)
@@ -328,9 +336,13 @@ class Ops(Heads):
             if scale != 1.0:
                 scaled = self.onnx.Mul(q, self.scalar(1 / scale, q.dtype))
             y = self.onnx.Attention(scaled, k, v, bias, scale=scale)
+        return self._joined(y, q.dtype)
+
+    def _joined(self, y: Value, dtype: ir.DataType | None) -> Value:
+        """[B, H, Q, D] -> [B, Q, H*D]."""
         rows = self.onnx.Transpose(y, perm=[0, 2, 1, 3])
         merged = self.onnx.Reshape(rows, self.constant([0, 0, -1], torch.int64))
-        return self._typed(merged, q.dtype)
+        return self._typed(merged, dtype)
 
     def _products(self, q: Value, k: Value, v: Value, bias: Value | None) -> Value:
         """Attention as stock T5 computes it, its Softmax in float32."""

@@ -192,7 +192,8 @@ def _decode(
         inputs["row_start"] = starts
     if shape.vocab_size is not None:
         inputs["kept"] = positions
-    empty = Known(torch.zeros(rows, tokens, shape.heads * shape.head_size, device=ids.device))
+    width = shape.stored_heads * shape.head_size
+    empty = Known(torch.zeros(rows, tokens, width, device=ids.device))
     results = root.decode(
         ops,
         input_ids=ids,

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import (
 
 from fastgen.engines import Engine, NoEngine, too_large
 from fastgen.engines.fused.engine import FusedEngine
-from fastgen.execution.bucket import Bucket
+from fastgen.execution.bucket import Bucket, BucketSize
 from fastgen.execution.decoder import Decoder
 from fastgen.fallback import Asked
 from fastgen.graphs.decoder import DecoderRoot, decoder_specs
@@ -177,18 +177,22 @@ def build_decoder(module: Any, target: Target, shape: Shape, name: str) -> Decod
 
     fused = None
     if shape.vocab_size is not None and target.contrib and options.fused_kernels:
-        fused = _fused_engine(module, target)
+        fused = _fused_engine(module, target, shape)
     if fused is None:  # else it serves long prompts and large batches only, and can wait
         decoder(False, options.min_bucket)
     return Decoder(shape, target, module.device, cross, decoder, fused, options)
 
 
-def _fused_engine(module: Any, target: Target) -> FusedEngine | None:
+def _fused_engine(module: Any, target: Target, shape: Shape) -> FusedEngine | None:
     """What runs most steps on a GPU, and prompts of a decoder without a source."""
     if target.device != "cuda":
         return None
     step, own = module._decoder_root(), module._weights()
-    return FusedEngine(step, target, own, module._engine_cache())
+    fused = FusedEngine(step, target, own, module._engine_cache())
+    if target.weights != "full" and not module.engine_options.keep_torch_weights:
+        size = BucketSize(1, 1, module.engine_options.min_bucket, 1 if shape.source else 0)
+        fused.make_weights(Bucket(shape, target, module.device, size).tensors)
+    return fused
 
 
 def decode(

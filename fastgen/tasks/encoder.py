@@ -34,6 +34,7 @@ class FastEncoder(StockForward, EngineModule):
 
     _more_ids: tuple[str, ...] = ()
     """Arguments that the graph reads beside token ids, one for each; zeros where there are none."""
+    _calibrates = True
     _packs = False
     """Whether the family's ``encode`` takes rows without their padding (``places``, ``tokens``)."""
     _skips_padding = False

@@ -14,6 +14,7 @@ from fastgen.bench.shapes import SHAPES, shape_config
 from fastgen.bench.workload import Workload, standard_grid
 from fastgen.blockwise import GROUPS, KINDS, parse
 from fastgen.engines import NotFused
+from fastgen.engines.fused.engine import FusedEngine
 from fastgen.engines.fused.ops import FusedOps
 from fastgen.engines.fused.products import TILE_ROWS
 from fastgen.engines.fused.prompt import PromptOps
@@ -133,6 +134,30 @@ def test_every_product_reads_weights_of_fewer_bits(
     weights = {parse(n) for n in ops.made} - {None}
     products = {found[0] for found in weights if found}
     assert len(products) >= (2 * 4 if "gpt2" in name else 2 * 8) + 1
+
+
+@pytest.mark.parametrize("name", ["t5-small", "gpt2"])
+def test_weights_are_made_before_a_step_is_bound(name: str) -> None:
+    """And torch's may be gone by then."""
+    model, target = two_layers(name), of_fewer_bits("int8")
+    root, asked = root_of(model), Asking(parameters(model))
+    engine = FusedEngine(root, target, asked)
+    tensors = Bucket(root.shape, target, META, BucketSize(1, 1, 64, 0 if name == "gpt2" else 1))
+    engine.make_weights(tensors.tensors)
+    ops = record(model, BucketSize(1, 1, 128, 0 if name == "gpt2" else 64), target)
+    assert asked.names == {n for n in ops.made if parse(n)}
+
+
+class Asking(Parameters):
+    """Keeps the names of what was made."""
+
+    def __init__(self, own: Parameters) -> None:
+        super().__init__(own)
+        self.names: set[str] = set()
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        self.names.add(name)
+        return super().__missing__(name)
 
 
 def launched(ops: FusedOps, kernel: str) -> int:

@@ -31,7 +31,10 @@ def remembered_by_one_test(engine_cache_folder: Path, monkeypatch: pytest.Monkey
 def call(model: Any) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     names = ["input_ids", "decoder_input_ids"][: 1 + model.config.is_encoder_decoder]
-    return {n: torch.randint(3, 96, (6, 9), generator=generator).to(DEVICE) for n in names}
+    found = {n: torch.randint(3, 96, (6, 9), generator=generator).to(DEVICE) for n in names}
+    if model.config.model_type == "umt5":  # not causal within several tokens in transformers 5.17
+        found["decoder_input_ids"] = found["decoder_input_ids"][:, :1]
+    return found
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from fastgen.engines.fused.ops import FusedOps
 from fastgen.engines.fused.products import TILE_ROWS
 from fastgen.engines.fused.wide import WideOps
 from fastgen.hf.contract import CACHE
+from fastgen.hf.let_go import Gone
 from fastgen.target import onnxruntime_cuda
 from tests.gpu.models import DEVICE
 
@@ -280,6 +281,20 @@ def test_beams_are_those_of_what_the_weights_stand_for() -> None:
     fast, exact_model = pair("T5", "int8", torch.bfloat16)
     ours, right = (generate(model, 2, 6, num_beams=4).sequences for model in (fast, exact_model))
     assert (ours == right).float().mean() >= 0.5  # near ties may fall otherwise
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@torch.no_grad()
+def test_torchs_weights_may_go(family: str) -> None:
+    """Of the decoder too, before its first step; later sizes find what was made of them."""
+    kept, _ = pair(family, "int8", torch.bfloat16)
+    fast = copy.deepcopy(kept)
+    fast.engine_options = {"weights": "int8", "keep_torch_weights": False}
+    for rows in (1, 5):
+        ours, theirs = (generate(model, rows, 12).sequences for model in (fast, kept))
+        assert torch.equal(ours, theirs)
+    decoders = [name for name, p in fast.named_parameters() if isinstance(p, Gone)]
+    assert len([name for name in decoders if "encoder." not in name]) >= 2 * 4
 
 
 @torch.no_grad()

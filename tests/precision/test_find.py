@@ -8,6 +8,7 @@ import torch
 
 from fastgen.errors import FastgenError
 from fastgen.precision import Precision, find_unstable, passes
+from tests import rotary
 from tests.configs import build_pair
 from tests.precision.overflowing import FAMILIES, scaled
 
@@ -81,6 +82,18 @@ def test_keys_that_exceed_float16_are_a_problem() -> None:
     precision = found_of("t5-1.1", ".EncDecAttention.k.weight", 3e4)
     name = "decoder.block.0.layer.1.EncDecAttention.k"
     assert any(problem.startswith(f"{name} gives ") for problem in precision.problems)
+
+
+@pytest.mark.parametrize("family", rotary.FAMILIES)
+def test_rotary_positions_and_grouped_queries(family: str) -> None:
+    _, model = rotary.pair(family, kv_heads=2)
+    assert find_unstable(model).wide == ()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(3e3)
+    precision = find_unstable(model)
+    assert precision.errors.naive == float("inf") and precision.errors.found < BOUND
+    linears = [kept.name for kept in precision.kept if kept.kind == "linear"]
+    assert linears == ["model.layers.0.mlp.down_proj"]
 
 
 def test_more_headroom_keeps_more() -> None:

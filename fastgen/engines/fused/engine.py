@@ -1,6 +1,7 @@
 """The engine of fused CUDA kernels: a decoder step, one launch after the other."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -57,6 +58,13 @@ class FusedEngine:
 
     def weight_pointers(self) -> dict[str, int]:
         return {name: self._parameters[name].data_ptr() for name in self._own}
+
+    def make_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Ask for all that is made of parameters in fewer bits: torch's may go then, before a step
+        is bound. ``tensors``: as for ``bind``, of any size; nothing is written."""
+        ops = FusedOps(self.target, self._parameters, tensors)
+        with suppress(NotFused):
+            self._root.decode(ops, **{n: t for n, t in tensors.items() if n != "logits"})
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> "FusedBinding":
         """Record and compile the step over these tensors; logits land in ``tensors["logits"]``.

@@ -140,18 +140,17 @@ class Recorder:
 
     def _matrix(self, value: Any, transposed: bool) -> Matrix:
         """What a product multiplies by in place of a parameter, [in, out] where ``transposed``."""
-        kind, dtype = self.target.weights, self._parameter(value).dtype
+        kind, parameter = self.target.weights, self._parameters[value.name]
+        dtype, (first, second) = parameter.dtype, parameter.shape  # its numbers may be let go
         if kind == "full":
             weight = self._weight(value)
             if dtype not in (torch.float32, self._dtype):
                 raise NotFused(f"{value.name} in {dtype}, activations in {self._dtype}")
-            first, second = weight.shape
             if transposed and first % 8:
                 raise NotFused(f"{value.name} {(first, second)}: both must be multiples of 8")
             return Matrix(weight, (first, second) if transposed else (second, first), transposed)
         if self._dtype == torch.float32:
             raise NotFused(f"{kind} weights with activations in float32")
-        first, second = self._parameter(value).shape
         inputs, outputs = (first, second) if transposed else (second, first)
         names = Format(kind, self.target.group, transposed).names(value.name)
         values, scales = (self._parameters[name] for name in names)

