@@ -14,7 +14,10 @@ from fastgen.engines.nvrtc import ELEMENTS, Launch
 from fastgen.ops import names
 from fastgen.target import Target
 
-_SOURCES = ("common.cu", "weights.cu", "linear.cu", "rotary.cu", "attention.cu")
+_SOURCES = (
+    *("common.cu", "weights.cu", "products.cu", "linear.cu"),
+    *("rotary.cu", "attention.cu"),
+)
 _REGISTERS = 2**16  # of a processor
 _LEAST_REGISTERS = 64  # that a thread needs, about
 _WARP_INPUTS = 64  # of a weight of fewer bits that a warp reads at a time: all of one group
