@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from fastgen.fallback import Asked, report
 from tests.helpers import assert_equal_logits, copies, logits, refusal, sources, targets
@@ -180,6 +181,7 @@ def test_threads_say_it_once() -> None:
 
 def test_accelerate_and_its_autocast() -> None:
     pair, call = copies(), {"max_new_tokens": 4}
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer's, say
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     stock, fast = accelerator.prepare(pair.stock), accelerator.prepare(pair.fast)
     explanation = fast.explain(input_ids=sources())

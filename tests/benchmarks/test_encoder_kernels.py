@@ -31,13 +31,13 @@ def test_all_launches_have_a_kind_and_a_floor() -> None:
         "attention<4, 8>": LAYERS,
         "norm_rows<32, 8, 32, true>": 2 * LAYERS,
         "cuBLAS<32, 48, STORE>": LAYERS,
-        "activate_rows<GELU_ERF, 8>": LAYERS,
+        "activate_rows<GELU_ERF, 8, false>": LAYERS,
         "cuBLAS<48, 32, STORE>": LAYERS,
     }
     wide = numbers["cuBLAS<32, 48, STORE>"][1]
     assert (wide.bytes, wide.flops) == (4 * (tokens * (E + F) + E * F + F), 2 * tokens * E * F)
     assert numbers["attention<4, 8>"][1].flops == 4 * E * (25 + 4)
     assert numbers["norm_rows<32, 8, 32, true>"][1].bytes == 4 * 3 * tokens * E
-    assert numbers["activate_rows<GELU_ERF, 8>"][1].bytes == 4 * 2 * tokens * F
+    assert numbers["activate_rows<GELU_ERF, 8, false>"][1].bytes == 4 * 2 * tokens * F
     for kind in found.values():
         kind.runs[0](0)

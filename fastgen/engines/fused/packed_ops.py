@@ -56,7 +56,7 @@ class Activated:
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
+class ResidualStream:
     """A residual stream in float32, as it is after so many additions."""
 
     buffer: Buffer
@@ -85,7 +85,7 @@ class PackedOps:
         self._dtype = getattr(torch, target.dtype)
         self._rounds = narrow_results(target)
         self._zeros: dict[int, torch.Tensor] = {}
-        self._streams: dict[Embedded, Stream] = {}
+        self._streams: dict[Embedded, ResidualStream] = {}
         self._additions = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -187,7 +187,7 @@ class PackedOps:
         if isinstance(x, Embedded) and x not in self._streams:
             if self.embed is not None or any(t.table.shape[1] != y.width for t in x.terms):
                 raise NotFused("a second norm of embeddings, or one of another width")
-            stream = self._streams[x] = Stream(Buffer(y.width, dtype=torch.float32))
+            stream = self._streams[x] = ResidualStream(Buffer(y.width, dtype=torch.float32))
             self.embed = Embed(x.terms, norm, y, stream.buffer)
             return y
         stream = self._stream(x)
@@ -196,7 +196,9 @@ class PackedOps:
         self._record(NormStream(stream.buffer, norm, y))
         return y
 
-    def add_rms_norm(self, residual: Any, x: Any, weight: Any, eps: float) -> tuple[Stream, Buffer]:
+    def add_rms_norm(
+        self, residual: Any, x: Any, weight: Any, eps: float
+    ) -> tuple[ResidualStream, Buffer]:
         stream = self._stream(residual)
         if not isinstance(x, Product) or x.bias is not None:
             raise NotFused("what is added to a residual stream is no product, or has a bias")
@@ -204,13 +206,13 @@ class PackedOps:
             raise NotFused(f"{x.matrix.shape[1]} columns onto a stream of {stream.buffer.width}")
         self._record(Products([replace(x, onto=stream.buffer)]))
         self._additions += 1
-        total = Stream(stream.buffer, self._additions)
+        total = ResidualStream(stream.buffer, self._additions)
         return total, self.rms_norm(total, weight, eps)
 
-    def _stream(self, x: Any) -> Stream:
+    def _stream(self, x: Any) -> ResidualStream:
         """A residual stream that nothing was added to since."""
         stream = self._streams.get(x) if isinstance(x, Embedded) else x
-        if not isinstance(stream, Stream) or stream.additions != self._additions:
+        if not isinstance(stream, ResidualStream) or stream.additions != self._additions:
             raise NotFused(f"{type(x).__name__.lower()} values as a residual stream")
         return stream
 
