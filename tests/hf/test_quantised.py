@@ -37,7 +37,9 @@ def with_weights(name: str, kind: str, **options: Any) -> Pair:
 @torch.no_grad()
 def call(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [rows, Q, V]."""
-    more = {"decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {}
+    # stock UMT5 of transformers 5.17 is not causal within several tokens
+    queries = 1 if model.config.model_type == "umt5" else 5
+    more = {"decoder_input_ids": ids[:, :queries]} if model.config.is_encoder_decoder else {}
     return model(input_ids=ids, **more).logits
 
 
