@@ -29,7 +29,7 @@ import fastgen
 from examples.docstrings.data import docstrings as texts
 from examples.docstrings.data import encode, is_held_out
 from examples.pronounce.data import held_out_words
-from fastgen.bench.shapes import shape_of, write_random_checkpoint
+from fastgen.bench.shapes import SUFFIX, shape_of, write_random_checkpoint
 
 #: What a row is called, and the engine options that ask for it; another precision is a line here.
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -60,7 +60,7 @@ def folder_of(model: str, scratch: Path) -> Path:
     demos = {"pronounce": pronounce.CHECKPOINT, "docstrings": docstrings.CHECKPOINT}
     if model in demos:
         return demos[model]
-    write_random_checkpoint(model, scratch, dtype=torch.float32, device="cpu")
+    write_random_checkpoint(model.removesuffix(SUFFIX), scratch, dtype=torch.float32, device="cpu")
     return scratch
 
 
@@ -108,7 +108,11 @@ def measure(name: str, precision: str, threads: int) -> Row:
     with tempfile.TemporaryDirectory() as scratch:
         folder = folder_of(name, Path(scratch))
         config = transformers.AutoConfig.from_pretrained(folder)
-        stock_class = shape_of(name).stock if "@" in name else config.architectures[0]
+        stock_class = (
+            shape_of(name.removesuffix(SUFFIX)).stock
+            if name.endswith(SUFFIX)
+            else config.architectures[0]
+        )
         batch = source(name)
         stock = getattr(transformers, stock_class).from_pretrained(folder).eval()
         if config.is_encoder_decoder:
