@@ -86,29 +86,44 @@ def doctor() -> None:
             raise typer.Exit(1)
 
 
+_Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id, folder, or a shape with random weights such as t5-small@random.",
+    ),
+]
+_Device = Annotated[Device, typer.Option(help="auto: the GPU, if torch sees one.")]
+
+
+def _seen(device: Device) -> Device:
+    """The device asked for, if torch sees it.
+
+    Raises:
+        FastgenError: it sees no GPU, and one was asked for.
+    """
+    import torch
+
+    sees = torch.cuda.is_available()
+    if device is Device.CUDA and not sees:
+        raise FastgenError(
+            "--device cuda: torch sees no CUDA device here (see `fastgen doctor`); "
+            "use --device cpu."
+        )
+    if device is Device.AUTO:
+        return Device.CUDA if sees else Device.CPU
+    return device
+
+
 @app.command("compile")
 def compile_model(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Hub id, folder, or a shape with random weights such as t5-small@random.",
-        ),
-    ],
-    device: Annotated[Device, typer.Option(help="auto: the GPU, if torch sees one.")] = Device.AUTO,
+    model: _Model,
+    device: _Device = Device.AUTO,
     dtype: Annotated[DType, typer.Option(help="auto: the checkpoint's.")] = DType.AUTO,
 ) -> None:
     """Build the engines of MODEL and store them in the engine cache."""
-    import torch
-
-    if device is Device.AUTO:
-        device = Device.CUDA if torch.cuda.is_available() else Device.CPU
     with _errors_as_text():
-        if device is Device.CUDA and not torch.cuda.is_available():
-            raise FastgenError(
-                "--device cuda: torch sees no CUDA device here (see `fastgen doctor`); "
-                "use --device cpu."
-            )
+        device = _seen(device)
     # OSError, ValueError: transformers' errors for what it cannot load
     with _errors_as_text(OSError, ValueError), _checkpoint(model) as checkpoint:
         fast = _fast_class(checkpoint).from_pretrained(checkpoint, dtype=dtype.value)
@@ -125,14 +140,8 @@ def compile_model(
 
 @app.command()
 def precision(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Hub id, folder, or a shape with random weights such as t5-small@random.",
-        ),
-    ],
-    device: Annotated[Device, typer.Option(help="auto: the GPU, if torch sees one.")] = Device.AUTO,
+    model: _Model,
+    device: _Device = Device.AUTO,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -147,14 +156,12 @@ def precision(
     ] = 4.0,
 ) -> None:
     """Find what MODEL must keep in float32 when it runs in float16, and remember it."""
-    import torch
-
     from fastgen.precision import find_unstable
     from fastgen.precision.report import show
     from fastgen.precision.text import batches
 
-    if device is Device.AUTO:
-        device = Device.CUDA if torch.cuda.is_available() else Device.CPU
+    with _errors_as_text():
+        device = _seen(device)
     # OSError, ValueError: transformers' errors for what it cannot load
     with _errors_as_text(OSError, ValueError), _checkpoint(model) as checkpoint:
         fast = _fast_class(checkpoint).from_pretrained(checkpoint, dtype="auto").to(device.value)

@@ -204,8 +204,9 @@ def test_compile_errors_are_told_without_a_traceback(monkeypatch: pytest.MonkeyP
     fake_model(monkeypatch, error=UnsupportedConfigError("T5Config.d_kv=0: ..."))
     result = call("compile", "org/t5")
     assert (result.exit_code, result.stderr) == (1, "Error: T5Config.d_kv=0: ...\n")
-    result = call("compile", "org/t5", "--device", "cuda")
-    assert result.exit_code == 1 and "fastgen doctor" in result.stderr
+    for command in ("compile", "precision"):
+        result = call(command, "org/t5", "--device", "cuda")
+        assert result.exit_code == 1 and "fastgen doctor" in result.stderr
 
 
 def test_compile_of_a_real_checkpoint(tmp_path: Path) -> None:
