@@ -37,42 +37,23 @@ template <int K, int VEC, int THREADS> struct Row {
 #pragma unroll
             for (int e = 0; e < VEC; e++) x[p][e] = 0.f;
     }
-    INLINE void add(const T* from, float scale = 1.f) {
+    template <class E> INLINE void add(const E* from, float scale = 1.f) {
 #pragma unroll
         for (int p = 0; p < PACKS; p++) {
             if (column(p) >= K) continue;
-            const Pack<T, VEC> values = *(const Pack<T, VEC>*)(from + column(p));
+            const Pack<E, VEC> values = *(const Pack<E, VEC>*)(from + column(p));
 #pragma unroll
             for (int e = 0; e < VEC; e++) x[p][e] += scale * to_float(values.element[e]);
         }
     }
-    INLINE void store(T* to) const {
+    template <class E> INLINE void store(E* to) const {
 #pragma unroll
         for (int p = 0; p < PACKS; p++) {
             if (column(p) >= K) continue;
-            Pack<T, VEC> values;
+            Pack<E, VEC> values;
 #pragma unroll
             for (int e = 0; e < VEC; e++) from_float(x[p][e], values.element[e]);
-            *(Pack<T, VEC>*)(to + column(p)) = values;
-        }
-    }
-    INLINE void add_wide(const float* from) {
-#pragma unroll
-        for (int p = 0; p < PACKS; p++) {
-            if (column(p) >= K) continue;
-            const Pack<float, VEC> values = *(const Pack<float, VEC>*)(from + column(p));
-#pragma unroll
-            for (int e = 0; e < VEC; e++) x[p][e] += values.element[e];
-        }
-    }
-    INLINE void store_wide(float* to) const {
-#pragma unroll
-        for (int p = 0; p < PACKS; p++) {
-            if (column(p) >= K) continue;
-            Pack<float, VEC> values;
-#pragma unroll
-            for (int e = 0; e < VEC; e++) values.element[e] = x[p][e];
-            *(Pack<float, VEC>*)(to + column(p)) = values;
+            *(Pack<E, VEC>*)(to + column(p)) = values;
         }
     }
     // Root-mean-square norm in float.
@@ -233,7 +214,7 @@ template <int K, int VEC, int THREADS, int TERMS, int NORM> INLINE void embed(co
         row.add(term.table + id * K, term.scale);
     }
     if constexpr (NORM == RMS) {
-        row.store_wide(args.stream + (long long)blockIdx.x * K);
+        row.store(args.stream + (long long)blockIdx.x * K);
         row.normalize(args.weight, args.eps);
     } else {
         row.normalize(args.weight, args.bias, args.eps);
@@ -278,7 +259,7 @@ template <int K, int VEC, int THREADS> INLINE void norm_stream(const StreamArgs&
     const long long first = (long long)blockIdx.x * K;
     Row<K, VEC, THREADS> row;
     row.clear();
-    row.add_wide(args.x + first);
+    row.add(args.x + first);
     row.normalize(args.weight, args.eps);
     row.store(args.y + first);
 }
