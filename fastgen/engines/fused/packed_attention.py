@@ -1,6 +1,7 @@
 """Attention over packed tokens: torch's, and with a bias by relative position our own."""
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,13 @@ from fastgen.engines.fused.packed_values import Buffer, Size
 MAX_HEAD_SIZE = 256  # of torch's attention kernels
 TILE = 64  # queries of a block of our own
 MAX_BIASED_HEAD_SIZE, MAX_SPAN = 128, 1025  # what a block's registers and shared memory hold
+
+
+def by_row(size: Size) -> Iterator[tuple[slice, slice]]:
+    """Of each row, its tokens, and those that they see."""
+    starts = size.starts.tolist()
+    for start, stop, keys in zip(starts[:-1], starts[1:], size.keys.tolist(), strict=True):
+        yield slice(start, stop), slice(start, start + keys)
 
 
 class Attention:
@@ -66,12 +74,10 @@ class Attention:
     ) -> torch.Tensor:
         """What both compute, row by row."""
         y = torch.zeros_like(q)
-        starts = size.starts.tolist()
-        for start, stop, keys in zip(starts[:-1], starts[1:], size.keys.tolist(), strict=True):
-            of_row = q[start:stop], k[start : start + keys], v[start : start + keys]
-            own, key, value = (x.transpose(0, 1) for x in of_row)
-            attended = scaled_dot_product_attention(own, key, value, scale=self.scale)
-            y[start:stop] = attended.transpose(0, 1)
+        for own, seen in by_row(size):
+            query, key, value = (x.transpose(0, 1) for x in (q[own], k[seen], v[seen]))
+            attended = scaled_dot_product_attention(query, key, value, scale=self.scale)
+            y[own] = attended.transpose(0, 1)
         return y
 
 
@@ -150,9 +156,8 @@ class BiasedAttention(Kernel):
     def reference(self, size: Size) -> None:
         assert size.columns is not None
         q, k, v = (x.tensor.unflatten(1, (self.heads, -1)).float() for x in self.reads)
-        starts, reach = size.starts.tolist(), self.table.reach
-        for start, stop, keys in zip(starts[:-1], starts[1:], size.keys.tolist(), strict=True):
-            own, seen = slice(start, stop), slice(start, start + keys)
+        reach = self.table.reach
+        for own, seen in by_row(size):
             distances = size.columns[None, seen] - size.columns[own, None]
             buckets = self.table.buckets[distances.clamp(-reach, reach) + reach]
             bias = self.table.weight.float()[buckets].permute(2, 0, 1)
