@@ -22,23 +22,24 @@ _here: dict[str, dict[str, list[str]]] = {}
 
 def remember(module: Any, wide: Sequence[str]) -> None:
     """Keep the names that were found for a module's graphs (see ``Target.wide``)."""
-    tensors, file = tensors_of(module), _file(module)
-    entry = {_weights(tensors): [*wide]}
-    _here.setdefault(_shapes(module), {}).update(entry)
+    shapes, entry = _shapes(module), {_weights(tensors_of(module)): [*wide]}
+    file = _file(module, shapes)
+    _here.setdefault(shapes, {}).update(entry)
     file.write(json.dumps(_kept(file) | entry).encode())
 
 
 def recalled(module: Any) -> tuple[str, ...] | None:
     """What was found for the weights that a module has now; None if nothing was looked for."""
-    known = _kept(_file(module)) | _here.get(_shapes(module), {})
+    shapes = _shapes(module)
+    known = _kept(_file(module, shapes)) | _here.get(shapes, {})
     found = known.get(_weights(tensors_of(module))) if known else None
     return None if found is None else tuple(found)
 
 
-def _file(module: Any) -> SideFile:
+def _file(module: Any, shapes: str) -> SideFile:
     options = module.engine_options
     folder = EngineCache(options.cache_dir).folder if options.disk_cache else None
-    return SideFile(folder, f"{_shapes(module)}.float16")
+    return SideFile(folder, f"{shapes}.float16")
 
 
 def _kept(file: SideFile) -> dict[str, list[str]]:
