@@ -18,7 +18,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 GROUPS: dict[str, int] = {"int8": 128, "int4": 64, "fp8": 0}
 """Inputs that share a scale, unless a Target says otherwise; 0 is a whole row."""
 
-_BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4}
+"""Of a value, of the kinds whose values share a scale by blocks."""
 _LARGEST = 448.0  # of float8_e4m3fn
 _FEW = {"cpu": 2**15, "cuda": 2**24}
 """Elements that are worked on at once. On a CPU as many as torch computes in one thread: its own
@@ -44,7 +45,7 @@ class Format:
         if self.kind == "fp8":
             return (outputs, inputs), (outputs, 1)
         blocks = math.ceil(inputs / self.group)
-        return (outputs, blocks, self.group * _BITS[self.kind] // 8), (outputs, blocks)
+        return (outputs, blocks, self.group * BITS[self.kind] // 8), (outputs, blocks)
 
 
 def is_made(name: str) -> bool:
@@ -133,7 +134,7 @@ def dequantise(blocks: Blocks, shape: tuple[int, int], dtype: torch.dtype) -> to
     values = blocks.values
     if blocks.kind == "int4":
         values = torch.stack((values & 15, values >> 4), -1).flatten(-2)
-    centred = values.float() - 2.0 ** (_BITS[blocks.kind] - 1)
+    centred = values.float() - 2.0 ** (BITS[blocks.kind] - 1)
     whole = (centred * scales.unsqueeze(-1)).flatten(1)
     return whole[:, : shape[1]].to(dtype)
 
@@ -142,7 +143,7 @@ def _blocks(
     part: torch.Tensor, form: Format, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and scales of some rows [N, K] of float32."""
-    half = 2 ** (_BITS[form.kind] - 1)  # steps below zero; one fewer above
+    half = 2 ** (BITS[form.kind] - 1)  # steps below zero; one fewer above
     padding = -part.shape[1] % form.group
     grouped = torch.nn.functional.pad(part, (0, padding)).unflatten(1, (-1, form.group))
     # With few steps none is wasted: the number farthest from zero is the one below all others

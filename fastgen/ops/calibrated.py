@@ -67,9 +67,10 @@ class Calibrated(Typed):
         kind = ir.DataType.UINT8 if form.unsigned else ir.DataType.INT8
         values, steps = form.names(str(weight.name))
         shape = (inputs, outputs) if inputs_first else (outputs, inputs)
-        return self._tensor(values, kind, shape), self._tensor(steps, weight.dtype, (outputs,))
+        return self.declared(values, kind, shape), self.declared(steps, weight.dtype, (outputs,))
 
-    def _tensor(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> Value:
+    def declared(self, name: str, dtype: ir.DataType | None, shape: tuple[int, ...]) -> Value:
+        """A tensor that is made of a parameter, as the graph reads it; once for all who do."""
         if name not in self.made:
             self.made[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         return self.made[name]
@@ -136,13 +137,12 @@ class Calibrated(Typed):
         return names.give(y, names.attention(names.of(factors[0])))
 
     def _weights(self, scores: Value, bias: Value | None, scale: float) -> Value:
-        """What attention multiplies values by, of its scores [B, H, Q, K]: Softmax in float32."""
+        """What attention multiplies values by, of its scores [B, H, Q, K]."""
         scores = self._scaled(scores, scale)
         if bias is not None:
             scores = self.onnx.Add(self.cast(scores, bias.dtype), bias)
             scores = self._typed(scores, bias.dtype)
-        wide = self.onnx.Softmax(self.cast(scores, ir.DataType.FLOAT), axis=-1)
-        return self.cast(self._typed(wide, ir.DataType.FLOAT), self._compute)
+        return self._softmax(scores, self._compute)
 
     def _integer_product(
         self,

@@ -14,6 +14,15 @@ FORMAT = 1
 _KEY = "fastgen.operation"
 
 
+class Builder:
+    """What onnxscript's modules tell which of them is at work, where nothing writes a graph:
+    names are those of parameters."""
+
+    def push_module(self, name: str, class_name: str) -> None: ...
+
+    def pop_module(self) -> None: ...
+
+
 def of(value: Any) -> str:
     """The name of the operation that gave a value; empty for a graph's inputs and the like."""
     return str(value.meta.get(_KEY, ""))

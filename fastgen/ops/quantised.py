@@ -10,13 +10,12 @@ import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder
 
-from fastgen.blockwise import Format
+from fastgen.blockwise import BITS, Format
 from fastgen.ops.contrib import ContribOps
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
 from fastgen.target import Target
 
-_BITS = {"int8": 8, "int4": 4}
 _VALUES = {
     "int8": ir.DataType.UINT8,
     "int4": ir.DataType.UINT8,
@@ -46,15 +45,13 @@ class QuantisedOps(Ops):
         kind = self.target.weights
         assert kind != "full"
         form = Format(kind, self.target.group, transposed)
-        fp8 = kind == "fp8"
-        types = _VALUES[kind], ir.DataType.FLOAT if fp8 else weight.dtype
-        names = form.names(str(weight.name))
+        values, scales = form.names(str(weight.name))
         shapes = form.shapes(*_sizes(weight, transposed))
-        for name, dtype, shape in zip(names, types, shapes, strict=True):
-            if name not in self.made:
-                value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-                self.made[name] = value
-        return self.made[names[0]], self.made[names[1]]
+        scale_type = ir.DataType.FLOAT if kind == "fp8" else weight.dtype
+        return (
+            self.declared(values, _VALUES[kind], shapes[0]),
+            self.declared(scales, scale_type, shapes[1]),
+        )
 
     def _spelled_weight(self, weight: Value, transposed: bool) -> Value:
         """The weight [out, in] that the values and scales stand for, in its dtype."""
@@ -64,7 +61,7 @@ class QuantisedOps(Ops):
             wide = self.onnx.Mul(self.onnx.Cast(values, to=ir.DataType.FLOAT), scales)
             whole = self.cast(self._typed(wide, ir.DataType.FLOAT), dtype)
         else:
-            centre = 2.0 ** (_BITS[self.target.weights] - 1)
+            centre = 2.0 ** (BITS[self.target.weights] - 1)
             steps = self._typed(self.onnx.Cast(values, to=dtype), dtype)
             if self.target.weights == "int4":
                 steps = self._halves(steps)
@@ -107,7 +104,7 @@ class QuantisedContribOps(QuantisedOps, ContribOps):
             *(x, values, scales),
             K=inputs,
             N=outputs,
-            bits=_BITS[self.target.weights],
+            bits=BITS[self.target.weights],
             block_size=self.target.group,
             **level,
         )

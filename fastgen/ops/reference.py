@@ -70,14 +70,6 @@ def same(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-class _Builder:
-    """What onnxscript's modules tell which of them is at work; names are those of parameters."""
-
-    def push_module(self, name: str, class_name: str) -> None: ...
-
-    def pop_module(self) -> None: ...
-
-
 class ReferenceOps:
     """The methods are those of ``ops.Ops``; integers are plain tensors, other values ``Known``."""
 
@@ -97,7 +89,7 @@ class ReferenceOps:
             rounded: go on with what float16 graphs compute, not with what is right.
             clamped: whether float16 results of products and activations stay finite.
         """
-        self.builder = _Builder()
+        self.builder = names.Builder()
         self._choice = names.Choice(target)
         self._float16 = target.dtype == "float16"
         self._parameters, self._watch = parameters, watch

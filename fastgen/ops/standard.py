@@ -340,18 +340,14 @@ class Ops(Heads, Calibrated):
 
     def _joined(self, y: Value, dtype: ir.DataType | None) -> Value:
         """[B, H, Q, D] -> [B, Q, H*D]."""
-        rows = self.onnx.Transpose(y, perm=[0, 2, 1, 3])
-        merged = self.onnx.Reshape(rows, self.constant([0, 0, -1], torch.int64))
-        return self._typed(merged, dtype)
+        return self._typed(self._merged(self.onnx.Transpose(y, perm=[0, 2, 1, 3])), dtype)
 
     def _products(self, q: Value, k: Value, v: Value, bias: Value | None) -> Value:
         """Attention as stock T5 computes it, its Softmax in float32."""
         scores = self.onnx.MatMul(q, self.onnx.Transpose(k, perm=[0, 1, 3, 2]))
         scores = scores if bias is None else self.onnx.Add(scores, bias)
         scores = self._typed(scores, q.dtype)
-        wide = self.onnx.Softmax(self.cast(scores, ir.DataType.FLOAT), axis=-1)
-        weights = self.cast(self._typed(wide, ir.DataType.FLOAT), q.dtype)
-        return self.onnx.MatMul(weights, v)
+        return self.onnx.MatMul(self._softmax(scores, q.dtype), v)
 
     def cached_attention(
         self,

@@ -86,6 +86,11 @@ class Typed:
             return [self.cast(x, ir.DataType.FLOAT) for x in values]
         return [*values]
 
+    def _softmax(self, scores: Value, dtype: ir.DataType) -> Value:
+        """Softmax over the last axis, in float32; given in a dtype."""
+        wide = self.onnx.Softmax(self.cast(scores, ir.DataType.FLOAT), axis=-1)
+        return self.cast(self._typed(wide, ir.DataType.FLOAT), dtype)
+
     def _scaled(self, x: Value, scale: float) -> Value:
         """``scale * x``: in float32, as a rounded scale would shift all results; but a power of two
         in x's dtype, since TensorRT makes that a factor of the float32 accumulator."""

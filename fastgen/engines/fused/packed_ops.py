@@ -23,7 +23,7 @@ from fastgen.engines.fused.packed_kernels import Activate, Embed, NormRows, Norm
 from fastgen.engines.fused.packed_products import Product, Products, Recorded
 from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Term
 from fastgen.engines.fused.products import ACTIVATIONS
-from fastgen.engines.fused.recorder import Builder, narrow_results
+from fastgen.engines.fused.recorder import narrow_results
 from fastgen.ops import names
 from fastgen.target import Target
 
@@ -75,7 +75,7 @@ class PackedOps:
     """Records the launches of an encoder; the methods are those of ``ops.Ops``."""
 
     def __init__(self, target: Target, parameters: Mapping[str, torch.Tensor]) -> None:
-        self.builder = Builder()
+        self.builder = names.Builder()
         self.embed: Embed | None = None
         """What reads a call's ids; all others read buffers."""
         self.launches: list[Recorded] = []

@@ -23,14 +23,6 @@ _LEAST_REGISTERS = 64  # that a thread needs, about
 _WARP_INPUTS = 64  # of a weight of fewer bits that a warp reads at a time: all of one group
 
 
-class Builder:
-    """What onnxscript's modules tell which of them is at work; nothing here depends on it."""
-
-    def push_module(self, name: str, class_name: str) -> None: ...
-
-    def pop_module(self) -> None: ...
-
-
 def narrow_results(target: Target) -> Callable[..., None]:
     """What refuses operations, by their names, whose results are to be float32 (``Target.wide``):
     for those that kernels give in the compute dtype. Sums of the residual stream, and what is only
@@ -54,7 +46,7 @@ class Recorder:
         parameters: Mapping[str, torch.Tensor],
         tensors: Mapping[str, torch.Tensor],
     ) -> None:
-        self.builder = Builder()
+        self.builder = names.Builder()
         self.target = target
         self.device = tensors["input_ids"].device
         self.launches: list[Launch | Callable[[int], None]] = []
