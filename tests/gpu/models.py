@@ -79,6 +79,29 @@ def ragged(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return mask.long().to(DEVICE)
 
 
+def masked(kind: str | None, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """A mask as an argument, by its kind: ``right`` hides the ends of rows, None nothing."""
+    if kind is None:
+        return {}
+    lengths = torch.linspace(length, 1, rows, device=DEVICE)
+    right = (torch.arange(length, device=DEVICE) < lengths[:, None]).long()
+    return {"attention_mask": right if kind == "right" else ragged(rows, length)}
+
+
+def distance(model: Any, call: Mapping[str, torch.Tensor], exact: torch.Tensor) -> float:
+    """Relative distance of hidden states from their exact values, where nothing is hidden."""
+    found = model(**call)[0].double().cpu()
+    seen = call.get("attention_mask", torch.ones_like(call["input_ids"])).bool().cpu()
+    return float((found - exact)[seen].norm() / exact[seen].norm())
+
+
+def first_logits(call: Mapping[str, torch.Tensor], *models: Any) -> list[torch.Tensor]:
+    """Of the first token that each generates."""
+    kwargs: dict[str, Any] = {"max_new_tokens": 1, "output_logits": True}
+    kwargs |= {"return_dict_in_generate": True, "do_sample": False, "pad_token_id": 0}
+    return [model.generate(**call, **kwargs).logits[0] for model in models]
+
+
 @torch.no_grad()
 def decoded(model: Any, call: Mapping[str, torch.Tensor], prefill: int = 4) -> torch.Tensor:
     """Logits [B, Q, V] of a prefill and then one step for each further token."""

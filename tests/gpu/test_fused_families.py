@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastgen import FastGPT2LMHeadModel
 from fastgen.hf.contract import CACHE
-from tests.gpu.models import DEVICE, DTYPES
+from tests.gpu.models import DEVICE, DTYPES, first_logits
 
 pytestmark = pytest.mark.cuda
 
@@ -99,12 +99,7 @@ def test_a_ragged_prompt_leaves_exact_keys_and_values(
     keep = torch.arange(length, device=DEVICE) >= starts
     call = {"input_ids": torch.randint(1, 500, (rows, length), device=DEVICE) * keep}
     call["attention_mask"] = keep.long()
-    kwargs: dict[str, Any] = {"max_new_tokens": 1, "output_logits": True}
-    kwargs |= {"return_dict_in_generate": True, "do_sample": False, "pad_token_id": 0}
-    exact, theirs, ours = (
-        model.generate(**call, **kwargs).logits[0]
-        for model in (copy.deepcopy(stock).double(), stock, fast)
-    )
+    exact, theirs, ours = first_logits(call, copy.deepcopy(stock).double(), stock, fast)
     limit = 1.25 * error(theirs, exact) + 2 * torch.finfo(dtype).eps + 2e-6
     assert error(ours, exact) <= limit
     assert steps_fused(fast)

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForQuestionAnswering, BertModel
 import fastgen
 from fastgen.execution.capturing import CAPTURED_TOKENS
 from fastgen.execution.encoder import Encoder
-from tests.gpu.models import DEVICE, DTYPES, ids, ragged
+from tests.gpu.models import DEVICE, DTYPES, distance, ids, masked
 
 pytestmark = pytest.mark.cuda
 
@@ -50,18 +50,7 @@ def engine_of(model: Any) -> Encoder:
 def arguments(rows: int, length: int, mask: str | None) -> dict[str, torch.Tensor]:
     """Token ids and types with a mask by its kind; CAPTURED_TOKENS decides what serves them."""
     given = {"input_ids": ids(rows, length, 512), "token_type_ids": ids(rows, length) % 2}
-    if mask == "right":
-        lengths = torch.linspace(length, 1, rows, device=DEVICE)
-        given["attention_mask"] = (torch.arange(length, device=DEVICE) < lengths[:, None]).long()
-    elif mask is not None:
-        given["attention_mask"] = ragged(rows, length)
-    return given
-
-
-def distance(model: Any, call: dict[str, torch.Tensor], exact: torch.Tensor) -> float:
-    found = model(**call)[0].double().cpu()
-    seen = call.get("attention_mask", torch.ones_like(call["input_ids"])).bool().cpu()
-    return float((found - exact)[seen].norm() / exact[seen].norm())
+    return given | masked(mask, rows, length)
 
 
 @pytest.mark.parametrize("mask", [None, "right", "holes"])

@@ -13,7 +13,7 @@ from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 import fastgen
 from fastgen.execution.capturing import CAPTURED_TOKENS
 from fastgen.execution.encoder import Encoder
-from tests.gpu.models import DEVICE, fast_of, ids, medium_stock, ragged
+from tests.gpu.models import DEVICE, distance, fast_of, ids, masked, medium_stock, ragged
 
 pytestmark = pytest.mark.cuda
 
@@ -63,18 +63,7 @@ def engine_of(model: Any) -> Encoder:
 def arguments(rows: int, length: int, mask: str | None) -> dict[str, torch.Tensor]:
     """Token ids with a mask by its kind; CAPTURED_TOKENS decides what serves them."""
     given = {"input_ids": ids(rows, length, 512)}
-    if mask == "right":
-        lengths = torch.linspace(length, 1, rows, device=DEVICE)
-        given["attention_mask"] = (torch.arange(length, device=DEVICE) < lengths[:, None]).long()
-    elif mask is not None:
-        given["attention_mask"] = ragged(rows, length)
-    return given
-
-
-def distance(model: Any, call: dict[str, torch.Tensor], exact: torch.Tensor) -> float:
-    found = model(**call)[0].double().cpu()
-    seen = call.get("attention_mask", torch.ones_like(call["input_ids"])).bool().cpu()
-    return float((found - exact)[seen].norm() / exact[seen].norm())
+    return given | masked(mask, rows, length)
 
 
 @pytest.mark.parametrize("mask", [None, "right", "holes"])
