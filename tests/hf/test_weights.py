@@ -44,6 +44,18 @@ def replace_table_of_parameters(model: Any) -> None:
     attention(model).o._parameters = {"weight": torch.nn.Parameter(torch.ones(2, 2))}
 
 
+def replace_tables_one_after_the_other(model: Any) -> None:
+    """By one that is equal, and only then edited."""
+    module = attention(model).o
+    module._parameters = dict(module._parameters)
+    module._parameters["weight"] = torch.nn.Parameter(module.weight.detach().clone())
+
+
+def turn_layers_around(model: Any) -> None:
+    layers = model.decoder.block._modules
+    layers["0"] = layers.pop("0")
+
+
 def swap_layers(model: Any) -> None:
     layers = model.decoder.block._modules
     layers["0"], layers["1"] = layers["1"], layers["0"]
@@ -63,7 +75,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "module more": lambda m: m.encoder.add_module("extra", torch.nn.Identity().eval()),
     "module gone": lambda m: m.decoder.block.pop(1),
     "module gone from within": lambda m: setattr(m.encoder, "dropout", None),
+    "table of parameters, equal at first": replace_tables_one_after_the_other,
     "modules in another order": swap_layers,
+    "names in another order": turn_layers_around,
     "class": lambda m: setattr(m.lm_head, "__class__", type("Mine", (torch.nn.Linear,), {})),
     "class of the whole": lambda m: setattr(m, "__class__", type("Mine", (type(m),), {})),
     "dtype": lambda m: m.half(),
@@ -107,6 +121,15 @@ def test_an_edit_in_place_is_seen_by_engines_that_copy_weights() -> None:
         attention(model).q.weight.mul_(2)
     assert glances[False].same(model)
     assert not glances[True].same(model)
+
+
+def test_a_parameter_of_one_number_in_place_of_an_equal_one_is_seen() -> None:
+    model: Any = copies().fast
+    model.scale = torch.nn.Parameter(torch.ones(1))
+    glance = Glance(model, versions=False)
+    assert glance.same(model)
+    model.scale = torch.nn.Parameter(torch.ones(1))
+    assert not glance.same(model)
 
 
 def test_a_hook_in_place_of_another_is_seen() -> None:
