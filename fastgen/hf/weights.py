@@ -50,8 +50,7 @@ def tensors_of(root: torch.nn.Module) -> dict[str, torch.Tensor]:
 _CHILDREN, _PARAMETERS = itemgetter("_modules"), itemgetter("_parameters")
 _HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
 _TRAINING = itemgetter("training")
-_ADDRESS, _SHAPE, _STRIDE = torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride
-_VERSION = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+_SHAPE, _STRIDE = torch.Tensor.size, torch.Tensor.stride
 
 
 class Glance:
@@ -76,7 +75,7 @@ class Glance:
         self._held = [table[name] for table, name in self._buffers]
         self._tensors = [*root.parameters(), *self._held]
         self._versioned = [t for t in self._tensors if versions and not t.is_inference()]
-        self._places = [*map(_ADDRESS, self._tensors)]
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
         tables = [(i, module._parameters) for i, module in enumerate(modules)]
         self._single = [  # two of one number may be equal; of more, to ask raises an error
             (i, name, parameter)
@@ -110,7 +109,7 @@ class Glance:
     def in_place(self) -> bool:
         """Whether the parameters' memory is where it was: of all things the one that engines must
         know of before each of their runs."""
-        return [*map(_ADDRESS, self._tensors)] == self._places
+        return [tensor.data_ptr() for tensor in self._tensors] == self._places
 
     def _look_at_modules(self, root: torch.nn.Module) -> list[Any]:
         """All but tensors; last the tables of children and of parameters themselves."""
@@ -134,10 +133,10 @@ class Glance:
         tensors = self._tensors
         regular = all(map(torch.Tensor.is_contiguous, tensors))
         return (
-            [*map(_ADDRESS, tensors)],
+            [tensor.data_ptr() for tensor in tensors],
             [*map(_SHAPE, tensors)],
             None if regular else [*map(_STRIDE, tensors)],
-            [*map(_VERSION, self._versioned)],
+            [tensor._version for tensor in self._versioned],
         )
 
 
