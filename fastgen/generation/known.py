@@ -111,15 +111,13 @@ def given(model: Any, inputs: Any, kwargs: Mapping[str, Any]) -> Given | None:
 
 def _is_stock(model: Any) -> bool:
     """Whether a model is of a class of ours with no method of its own, in a version that is met."""
-    return (
-        contract.is_met()
-        and is_ours(type(model))
-        and _names_of_methods(type(model)).isdisjoint(vars(model))
-    )
+    kind: Any = type(model)
+    own = vars(model)
+    return contract.is_met() and is_ours(kind) and _methods_of(kind).isdisjoint(own)
 
 
 @cache
-def _names_of_methods(kind: type) -> frozenset[str]:
+def _methods_of(kind: Hashable) -> frozenset[str]:
     return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
 
 
@@ -254,7 +252,7 @@ def again(model: Any, decoder: Decoder, given: Given) -> Call | None:
         ids = ids if decoder.shape.source else ids.repeat_interleave(rows, dim=0)
         hidden = None if hidden is None else hidden.repeat_interleave(rows, dim=0)
         mask = None if mask is None else mask.repeat_interleave(rows, dim=0)
-    arguments = {model._reads: ids}
+    arguments: dict[str, Any] = {model._reads: ids}
     if hidden is not None:
         arguments |= {"encoder_outputs": (hidden,), "attention_mask": mask}
     if model.refusal(**arguments) is not None:

@@ -36,7 +36,7 @@ class SlotLayer(DynamicLayer):
     """
 
     def __init__(self, slots: _Slots, index: int, cross: bool) -> None:
-        vars(self).update(_OF_STOCK)
+        self.__dict__.update(_OF_STOCK)
         self._slots, self._index, self.cross = slots, index, cross
         self.own = True
         self.length = 0

@@ -48,7 +48,7 @@ class _Kept(inspect.Signature):
         self._behind_self = tuple(self.parameters.values())[1:]
         self._bound = self._plain().replace(parameters=self._behind_self)
 
-    def replace(self, **changes: Any) -> inspect.Signature:
+    def replace(self, **changes: Any) -> Any:
         """As of every signature."""
         if changes.keys() == {"parameters"} and changes["parameters"] == self._behind_self:
             return self._bound

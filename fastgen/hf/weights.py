@@ -68,7 +68,8 @@ class Glance:
         plain = [(_plain_getter(module), vars(module)) for module in self.descendants]
         plain = [(getter, attributes) for getter, attributes in plain if getter is not None]
         self._root_plain = _plain_getter(root)
-        self._getters, self._plain = [g for g, _ in plain], [attributes for _, attributes in plain]
+        self._getters: list[Any] = [getter for getter, _ in plain]
+        self._plain = [attributes for _, attributes in plain]
         self._buffers: list[tuple[dict[str, Any], str]] = [
             (m._buffers, name) for m in modules for name in _computed_with(m)
         ]
