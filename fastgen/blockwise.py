@@ -47,6 +47,11 @@ class Format:
         blocks = math.ceil(inputs / self.group)
         return (outputs, blocks, self.group * BITS[self.kind] // 8), (outputs, blocks)
 
+    def dtypes(self, weight: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """Of the values and of the scales of a weight of that dtype."""
+        fp8 = self.kind == "fp8"
+        return (torch.float8_e4m3fn, torch.float32) if fp8 else (torch.uint8, weight)
+
 
 def is_made(name: str) -> bool:
     """Whether a tensor of this name is made of a parameter: by ``Format.names`` or another's."""
@@ -99,12 +104,10 @@ def quantise(weight: torch.Tensor, kind: Kind, group: int | None = None) -> Bloc
     form = Format(kind, GROUPS[kind] if group is None else group)
     weight = weight.detach()
     shapes = form.shapes(*weight.shape)
-    fp8 = kind == "fp8"
-    values_dtype = torch.float8_e4m3fn if fp8 else torch.uint8
-    scales_dtype = torch.float32 if fp8 else weight.dtype
+    dtypes, fp8 = form.dtypes(weight.dtype), kind == "fp8"
     with torch.inference_mode(False):  # the threads below are in no such mode
-        values = torch.empty(shapes[0], dtype=values_dtype, device=weight.device)
-        scales = torch.empty(shapes[1], dtype=scales_dtype, device=weight.device)
+        values = torch.empty(shapes[0], dtype=dtypes[0], device=weight.device)
+        scales = torch.empty(shapes[1], dtype=dtypes[1], device=weight.device)
     rows = max(1, _FEW[weight.device.type] // max(1, weight.shape[1]))
 
     def fill(at: int) -> None:

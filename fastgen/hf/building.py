@@ -15,7 +15,7 @@ from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
-from fastgen.hf import found
+from fastgen.hf import found, stored
 from fastgen.hf.engine_key import engine_key
 from fastgen.hf.let_go import Gone
 from fastgen.hf.quantised import Key, Made, Weights
@@ -49,6 +49,9 @@ class BuildsEngines(torch.nn.Module):
     """How many of them there were when torch's weights were let go last."""
     _plain: frozenset[str] = frozenset()
     """Parameters that engines read as they are."""
+    _edited = False
+    """Whether weights changed under an engine, as in training: what is made of them stays off the
+    disk, which each step would fill a bit more."""
 
     def _called(self) -> tuple[type, ...]:
         """Classes of the modules whose forward the engine's user calls, replaced or not."""
@@ -127,7 +130,10 @@ class BuildsEngines(torch.nn.Module):
         def load(artifact: Artifact) -> Engine:
             if target.weights == "full":
                 return backend.load(artifact, target, own, options)
-            with progress(f"{fast} {name}: {target.weights} weights"):
+            title = f"{fast} {name}: {target.weights} weights"
+            with progress(title):
+                if kept and self.device.type == "cpu" and not self._edited:
+                    stored.recall(own, artifact.meta["parameters"], kept, title)
                 return backend.load(artifact, target, own, options)
 
         if kept := self._engine_cache():

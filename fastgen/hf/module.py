@@ -204,10 +204,12 @@ class EngineModule(Explained, BuildsEngines):
         if self._glance is None or not self._glance.same(self):
             weights = weights_state(self, self._copies_weights(), own=self._called())
             if weights != self._engine_weights:
+                self._edited |= self._engine is not None
                 self._drop_engine()
                 self._engine_weights = weights
             self._glance = Glance(self, self._copies_weights())
         if not all(copy.same() for copy in self._copies):  # an edit through .data
+            self._edited = True
             self._drop_engine()
         if self._refusal is not None:
             raise NoEngine(self._refusal)
