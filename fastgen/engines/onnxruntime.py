@@ -16,7 +16,7 @@ from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.errors import EngineError, MissingRuntimeError
 from fastgen.file_pages import FilePages, unwritten
 from fastgen.graphs.graph import Graph
-from fastgen.graphs.shape import LAST_STATE, state_names
+from fastgen.graphs.shape import LAST_STATE
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 
@@ -185,13 +185,14 @@ def _prepacked(
     if share == 1:
         return tuple(name for name in graph.parameters if not is_made(name))
     outputs = {spec.name for spec in graph.outputs}
-    if share == 0 or outputs.intersection(state_names(1)):  # calls for hidden states are few
+    further = LAST_STATE in outputs and len(outputs) > 1  # with hidden states, or without the head
+    if share == 0 or further:
         return ()
     nodes = onnx.load_from_string(graph.onnx).graph.node
     matrices = {n.input[1] for n in nodes if n.op_type == "FusedMatMul"}.intersection(parameters)
     free = {tensor.data_ptr() for tensor in unwritten(parameters[n].detach() for n in matrices)}
     packed = sorted(name for name in matrices if parameters[name].data_ptr() in free)
-    if "logits" not in outputs or LAST_STATE in outputs:  # the latter with hidden states
+    if "logits" not in outputs:
         return tuple(packed)
     matrices.difference_update(packed)
     unique = {p.data_ptr(): p.nbytes for p in parameters.values()}

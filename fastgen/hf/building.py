@@ -147,7 +147,9 @@ class BuildsEngines(torch.nn.Module):
         self._plain |= {name for name in engine.weight_pointers() if not is_made(name)}
         copied = getattr(engine, "copied", ())
         own.packed(copied)
-        if left := own.sources(copied):
+        watched_pages = (p for p in self._copies if isinstance(p, FilePages))
+        known = {place for pages in watched_pages for place in pages.places}
+        if left := [part for part in own.sources(copied) if part.data_ptr() not in known]:
             threads = self.engine_options.intra_op_threads or processes.threads()
             copies = watched(left, threads)
             for pages in copies:
