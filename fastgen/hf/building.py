@@ -13,6 +13,7 @@ from fastgen.calibration import Calibration
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
+from fastgen.file_pages import FilePages
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
 from fastgen.hf import found, stored
@@ -21,7 +22,7 @@ from fastgen.hf.let_go import Gone
 from fastgen.hf.quantised import Key, Made, Weights
 from fastgen.hf.standing import Standing
 from fastgen.hf.stock import stock_class
-from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of
+from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of, watched
 from fastgen.progress import progress
 from fastgen.target import Target
 
@@ -40,7 +41,7 @@ class BuildsEngines(torch.nn.Module):
     config: Any
     device: torch.device
     engine_options: Any
-    _copies: tuple[Fingerprint, ...] = ()
+    _copies: tuple[FilePages | Fingerprint, ...] = ()
     """What the weights were that engines hold a second time."""
     _made: dict[Key, Made]
     """What engines read instead of weights."""
@@ -152,9 +153,15 @@ class BuildsEngines(torch.nn.Module):
         self._plain |= {name for name in engine.weight_pointers() if not is_made(name)}
         copied = getattr(engine, "copied", ())
         own.packed(copied)
-        if left := own.sources(copied):
+        watched_pages = (p for p in self._copies if isinstance(p, FilePages))
+        known = {place for pages in watched_pages for place in pages.places}
+        if left := [part for part in own.sources(copied) if part.data_ptr() not in known]:
             threads = self.engine_options.intra_op_threads or processes.threads()
-            self._copies += (Fingerprint(left, threads),)
+            copies = watched(left, threads)
+            for pages in copies:
+                if isinstance(pages, FilePages):
+                    pages.give_back()
+            self._copies += (*copies,)
         if self.device.type == "cpu" and (rounded := own.rounded()):
             self._copies += (Fingerprint(part.detach()[::_LOOKED_AT] for part in rounded),)
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -20,10 +21,11 @@ from transformers import T5Config
 
 import fastgen
 from fastgen.engines import NoEngine
+from fastgen.file_pages import FilePages, _told
 from fastgen.hf import weights
 from fastgen.hf.module import EngineModule
 from fastgen.hf.weights import Fingerprint, Glance, weights_state
-from tests.configs import TINY, Pair
+from tests.configs import TINY, Pair, build_stock, fast_class, stock_class
 from tests.helpers import assert_left_to_torch, assert_served, copies, sources, targets
 
 
@@ -181,6 +183,24 @@ def test_an_edit_of_one_row_through_data_is_seen(prepack: float) -> None:
     engine = pair.fast._engine
     assert_served(pair)
     assert pair.fast._engine is engine
+
+
+@pytest.mark.skipif(not _told(), reason="the kernel does not tell of writes to pages")
+@pytest.mark.parametrize("part", ["lm_head", "encoder.block.0.layer.0.SelfAttention.q"])
+def test_an_edit_of_what_lies_in_a_file_is_seen(part: str, tmp_path: Path) -> None:
+    """Such weights are packed without a pass over them in each call."""
+    build_stock("t5-1.1").save_pretrained(tmp_path)
+    made = (cls("t5-1.1").from_pretrained(tmp_path).eval() for cls in (stock_class, fast_class))
+    pair = Pair(*made)
+    assert_served(pair)
+    assert all(isinstance(copy, FilePages) for copy in pair.fast._copies)
+    engine = pair.fast._engine
+    assert_served(pair)
+    assert pair.fast._engine is engine
+    for model in (pair.fast, pair.stock):
+        numbers = model.get_submodule(part).weight.detach().numpy()
+        numbers[3] *= -2
+    assert_served(pair)
 
 
 @pytest.fixture(params=["one thread", "three threads", "no thread to be had"])
