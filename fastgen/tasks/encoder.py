@@ -2,6 +2,7 @@
 
 import weakref
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -111,9 +112,14 @@ class FastEncoder(StockForward, EngineModule):
         if not served or not self.engine_options.fused_kernels:
             return None
         root, own, kept = self._encoder_root(), self._weights(), self._engine_cache()
-        with suppress(NotFused):  # T5 in float32, say, or another dtype of some weight
-            return PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
-        return None
+        target = replace(target, calibration=self._calibration)
+        try:
+            fused = PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
+        except NotFused as error:  # T5 in float32, say, or another dtype of some weight
+            self._unfused = str(error)
+            return None
+        self._note(fused, own)
+        return fused
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""

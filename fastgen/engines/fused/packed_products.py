@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from fastgen.engines.fused.packed_kernels import Prefetch
-from fastgen.engines.fused.packed_values import Buffer, Size
+from fastgen.engines.fused.packed_values import Buffer, Rounded, Size
 
 FILLING, FILLING_TOKENS = 2**24, 256  # elements of a matrix, and tokens
 
@@ -29,18 +29,22 @@ class Recorded(Protocol):
 class Product:
     """``scale * x @ matrix + bias``, activated if there is an activation."""
 
-    x: Buffer
+    x: Buffer | Rounded
     matrix: torch.Tensor
+    """[in, out]; of 8-bit integers, if x is."""
     bias: torch.Tensor | None
     scale: float = 1.0
     activation: str | None = None
-    """One of cuBLAS: RELU, or GELU_TANH."""
+    """One of cuBLAS: RELU, or GELU_TANH; of integers any."""
     onto: Buffer | None = None
     """A residual stream that it is added to."""
+    steps: torch.Tensor | None = None
+    """float32 [out, 1], of a matrix of integers."""
     name: str = ""
     """Of the operation (see ``ops/names.py``)."""
 
     def into(self, buffer: Buffer, size: Size) -> None:
+        assert isinstance(self.x, Buffer)
         x, y = self.x.rows(size.tokens), buffer.rows(size.tokens)
         if self.onto is not None:
             if x.dtype == y.dtype:
@@ -60,11 +64,11 @@ class Product:
 
 
 class Products:
-    """Products by cuBLAS, each with its bias; they do not depend on each other."""
+    """Products of full weights by cuBLAS, each with its bias; they do not depend on each other."""
 
     def __init__(self, products: Sequence[Product]) -> None:
         self.products = products
-        self.reads = [product.x for product in products]
+        self.reads = [product.x for product in products if isinstance(product.x, Buffer)]
         self.writes = [product.onto or Buffer(product.matrix.shape[1]) for product in products]
         self.ahead: Prefetch | None = None
         """Fetches the weights of the products that follow, if there is a stream for it."""
