@@ -20,7 +20,7 @@ from fastgen.engines.fused.packed_attention import (
     BiasedAttention,
     Table,
 )
-from fastgen.engines.fused.packed_int8 import IntegerProduct, Round
+from fastgen.engines.fused.packed_integers import IntegerProduct, Round
 from fastgen.engines.fused.packed_kernels import (
     Activate,
     Embed,

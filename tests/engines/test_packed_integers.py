@@ -16,7 +16,7 @@ from fastgen.bench.shapes import shape_config
 from fastgen.blockwise import Format, dequantise, quantise
 from fastgen.calibration import Calibration, Range
 from fastgen.engines import NotFused
-from fastgen.engines.fused.packed_int8 import IntegerProduct, Round
+from fastgen.engines.fused.packed_integers import IntegerProduct, Round
 from fastgen.engines.fused.packed_kernels import NormRows, NormStream
 from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
 from fastgen.engines.fused.packed_products import Products

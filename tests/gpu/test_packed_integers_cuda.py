@@ -11,11 +11,11 @@ import torch
 from fastgen.blockwise import quantise
 from fastgen.engines.fused import packed_kernels as kernels
 from fastgen.engines.fused.encoder import compile_kernels
-from fastgen.engines.fused.packed_int8 import LEAST_ROWS, IntegerProduct, Round
+from fastgen.engines.fused.packed_integers import LEAST_ROWS, IntegerProduct, Round
 from fastgen.engines.fused.packed_products import Product
 from fastgen.engines.fused.packed_values import Buffer, Norm, Rounded
 from fastgen.quantize import calibrate
-from tests.engines.test_packed_int8 import by, off, round_products, t5_inputs
+from tests.engines.test_packed_integers import by, off, round_products, t5_inputs
 from tests.gpu import test_packed_encoder_cuda as bert
 from tests.gpu import test_packed_t5_cuda as t5
 from tests.gpu.models import DEVICE, DTYPES
