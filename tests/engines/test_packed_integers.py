@@ -181,6 +181,24 @@ def test_readers_with_ranges_of_their_own() -> None:
     assert off(fast(**given)[0], expected(**given)[0]) < 5e-3
 
 
+@calibrated
+def test_explain_names_the_calibration_and_what_it_is_not_used_for() -> None:
+    fast = bert(attention=True)[1]
+    found = fast.explain()
+    assert found.calibration == "max" and "linear layers" in found.reasons[0]
+    assert str(found).startswith("engine, 8-bit integers by calibration (max)\n  - on a GPU")
+    fast.engine_options = {"fused_kernels": False}
+    with mock.patch.object(type(fast), "_engine_for"):  # of ONNX Runtime, on a GPU
+        found = fast.explain()
+    assert found.calibration is None
+    assert "not used" in found.reasons[0] and "fused_kernels=False" in found.reasons[0]
+    fast.engine_options = None
+    fast.calibration = fast.calibration.without("*")
+    assert fast.explain().calibration == "max"
+    fast.calibration = None
+    assert str(fast.explain()) == "engine"
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-30])
 def test_rows_and_what_rounding_takes_away(scale: float) -> None:
     x = scale * torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
