@@ -27,7 +27,7 @@ from fastgen.engines.nvrtc import Launch, PreparedLaunch, Program
 
 _POINTER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 _LONG = ctypes.c_longlong
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "RELU": relu,
     "GELU_TANH": partial(gelu, approximate="tanh"),
     "GELU_ERF": gelu,
@@ -43,6 +43,9 @@ class Kernel:
     threads = THREADS
     overlaps = True
     """Whether it may start while the launch before it runs: it then waits for its inputs itself."""
+    shared_bytes, cluster = 0, 1
+    alone = False
+    """Whether a processor has one block of it, whose warps share out its registers themselves."""
 
     def __init__(self) -> None:
         self._prepared: PreparedLaunch | None = None
@@ -53,7 +56,15 @@ class Kernel:
         raise NotImplementedError
 
     def prepare(self, program: Program, name: str) -> None:
-        launch = Launch(name, (1, 1), self.threads, self.arguments, overlaps=self.overlaps)
+        launch = Launch(
+            name,
+            (1, 1),
+            self.threads,
+            self.arguments,
+            self.shared_bytes,
+            self.cluster,
+            self.overlaps,
+        )
         self._prepared = program.prepare(launch)
 
     def launch(self, blocks: int) -> None:
@@ -243,7 +254,7 @@ class Activate(Kernel):
 
     def reference(self, size: Size) -> None:
         x = self.x.tensor[: size.tokens]
-        y = _ACTIVATIONS[self.kind](x.float())
+        y = ACTIVATIONS[self.kind](x.float())
         x.copy_(y if self.gate is None else y * self.gate.tensor[: size.tokens].float())
 
 
