@@ -163,7 +163,7 @@ def compile_kernels(
         if body not in names:
             names[body] = f"{body.split('<')[0]}_{len(names)}"
             parameter = f"const __grid_constant__ {type(kernel.arguments).__name__} args"
-            bounds = f"__launch_bounds__({kernel.threads})"
+            bounds = f"__launch_bounds__({kernel.threads}{', 1' if kernel.alone else ''})"
             head = f'extern "C" __global__ void {bounds} {names[body]}({parameter})'
             lines.append(f"{head} {{ {body}(args); }}")
     program = nvrtc.program("\n".join(lines), device, engine_cache)

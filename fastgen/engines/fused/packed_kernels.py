@@ -44,6 +44,9 @@ class Kernel:
     threads = THREADS
     overlaps = True
     """Whether it may start while the launch before it runs: it then waits for its inputs itself."""
+    shared_bytes, cluster = 0, 1
+    alone = False
+    """Whether a processor has one block of it, whose warps share out its registers themselves."""
 
     def __init__(self) -> None:
         self._prepared: PreparedLaunch | None = None
@@ -54,7 +57,15 @@ class Kernel:
         raise NotImplementedError
 
     def prepare(self, program: Program, name: str) -> None:
-        launch = Launch(name, (1, 1), self.threads, self.arguments, overlaps=self.overlaps)
+        launch = Launch(
+            name,
+            (1, 1),
+            self.threads,
+            self.arguments,
+            self.shared_bytes,
+            self.cluster,
+            self.overlaps,
+        )
         self._prepared = program.prepare(launch)
 
     def launch(self, blocks: int) -> None:
