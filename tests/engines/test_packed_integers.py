@@ -16,6 +16,7 @@ from fastgen.bench.shapes import shape_config
 from fastgen.blockwise import Format, dequantise, quantise
 from fastgen.calibration import Calibration, Range
 from fastgen.engines import NotFused
+from fastgen.engines.fused.packed_int8 import Int8Product
 from fastgen.engines.fused.packed_integers import IntegerProduct, Round
 from fastgen.engines.fused.packed_kernels import NormRows, NormStream
 from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
@@ -152,7 +153,7 @@ def test_a_calibrations_steps(left_out: str | None) -> None:
     found, expected, exact = (m(**given)[0][seen] for m in (fast, rounded, whole))
     assert 3 * off(found, expected) < off(expected, exact) < 0.1
     launches = fast._engine._counted.launches
-    assert any(isinstance(launch, IntegerProduct) for launch in launches)
+    assert any(isinstance(launch, IntegerProduct) for launch in launches)  # as it is in float32
     assert any(isinstance(launch, Products) for launch in launches) == (left_out is not None)
 
 
@@ -250,8 +251,10 @@ def test_what_is_launched(name: str) -> None:
     ops = record(name)
     assert ops.embed is not None and ops.embed.store == "ROUNDED"
     kinds = [type(launch) for launch in ops.launches]
-    assert kinds.count(IntegerProduct) == 2 * 7 and kinds.count(Round) == 2 * 2
+    gated = "small" not in name and "3b" not in name  # one product of both
+    assert kinds.count(Int8Product) == 2 * 7 and kinds.count(Round) == 2 * 2
     assert len(kinds) == 2 * (7 + 2 + 1 + 2)
+    assert sum(e.gate is not None for e in ops.launches if isinstance(e, Int8Product)) == 2 * gated
     stores = [launch.store for launch in ops.launches if isinstance(launch, NormStream)]
     assert stores == ["ROUNDED"] * 3 + ["PLAIN"]
 

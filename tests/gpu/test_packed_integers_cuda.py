@@ -11,7 +11,13 @@ import torch
 from fastgen.blockwise import quantise
 from fastgen.engines.fused import packed_kernels as kernels
 from fastgen.engines.fused.encoder import compile_kernels
-from fastgen.engines.fused.packed_integers import LEAST_ROWS, IntegerProduct, Round
+from fastgen.engines.fused.packed_int8 import Int8Product
+from fastgen.engines.fused.packed_integers import (
+    LEAST_ROWS,
+    IntegerProduct,
+    Round,
+    integer_product,
+)
 from fastgen.engines.fused.packed_products import Product
 from fastgen.engines.fused.packed_values import Buffer, Norm, Rounded
 from fastgen.quantize import calibrate
@@ -132,6 +138,32 @@ def test_products_of_integers(dtype: torch.dtype, rows: int, step: float | None)
         IntegerProduct(product_of(x, 96, dtype, 5, False, onto=stream)),
         1e5 * random(rows, 96, seed=2),
     )
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="of the tensor cores of compute capability 9.0",
+)
+@pytest.mark.parametrize("outputs", [16, 272, 4096])
+@pytest.mark.parametrize("rows", [1, 77, 300])
+def test_products_that_leave_integers(rows: int, outputs: int) -> None:
+    x, leaves = placed(rows, Rounded(272)), placed(rows, Rounded.on(DEVICE, outputs, 0.03))
+    x.fill(random(rows, 272))
+    size = size_of(1, rows, rows)
+    size.starts[-1] = rows
+    for activation in (None, "GELU_TANH"):
+        product = product_of(x, outputs, torch.bfloat16, 5, True, activation=activation)
+        kernel = integer_product(product, torch.bfloat16, leaves=leaves)
+        assert isinstance(kernel, Int8Product)
+        compile_kernels([*kernel.kernels.values()], torch.bfloat16, DEVICE)
+        results = []
+        for run in (kernel, kernel.reference):
+            leaves.values.tensor.fill_(77)
+            run(size)
+            results.append(leaves.values.tensor.int())
+        assert (results[0][rows:] == 77).all()
+        apart = (results[0] - results[1]).abs()
+        assert apart.max() <= 1 and (apart > 0).float().mean() < 2e-2
 
 
 @pytest.mark.parametrize("mask", [None, "holes"])

@@ -11,6 +11,7 @@ import torch
 from fastgen import cuda
 from fastgen.engine_cache import EngineCache
 from fastgen.engines import NotFused, nvrtc
+from fastgen.engines.fused.packed_int8 import Int8Product
 from fastgen.engines.fused.packed_integers import LEAST_ROWS
 from fastgen.engines.fused.packed_kernels import Kernel
 from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
@@ -200,8 +201,13 @@ class PackedBinding:
 
     def kernels(self) -> list[Kernel]:
         """All of its own that have to be compiled."""
-        kernels: list[Kernel] = [self._embed, self._spread]
-        return kernels + [*self._fetches] + [e for e in self._launches if isinstance(e, Kernel)]
+        kernels: list[Kernel] = [self._embed, self._spread, *self._fetches]
+        for each in self._launches:
+            if isinstance(each, Int8Product):
+                kernels += each.kernels.values()
+            elif isinstance(each, Kernel):
+                kernels.append(each)
+        return kernels
 
     def size(self, tokens: int, rows: int, longest: int, even: bool = False) -> Size:
         """So many tokens in so many rows, of which no row has more than the longest, and if

@@ -17,9 +17,11 @@ struct Int8Args {
     const float* row_scale;        // [M], or with row_step 0 one for all
     const float* column_scale[2];  // [N], of each weight
     const T* bias[2];              // [N]; null: none
-    void* y;                       // T [M, N], or with ONTO float [M, N] that it is added to
+    void* y;                       // T [M, N], or with ONTO float [M, N] that it is added to, or
+                                   // with INTEGERS int8 [M, N], of one step: N a multiple of 8
     const int* count;              // how many of the rows there are; null: all
     int rows, columns, inputs, row_step;  // M, N, K
+    float factor;                  // of INTEGERS: these a unit
 };
 
 constexpr int STORED = -1;  // in place of an activation
@@ -179,7 +181,8 @@ INLINE void transpose(unsigned (&w)[4]) {
 
 // ---------------------------------------------------------------------------------------------
 
-template <int BN, int CM, int CN, int ACT, bool GATED, bool ONTO> struct Int8Product {
+template <int BN, int CM, int CN, int ACT, bool GATED, bool ONTO, bool INTEGERS>
+struct Int8Product {
     static constexpr int BLOCKS = CM * CN, OUT = GATED ? BN / 2 : BN;  // columns of y a tile
     static constexpr int X_BYTES = INT8_ROWS * INT8_INPUTS, W_BYTES = BN * INT8_INPUTS;
     static constexpr int STAGE = X_BYTES + W_BYTES, STAGES = 200 * 1024 / STAGE;
@@ -314,6 +317,7 @@ template <int BN, int CM, int CN, int ACT, bool GATED, bool ONTO> struct Int8Pro
                     float y[2];
                     result(group, h, scales, gates, y);
                     if constexpr (ONTO) add(y, row + 8 * h, column + group * 8 + quad * 2);
+                    else if constexpr (INTEGERS) words[h][i] = two_integers(y[0], y[1]);
                     else words[h][i] = two_of(y[0], y[1], T());
                 }
             }
@@ -335,10 +339,22 @@ template <int BN, int CM, int CN, int ACT, bool GATED, bool ONTO> struct Int8Pro
             for (int e = 0; e < 2; e++)
                 if (column + e < args.columns) to[e] += y[e];
     }
+    INLINE unsigned two_integers(float low, float high) const {
+        unsigned y;
+        asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
+            : "=r"(y) : "r"(nearest(high)), "r"(nearest(low)), "r"(0));
+        return y;
+    }
+    INLINE int nearest(float y) const {
+        return __float2int_rn(fminf(fmaxf(y * args.factor, -127.f), 127.f));
+    }
     INLINE void put(const unsigned (&words)[4], int row, int column) const {
         T* to = (T*)args.y + (long long)row * args.columns + column;
         if (row >= rows || column >= args.columns) return;
-        if (args.columns % 8 == 0) {
+        if constexpr (INTEGERS) {
+            signed char* integers = (signed char*)args.y + (long long)row * args.columns + column;
+            *(uint2*)integers = make_uint2(words[0] | words[1] << 16, words[2] | words[3] << 16);
+        } else if (args.columns % 8 == 0) {
             *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
         } else {
 #pragma unroll
@@ -410,9 +426,9 @@ template <int BN, int CM, int CN, int ACT, bool GATED, bool ONTO> struct Int8Pro
     }
 };
 
-template <int BN, int CM, int CN, int ACT, bool GATED, bool ONTO>
+template <int BN, int CM, int CN, int ACT, bool GATED, bool ONTO, bool INTEGERS = false>
 INLINE void int8_product(const Int8Args& args) {
-    typedef Int8Product<BN, CM, CN, ACT, GATED, ONTO> Product;
+    typedef Int8Product<BN, CM, CN, ACT, GATED, ONTO, INTEGERS> Product;
     extern __shared__ char int8_shared[];
     launch_dependents();
     Product product = {args, (shared_address(int8_shared) + 1023) & ~1023u,

@@ -1,6 +1,7 @@
 """Products of packed rows as 8-bit integers, by weights with a step for each output.
 
-cuBLAS adds them up in 32 bits, and a kernel of encoder_int8.cu makes of the sums what is wanted.
+One kernel computes them where tensor cores are those of Hopper (packed_int8.py). Elsewhere cuBLAS
+adds them up in 32 bits, and a kernel of encoder_int8.cu makes of the sums what is wanted.
 """
 
 import ctypes
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from fastgen.engines import NotFused
+from fastgen.engines.fused.packed_int8 import Int8Product, Int8Weight, check
 from fastgen.engines.fused.packed_kernels import (
     ACTIVATIONS,
     Kernel,
@@ -62,6 +64,42 @@ class FinishArgs(ctypes.Structure):
         *(("bias", _POINTER * 2), ("y", _POINTER), ("factor", ctypes.c_float)),
         *(("row_step", ctypes.c_int), ("count", ctypes.c_longlong)),
     ]
+
+
+def are_integers(product: Product, gate: Product | None) -> bool:
+    """Whether one launch multiplies integers and activates: with a gate, of the same rows."""
+    together = gate is None or (gate.steps is not None and gate.x is product.x)
+    return product.steps is not None and together
+
+
+def integer_product(
+    product: Product,
+    dtype: torch.dtype,
+    gate: Product | None = None,
+    leaves: Rounded | None = None,
+) -> "IntegerProduct | Int8Product":
+    """What computes it (see ``IntegerProduct``): a kernel of our own where it runs."""
+    try:
+        check(product.matrix.device, dtype, product.matrix.shape[0])
+    except NotFused:
+        return IntegerProduct(product, gate, leaves)
+    assert isinstance(product.x, Rounded)
+    x, width = product.x, product.matrix.shape[1]
+    weights = [
+        Int8Weight(each.matrix.T, each.steps.flatten(), each.bias)
+        for each in (product, gate)
+        if each is not None and each.steps is not None
+    ]
+    return Int8Product(
+        x.values,
+        x.steps if x.step is None else x.steps.tensor.flatten(),
+        weights[0],
+        product.onto or (Buffer(width) if leaves is None else leaves.values),
+        product.activation,
+        *weights[1:],
+        onto=product.onto is not None,
+        step=None if leaves is None else leaves.step,
+    )
 
 
 class IntegerProduct(Kernel):
