@@ -17,6 +17,7 @@ from fastgen.engines.fused.packed_kernels import Kernel
 from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
 from fastgen.engines.fused.packed_places import Count, Place, Spread
 from fastgen.engines.fused.packed_plan import allocate, fetch_ahead
+from fastgen.engines.fused.packed_products import Together
 from fastgen.engines.fused.packed_values import Buffer, Call, Size
 from fastgen.target import Target
 
@@ -203,10 +204,11 @@ class PackedBinding:
         """All of its own that have to be compiled."""
         kernels: list[Kernel] = [self._embed, self._spread, *self._fetches]
         for each in self._launches:
-            if isinstance(each, Int8Product):
-                kernels += each.kernels.values()
-            elif isinstance(each, Kernel):
-                kernels.append(each)
+            for launch in each.launches if isinstance(each, Together) else [each]:
+                if isinstance(launch, Int8Product):
+                    kernels += launch.kernels.values()
+                elif isinstance(launch, Kernel):
+                    kernels.append(launch)
         return kernels
 
     def size(self, tokens: int, rows: int, longest: int, even: bool = False) -> Size:

@@ -28,7 +28,7 @@ from fastgen.engines.fused.packed_kernels import (
     NormRows,
     NormStream,
 )
-from fastgen.engines.fused.packed_products import Product, Products, Recorded
+from fastgen.engines.fused.packed_products import Product, Products, Recorded, Together
 from fastgen.engines.fused.packed_values import MAX_TERMS, VECTOR, Buffer, Norm, Rounded, Term
 from fastgen.engines.fused.products import ACTIVATIONS
 from fastgen.engines.fused.recorder import narrow_results
@@ -124,10 +124,12 @@ class PackedOps:
         """The results of products that do not depend on each other."""
         if all(product.steps is None for product in products):
             return self._record(Products(products))
-        return [
-            self._record(Products([each]))[0] if each.steps is None else self._of_integers(each)
+        launches = [
+            Products([each]) if each.steps is None else integer_product(each, self._dtype)
             for each in products
         ]
+        self._record(launches[0] if len(launches) == 1 else Together(products, launches))
+        return [launch.writes[0] for launch in launches]
 
     def _of_integers(
         self, product: Product, gate: Product | None = None, leaves: Rounded | None = None
