@@ -137,7 +137,7 @@ class FastEncoder(StockForward, EngineModule):
         except NotFused as error:  # T5 in float32, say, or another dtype of some weight
             self._unfused = str(error)
             return None
-        self._note(fused, own)
+        self._plain |= fused.weight_pointers().keys()
         return fused
 
     def refusal(self, **kwargs: Any) -> str | None:

@@ -85,18 +85,18 @@ def integer_product(
         return IntegerProduct(product, gate, leaves)
     assert isinstance(product.x, Rounded)
     x, width = product.x, product.matrix.shape[1]
-    weights = [
-        Int8Weight(each.matrix.T, each.steps.flatten(), each.bias)
-        for each in (product, gate)
-        if each is not None and each.steps is not None
-    ]
+
+    def weight(of: Product) -> Int8Weight:
+        assert of.steps is not None
+        return Int8Weight(of.matrix.T, of.steps.flatten(), of.bias)
+
     return Int8Product(
         x.values,
         x.steps if x.step is None else x.steps.tensor.flatten(),
-        weights[0],
+        weight(product),
         product.onto or (Buffer(width) if leaves is None else leaves.values),
         product.activation,
-        *weights[1:],
+        None if gate is None else weight(gate),
         onto=product.onto is not None,
         step=None if leaves is None else leaves.step,
     )
