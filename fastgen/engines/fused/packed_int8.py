@@ -173,8 +173,8 @@ class TiledProduct(Kernel):
         if self._mapped != x.data_ptr():
             parts = max(2, tile.row_blocks)
             for i, weight in enumerate(self._weights):
-                rows = tile.columns // parts
-                _fill(args.weight[i], nvrtc.tensor_map(weight.values, rows))
+                each = tile.columns // parts
+                _fill(args.weight[i], nvrtc.tensor_map(weight.values, each))
             _fill(args.x, nvrtc.tensor_map(x, ROWS // tile.column_blocks))
             self._mapped = x.data_ptr()
         rows = scale.tensor if isinstance(scale, Buffer) else scale
