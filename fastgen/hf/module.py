@@ -90,6 +90,19 @@ class EngineModule(Explained, BuildsEngines):
             part._calibration = calibration
         self.invalidate_engine()
 
+    def calibration_in_use(self) -> tuple[str | None, list[str]]:
+        """How the calibration was found, if the encoder's engine computes by it, and in words of
+        what it is not used for. The engine must be there, or may be built."""
+        for part in self._calibrated_parts():
+            if (known := part._calibration) is not None:
+                used, gaps = part.calibrated_engine()
+                return (known.method or "ranges as given") if used else None, gaps
+        return None, []
+
+    def calibrated_engine(self) -> tuple[bool, list[str]]:
+        """Whether a stack's engine computes by its calibration, and in words of what not."""
+        raise NotImplementedError
+
     def _calibrated_parts(self) -> "list[EngineModule]":
         parts = (part for part in self.modules() if isinstance(part, EngineModule))
         return [part for part in parts if part._calibrates]
