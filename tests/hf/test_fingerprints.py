@@ -1,6 +1,8 @@
 """Fingerprints of weights: what tells of edits that torch keeps no count of."""
 
 import threading
+from collections.abc import Callable
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
