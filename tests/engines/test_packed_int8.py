@@ -61,18 +61,19 @@ def test_products_on_a_cpu() -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)])
 def test_other_gpus_are_refused(capability: tuple[int, int]) -> None:
     with mock.patch("torch.cuda.get_device_capability", lambda _: capability):
-        with pytest.raises(NotFused, match="compute capability 9.0"):
-            packed_int8.check(GPU, torch.bfloat16, 1024)
+        with pytest.raises(NotFused, match=r"compute capability 9\.0"):
+            packed_int8.check(GPU, torch.bfloat16, 1024, 1024)
         assert nvrtc.architecture(GPU) == "sm_{}{}".format(*capability)
 
 
 def test_what_hopper_refuses() -> None:
     with mock.patch("torch.cuda.get_device_capability", lambda _: (9, 0)):
-        packed_int8.check(GPU, torch.float16, 1024)
-        with pytest.raises(NotFused, match=r"torch.float32: float16 or bfloat16"):
-            packed_int8.check(GPU, torch.float32, 1024)
-        with pytest.raises(NotFused, match="1000 columns: a multiple of 16"):
-            packed_int8.check(GPU, torch.float16, 1000)
+        packed_int8.check(GPU, torch.float16, 1024, 1024)
+        with pytest.raises(NotFused, match=r"torch\.float32: float16 or bfloat16"):
+            packed_int8.check(GPU, torch.float32, 1024, 1024)
+        for sizes in ((1000, 1024), (1024, 1001)):
+            with pytest.raises(NotFused, match=f"{sizes[0]} to {sizes[1]} columns: multiples of"):
+                packed_int8.check(GPU, torch.float16, *sizes)
         assert nvrtc.architecture(GPU) == "sm_90a"
 
 

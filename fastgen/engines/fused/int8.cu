@@ -361,7 +361,7 @@ struct Int8Product {
             tile += gridDim.x / CLUSTER;
             skip();
         }
-        for (; tile < row_tiles * column_tiles; tile += step) {
+        for (bool first = group == 0; tile < row_tiles * column_tiles; tile += step, first = false) {
             int row, column;
             place(tile, row, column);
             row += (TURNS ? 0 : group * PARTS * 64) + warp * 16 + lane / 4;
@@ -371,6 +371,8 @@ struct Int8Product {
             for (int i = 0; i < 2 * PARTS; i++)
                 row_scale[i / 2][i % 2] =
                     args.row_scale[min(row + i / 2 * 64 + i % 2 * 8, rows - 1) * args.row_step];
+            // in turn: barriers tell only the last phase from the one before
+            if (TURNS && !first) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
             int c[PARTS][BN / 2], last = stage;
             for (int k = 0; k < k_steps; k++) {
                 barrier_wait(filled(stage), parity);
@@ -391,6 +393,8 @@ struct Int8Product {
                 last = stage;
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
+            if (TURNS && tile + step / 2 < row_tiles * column_tiles)
+                asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory");
             multiply_done<0>();
             release(last);
             const unsigned columns = base + STAGES * STAGE + (2 * group + turn) * COLUMN_BYTES;

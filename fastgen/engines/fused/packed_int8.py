@@ -68,17 +68,17 @@ class Int8Args(ctypes.Structure):
     ]
 
 
-def check(device: torch.device, dtype: torch.dtype, inputs: int) -> None:
+def check(device: torch.device, dtype: torch.dtype, inputs: int, outputs: int) -> None:
     """
     Raises:
-        NotFused: this GPU, activations of this dtype or rows of so many columns are not served.
+        NotFused: this GPU, activations of this dtype or a weight of this size are not served.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
         raise NotFused("8-bit products of many rows need compute capability 9.0")
     if dtype not in (torch.float16, torch.bfloat16):
         raise NotFused(f"8-bit products in {dtype}: float16 or bfloat16")
-    if inputs % 16:
-        raise NotFused(f"8-bit products of {inputs} columns: a multiple of 16")
+    if inputs % 16 or outputs % 8:
+        raise NotFused(f"8-bit products of {inputs} to {outputs} columns: multiples of 16 and 8")
 
 
 class Int8Product:
