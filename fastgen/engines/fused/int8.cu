@@ -19,9 +19,11 @@ struct Int8Args {
     const float* row_scale;        // [M], or with row_step 0 one for all
     const float* column_scale[2];  // [N], of each weight
     const T* bias[2];              // [N]; null: none
-    void* y;                       // T [M, N], or with ONTO float [M, N] that it is added to
+    void* y;                       // T [M, N], or with ONTO float [M, N] that it is added to, or
+                                   // with INTEGERS int8 [M, N], of one step
     const int* count;              // how many of the rows there are; null: all
     int rows, columns, inputs, row_step;  // M, N, K
+    float factor;                  // of INTEGERS: these a unit
 };
 
 constexpr int STORED = -1;  // in place of an activation
@@ -184,7 +186,8 @@ INLINE void transpose(unsigned (&w)[4]) {
 
 // ---------------------------------------------------------------------------------------------
 
-template <int ROWS_, int BN, int CLUSTER, bool TURNS, int ACT, bool GATED, bool ONTO>
+template <int ROWS_, int BN, int CLUSTER, bool TURNS, int ACT, bool GATED, bool ONTO,
+          bool INTEGERS>
 struct Int8Product {
     static constexpr int OUT = GATED ? BN / 2 : BN;          // columns of y
     static constexpr int PARTS = ROWS_ / (TURNS ? 64 : 128);  // of 64 rows that a warp group has
@@ -313,6 +316,7 @@ struct Int8Product {
                     float y[2];
                     result(group, h, scales, gates, y);
                     if constexpr (ONTO) add(y, row + 8 * h, column + group * 8 + quad * 2);
+                    else if constexpr (INTEGERS) words[h][i] = two_integers(y[0], y[1]);
                     else words[h][i] = two_of(y[0], y[1], T());
                 }
             }
@@ -330,10 +334,24 @@ struct Int8Product {
         asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};"
                      ::"l"(to), "f"(y[0]), "f"(y[1]) : "memory");
     }
+    INLINE unsigned two_integers(float low, float high) const {
+        unsigned y;
+        asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
+            : "=r"(y) : "r"(nearest(high)), "r"(nearest(low)), "r"(0));
+        return y;
+    }
+    INLINE int nearest(float y) const {
+        return __float2int_rn(fminf(fmaxf(y * args.factor, -127.f), 127.f));
+    }
     INLINE void put(const unsigned (&words)[4], int row, int column) const {
         if (row >= rows || column >= args.columns) return;
-        T* to = (T*)args.y + (long long)row * args.columns + column;
-        *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+        if constexpr (INTEGERS) {
+            signed char* integers = (signed char*)args.y + (long long)row * args.columns + column;
+            *(uint2*)integers = make_uint2(words[0] | words[1] << 16, words[2] | words[3] << 16);
+        } else {
+            T* to = (T*)args.y + (long long)row * args.columns + column;
+            *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+        }
     }
 
     // A warp group
@@ -416,9 +434,10 @@ struct Int8Product {
     }
 };
 
-template <int ROWS_, int BN, int CLUSTER, bool TURNS, int ACT, bool GATED, bool ONTO>
+template <int ROWS_, int BN, int CLUSTER, bool TURNS, int ACT, bool GATED, bool ONTO,
+          bool INTEGERS = false>
 INLINE void int8_product(const Int8Args& args) {
-    typedef Int8Product<ROWS_, BN, CLUSTER, TURNS, ACT, GATED, ONTO> Product;
+    typedef Int8Product<ROWS_, BN, CLUSTER, TURNS, ACT, GATED, ONTO, INTEGERS> Product;
     extern __shared__ char int8_shared[];
     launch_dependents();
     Product product = {args, (shared_address(int8_shared) + 1023) & ~1023u,

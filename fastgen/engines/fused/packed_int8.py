@@ -9,7 +9,7 @@ import torch
 
 from fastgen.engines import NotFused, nvrtc
 from fastgen.engines.fused.packed_kernels import ACTIVATIONS, Kernel, pointer
-from fastgen.engines.fused.packed_values import Buffer, Size
+from fastgen.engines.fused.packed_values import LARGEST, Buffer, Size
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 _MAP = ctypes.c_uint64 * 16
@@ -64,7 +64,8 @@ class Int8Args(ctypes.Structure):
         *(("x", _MAP), ("weight", _MAP * 2), ("row_scale", _POINTER)),
         *(("column_scale", _POINTER * 2), ("bias", _POINTER * 2), ("y", _POINTER)),
         *(("count", _POINTER), ("rows", _INT), ("columns", _INT), ("inputs", _INT)),
-        *(("row_step", _INT), ("padding", ctypes.c_char * 56)),  # to a multiple of 64 bytes
+        *(("row_step", _INT), ("factor", ctypes.c_float)),
+        ("padding", ctypes.c_char * 52),  # to a multiple of 64 bytes
     ]
 
 
@@ -94,6 +95,7 @@ class Int8Product:
         activation: str | None = None,
         gate: Int8Weight | None = None,
         onto: bool = False,
+        step: float | None = None,
     ) -> None:
         """
         Args:
@@ -103,9 +105,10 @@ class Int8Product:
             activation: one of the kernels': RELU, GELU_TANH, GELU_ERF or SILU.
             gate: of the weight's size.
             onto: whether ``y`` is a residual stream in float32, which they are added to.
+            step: ``y`` is int8 of this step; None: rows of the dtype of activations.
         """
         self.x, self.row_scale, self.weight, self.y = x, row_scale, weight, y
-        self.activation, self.gate, self.onto = activation, gate, onto
+        self.activation, self.gate, self.onto, self.step = activation, gate, onto, step
         scales = [row_scale] if isinstance(row_scale, Buffer) else []
         self.reads: Sequence[Buffer] = [x, *scales, *([y] if onto else [])]
         self.writes: Sequence[Buffer] = [y]
@@ -132,6 +135,8 @@ class Int8Product:
             result = ACTIVATIONS[self.activation](result)
         if self.gate is not None:
             result = result * product(self.gate)
+        if self.step is not None:
+            result = (result / self.step).round().clamp(-LARGEST, LARGEST)
         y = self.y.rows(size.tokens)
         y.copy_(y + result if self.onto else result)
 
@@ -148,6 +153,7 @@ class TiledProduct(Kernel):
         weights = [w for w in (product.weight, product.gate) if w is not None]
         outputs, inputs = product.weight.values.shape
         self.arguments = args = Int8Args(columns=outputs, inputs=inputs)
+        args.factor = 0.0 if product.step is None else 1 / product.step
         for i, weight in enumerate(weights):
             args.column_scale[i], args.bias[i] = weight.scale.data_ptr(), pointer(weight.bias)
         self._weights, self._mapped = weights, 0
@@ -156,6 +162,7 @@ class TiledProduct(Kernel):
     def body(self) -> str:
         tile, product = self._tile, self._product
         flags = f"{product.activation or 'STORED'}, {_word(product.gate)}, {_word(product.onto)}"
+        flags += f", {_word(product.step)}"
         sizes = f"{tile.rows}, {tile.columns}, {tile.cluster}, {_word(tile.turns)}"
         return f"int8_product<{sizes}, {flags}>"
 
