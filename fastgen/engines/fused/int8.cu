@@ -4,11 +4,13 @@
 // Behind common.cu, of which it takes the types, the activations' names and the two functions of
 // programmatic dependent launch. Compiled for sm_90a.
 //
-// A block has 128 rows and BN columns of W: one warp asks for tiles of both (bulk tensor copies,
-// STAGES of them ahead), two warp groups multiply 64 rows each, and store. Blocks are as many as
-// there are processors; each walks over tiles. Those of a cluster of CM x CN tiles load a part each
-// of what their rows or columns share, for all of them. What lies behind M, N or K is read as
-// zeros, and not stored.
+// A block computes tiles of ROWS x BN outputs (with GATED half of BN, of two weights). One warp asks
+// for tiles of x and W, by bulk tensor copies that run STAGES ahead; two warp groups multiply and
+// store. With TURNS they have every other tile each, so that one multiplies while the other stores;
+// else they share each tile's rows. Blocks are as many as there are processors, and each walks over
+// tiles; those of a cluster of CLUSTER, one below the other, load a part each of the tile of W that
+// they share. What lies behind M, N or K is read as zeros, and not stored; K is a multiple of 16 and N
+// of 8, as 16 bytes are read and stored at once.
 
 struct alignas(64) TensorMap { unsigned long long opaque[16]; };  // CUtensorMap
 
@@ -18,16 +20,15 @@ struct Int8Args {
     const float* column_scale[2];  // [N], of each weight
     const T* bias[2];              // [N]; null: none
     void* y;                       // T [M, N], or with ONTO float [M, N] that it is added to, or
-                                   // with INTEGERS int8 [M, N], of one step: N a multiple of 8
+                                   // with INTEGERS int8 [M, N], of one step
     const int* count;              // how many of the rows there are; null: all
     int rows, columns, inputs, row_step;  // M, N, K
     float factor;                  // of INTEGERS: these a unit
 };
 
 constexpr int STORED = -1;  // in place of an activation
-constexpr int INT8_ROWS = 128, INT8_INPUTS = 128;  // of a tile; a block has 384 threads
-constexpr int INT8_GROUP = 16;  // tiles of rows that are walked over together, for the L2 cache
-constexpr int INT8_LAG = 2;     // stages between the warp groups: one multiplies while the other stores
+constexpr int INT8_INPUTS = 128;  // of a tile: a row of 128 bytes
+constexpr int INT8_GROUP = 2048;  // rows whose tiles are walked over together, for the L2 cache
 
 INLINE unsigned shared_address(const void* pointer) {
     return (unsigned)__cvta_generic_to_shared(pointer);
@@ -76,10 +77,9 @@ template <int BLOCKS> INLINE unsigned rank_in_cluster() {
     return rank;
 }
 
-// A box of a matrix to the same place of all blocks of a mask, or with ALONE of this one.
+// A box of a matrix to a place of this block's shared memory, or to that of both of a cluster.
 template <bool ALONE>
-INLINE void copy_box(unsigned to, const TensorMap& map, int column, int row, unsigned barrier,
-                     unsigned blocks) {
+INLINE void copy_box(unsigned to, const TensorMap& map, int column, int row, unsigned barrier) {
     if constexpr (ALONE)
         asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
                      " [%0], [%1, {%2, %3}], [%4];"
@@ -88,7 +88,7 @@ INLINE void copy_box(unsigned to, const TensorMap& map, int column, int row, uns
         asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
                      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
                      ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier),
-                     "h"((unsigned short)blocks) : "memory");
+                     "h"((unsigned short)3) : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -138,20 +138,25 @@ INLINE void multiply_queued() { asm volatile("wgmma.commit_group.sync.aligned;" 
 template <int LATER> INLINE void multiply_done() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
 }
-template <int COUNT> INLINE void multiply_done(int (&c)[COUNT]) {  // c may be read behind it
-    multiply_done<0>();
+template <int COUNT> INLINE void multiplied(int (&c)[COUNT]) {  // c is read behind this only
 #pragma unroll
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(c[i])::"memory");
 }
 
 // ---------------------------------------------------------------------------------------------
-// Activations, by the hardware's exponential: they are as long as a short product
+// Activations, by the hardware's exponential and reciprocal: there are as many as a short product takes
+
+INLINE float sigmoid_of(float power) {  // 1 / (1 + 2^-power)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(-power));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.f + y));
+    return y;
+}
 
 template <int ACT> INLINE float quick(float x) {
-    if constexpr (ACT == GELU_TANH)
-        return __fdividef(x, 1.f + __expf(-1.5957691f * (x + 0.044715f * x * x * x)));
-    else if constexpr (ACT == SILU) return __fdividef(x, 1.f + __expf(-x));
-    else if constexpr (ACT == STORED) return x;
+    if constexpr (ACT == STORED) return x;
+    else if constexpr (ACT == GELU_TANH) return x * sigmoid_of(x * (2.3022082f + 0.10294324f * x * x));
+    else if constexpr (ACT == SILU) return x * sigmoid_of(x * 1.442695f);
     else return activate<ACT>(x);
 }
 
@@ -181,13 +186,15 @@ INLINE void transpose(unsigned (&w)[4]) {
 
 // ---------------------------------------------------------------------------------------------
 
-template <int BN, int CM, int CN, int ACT, bool GATED, bool ONTO, bool INTEGERS>
+template <int ROWS_, int BN, int CLUSTER, bool TURNS, int ACT, bool GATED, bool ONTO,
+          bool INTEGERS>
 struct Int8Product {
-    static constexpr int BLOCKS = CM * CN, OUT = GATED ? BN / 2 : BN;  // columns of y a tile
-    static constexpr int X_BYTES = INT8_ROWS * INT8_INPUTS, W_BYTES = BN * INT8_INPUTS;
-    static constexpr int STAGE = X_BYTES + W_BYTES, STAGES = 200 * 1024 / STAGE;
-    static constexpr int PARTS = CM > 2 ? CM : 2;  // of a tile of W, each one copy
-    static constexpr int COLUMN_BYTES = BN * 8;    // scales and biases of a tile, for a warp group
+    static constexpr int OUT = GATED ? BN / 2 : BN;          // columns of y
+    static constexpr int PARTS = ROWS_ / (TURNS ? 64 : 128);  // of 64 rows that a warp group has
+    static constexpr int WARPS = TURNS ? 4 : 8;              // that read a tile
+    static constexpr int X_BYTES = ROWS_ * INT8_INPUTS, STAGE = X_BYTES + BN * INT8_INPUTS;
+    static constexpr int STAGES = 200 * 1024 / STAGE;
+    static constexpr int COLUMN_BYTES = BN * 8;  // scales and biases of a tile, for a warp group
     static constexpr int BARRIERS = STAGES * STAGE + 4 * COLUMN_BYTES;
 
     const Int8Args& args;
@@ -196,15 +203,15 @@ struct Int8Product {
 
     // The first row and column of this block's part of a tile of the cluster.
     INLINE void place(int tile, int& row, int& column) const {
-        constexpr int GROUP = INT8_GROUP / CM;
+        constexpr int GROUP = INT8_GROUP / ROWS_ / CLUSTER;
         const int before = tile / (GROUP * column_tiles) * GROUP;
         const int size = min(GROUP, row_tiles - before), among = tile % (GROUP * column_tiles);
-        row = ((before + among % size) * CM + rank % CM) * INT8_ROWS;
-        column = (among / size * CN + rank / CM) * OUT;
+        row = ((before + among % size) * CLUSTER + rank) * ROWS_;
+        column = among / size * OUT;
     }
     INLINE void count_tiles() {
         rows = args.count ? min(*args.count, args.rows) : args.rows;
-        row_tiles = (rows + INT8_ROWS * CM - 1) / (INT8_ROWS * CM);
+        row_tiles = (rows + ROWS_ * CLUSTER - 1) / (ROWS_ * CLUSTER);
     }
     INLINE unsigned filled(int stage) const { return base + BARRIERS + 8 * stage; }
     INLINE unsigned emptied(int stage) const { return base + BARRIERS + 8 * (STAGES + stage); }
@@ -212,25 +219,16 @@ struct Int8Product {
     // Loads
 
     INLINE void load_weights(int stage, int k, int column) const {
-        const unsigned to = base + stage * STAGE + X_BYTES;
-        constexpr int SIZE = BN / PARTS;
 #pragma unroll
-        for (int i = 0; i < PARTS / CM; i++) {
-            const int part = rank % CM * (PARTS / CM) + i, at = part * SIZE;
-            const bool second = GATED && at >= OUT;
-            copy_box<CM == 1>(to + part * SIZE * INT8_INPUTS, args.weight[second], k * INT8_INPUTS,
-                              column + at - (second ? OUT : 0), filled(stage),
-                              ((1u << CM) - 1) << rank / CM * CM);
+        for (int i = 0; i < 2 / CLUSTER; i++) {
+            const int half = CLUSTER == 1 ? i : rank;
+            copy_box<CLUSTER == 1>(base + stage * STAGE + X_BYTES + half * (BN / 2 * INT8_INPUTS),
+                                   args.weight[GATED ? half : 0], k * INT8_INPUTS,
+                                   column + (GATED ? 0 : half * (BN / 2)), filled(stage));
         }
     }
     INLINE void load_rows(int stage, int k, int row) const {
-        constexpr int SIZE = INT8_ROWS / CN;
-        unsigned blocks = 0;
-#pragma unroll
-        for (int i = 0; i < CN; i++) blocks |= 1u << (i * CM);
-        const int part = rank / CM * SIZE;
-        copy_box<CN == 1>(base + stage * STAGE + part * INT8_INPUTS, args.x, k * INT8_INPUTS,
-                          row + part, filled(stage), blocks << rank % CM);
+        copy_box<true>(base + stage * STAGE, args.x, k * INT8_INPUTS, row, filled(stage));
     }
 
     // One thread. The first weights are fetched before the launch in front has ended, if it is known
@@ -240,7 +238,7 @@ struct Int8Product {
         if (!args.count) {
             count_tiles();
             early = min(STAGES, k_steps);
-            place(blockIdx.x / BLOCKS, row, column);
+            place(blockIdx.x / CLUSTER, row, column);
             for (int k = 0; k < early; k++) {
                 barrier_expect(filled(k), STAGE);
                 load_weights(k, k, column);
@@ -250,8 +248,8 @@ struct Int8Product {
         count_tiles();
         int stage = 0;
         unsigned parity = 1;
-        for (int tile = blockIdx.x / BLOCKS; tile < row_tiles * column_tiles;
-             tile += gridDim.x / BLOCKS) {
+        for (int tile = blockIdx.x / CLUSTER; tile < row_tiles * column_tiles;
+             tile += gridDim.x / CLUSTER) {
             place(tile, row, column);
             for (int k = 0; k < k_steps; k++) {
                 if (early > 0) {
@@ -279,15 +277,16 @@ struct Int8Product {
     INLINE float4 two_columns(int column) const {
         const int at = threadIdx.x % 128 * 2;
         const bool second = GATED && at >= OUT;
-        float v[4] = {};
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int n = column + at + e - (second ? OUT : 0);
-            if (at >= BN || n >= args.columns) continue;
-            v[e] = args.column_scale[second][n];
-            if (args.bias[second]) v[2 + e] = to_float(args.bias[second][n]);
+        const int n = column + at - (second ? OUT : 0);
+        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (at >= BN || n >= args.columns) return v;
+        const float2 scales = *(const float2*)(args.column_scale[second] + n);
+        v.x = scales.x, v.y = scales.y;
+        if (args.bias[second]) {
+            const Pack<T, 2> bias = *(const Pack<T, 2>*)(args.bias[second] + n);
+            v.z = to_float(bias.element[0]), v.w = to_float(bias.element[1]);
         }
-        return make_float4(v[0], v[1], v[2], v[3]);
+        return v;
     }
     INLINE void store(const int (&c)[BN / 2], const float (&row_scale)[2], int row, int column,
                       unsigned columns) const {
@@ -330,14 +329,10 @@ struct Int8Product {
         }
     }
     INLINE void add(const float (&y)[2], int row, int column) const {
+        if (row >= rows || column >= args.columns) return;
         float* to = (float*)args.y + (long long)row * args.columns + column;
-        if (row >= rows) return;
-        if (column + 1 < args.columns && args.columns % 2 == 0)
-            asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};"
-                         ::"l"(to), "f"(y[0]), "f"(y[1]) : "memory");
-        else
-            for (int e = 0; e < 2; e++)
-                if (column + e < args.columns) to[e] += y[e];
+        asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};"
+                     ::"l"(to), "f"(y[0]), "f"(y[1]) : "memory");
     }
     INLINE unsigned two_integers(float low, float high) const {
         unsigned y;
@@ -349,17 +344,13 @@ struct Int8Product {
         return __float2int_rn(fminf(fmaxf(y * args.factor, -127.f), 127.f));
     }
     INLINE void put(const unsigned (&words)[4], int row, int column) const {
-        T* to = (T*)args.y + (long long)row * args.columns + column;
         if (row >= rows || column >= args.columns) return;
         if constexpr (INTEGERS) {
             signed char* integers = (signed char*)args.y + (long long)row * args.columns + column;
             *(uint2*)integers = make_uint2(words[0] | words[1] << 16, words[2] | words[3] << 16);
-        } else if (args.columns % 8 == 0) {
-            *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
         } else {
-#pragma unroll
-            for (int e = 0; e < 8; e++)
-                if (column + e < args.columns) to[e].bits = words[e / 2] >> e % 2 * 16;
+            T* to = (T*)args.y + (long long)row * args.columns + column;
+            *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
         }
     }
 
@@ -369,81 +360,100 @@ struct Int8Product {
         wait_for_inputs();
         count_tiles();
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-        unsigned columns = base + STAGES * STAGE + 2 * group * COLUMN_BYTES;
-        int stage = 0;
-        unsigned parity = 0;
+        const int step = gridDim.x / CLUSTER * (TURNS ? 2 : 1);
+        int tile = blockIdx.x / CLUSTER, stage = 0;
+        unsigned parity = 0, turn = 0;
+        const auto skip = [&] {  // the other's tile
+            stage += k_steps;
+            parity ^= stage / STAGES & 1;
+            stage %= STAGES;
+        };
         const auto release = [&](int s) {  // to all whose copies reach this block
-            if constexpr (BLOCKS == 1) {
+            if constexpr (CLUSTER == 1) {
                 if (lane == 0) barrier_arrive(emptied(s));
             } else {
-                if (lane < BLOCKS && (lane % CM == rank % CM || lane / CM == rank / CM))
-                    barrier_arrive(emptied(s), lane);
+                if (lane < CLUSTER) barrier_arrive(emptied(s), lane);
             }
         };
-        bool first = true;
-        for (int tile = blockIdx.x / BLOCKS; tile < row_tiles * column_tiles;
-             tile += gridDim.x / BLOCKS) {
+        if (TURNS && group == 1) {
+            tile += gridDim.x / CLUSTER;
+            skip();
+        }
+        for (bool first = group == 0; tile < row_tiles * column_tiles; tile += step, first = false) {
             int row, column;
             place(tile, row, column);
-            row += group * 64 + warp * 16 + lane / 4;
+            row += (TURNS ? 0 : group * PARTS * 64) + warp * 16 + lane / 4;
             const float4 two = two_columns(column);
-            float row_scale[2];
+            float row_scale[PARTS][2];
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-                row_scale[h] = args.row_scale[min(row + 8 * h, rows - 1) * args.row_step];
-            if (first && group == 1 && k_steps > INT8_LAG) asm volatile("bar.sync 3, 256;" ::: "memory");
-            int c[BN / 2];
-            int last = stage;
+            for (int i = 0; i < 2 * PARTS; i++)
+                row_scale[i / 2][i % 2] =
+                    args.row_scale[min(row + i / 2 * 64 + i % 2 * 8, rows - 1) * args.row_step];
+            // in turn: barriers tell only the last phase from the one before
+            if (TURNS && !first) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
+            int c[PARTS][BN / 2], last = stage;
             for (int k = 0; k < k_steps; k++) {
                 barrier_wait(filled(stage), parity);
                 const unsigned at = base + stage * STAGE;
-                const auto x = matrix_at(at + group * 64 * INT8_INPUTS), w = matrix_at(at + X_BYTES);
+                const auto x = matrix_at(at + (TURNS ? 0 : group * PARTS * 64 * INT8_INPUTS));
+                const auto w = matrix_at(at + X_BYTES);
                 multiply_begin();
 #pragma unroll
-                for (int i = 0; i < INT8_INPUTS / 32; i++)  // 32 bytes further on
-                    multiply(c, x + 2 * i, w + 2 * i, k + i > 0);
+                for (int i = 0; i < INT8_INPUTS / 32; i++)  // 32 bytes further on, of 16 each
+#pragma unroll
+                    for (int part = 0; part < PARTS; part++)
+                        multiply(c[part], x + part * (64 * INT8_INPUTS / 16) + 2 * i, w + 2 * i, k + i > 0);
                 multiply_queued();
                 if (k > 0) {
                     multiply_done<1>();
                     release(last);
                 }
-                if (first && group == 0 && k == INT8_LAG) asm volatile("bar.arrive 3, 256;" ::: "memory");
                 last = stage;
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
-            multiply_done(c);
+            if (TURNS && tile + step / 2 < row_tiles * column_tiles)
+                asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory");
+            multiply_done<0>();
             release(last);
-            first = false;
-            const unsigned at = columns + threadIdx.x % 128 * 16;
+            const unsigned columns = base + STAGES * STAGE + (2 * group + turn) * COLUMN_BYTES;
             if (threadIdx.x % 128 < BN / 2)
                 asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                             ::"r"(at), "f"(two.x), "f"(two.y), "f"(two.z), "f"(two.w) : "memory");
+                             ::"r"(columns + threadIdx.x % 128 * 16), "f"(two.x), "f"(two.y),
+                             "f"(two.z), "f"(two.w) : "memory");
             asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-            store(c, row_scale, row, column, columns);
-            columns = base + STAGES * STAGE + 2 * group * COLUMN_BYTES +
-                      (columns == base + STAGES * STAGE + 2 * group * COLUMN_BYTES) * COLUMN_BYTES;
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) {
+                multiplied(c[part]);
+                asm volatile("" : "+r"(row), "+r"(column));  // no addresses are kept in registers
+                store(c[part], row_scale[part], row, column, columns);
+                row += 64;
+            }
+            turn ^= 1;
+            if constexpr (TURNS) skip();
         }
     }
 };
 
-template <int BN, int CM, int CN, int ACT, bool GATED, bool ONTO, bool INTEGERS = false>
+template <int ROWS_, int BN, int CLUSTER, bool TURNS, int ACT, bool GATED, bool ONTO,
+          bool INTEGERS = false>
 INLINE void int8_product(const Int8Args& args) {
-    typedef Int8Product<BN, CM, CN, ACT, GATED, ONTO, INTEGERS> Product;
+    typedef Int8Product<ROWS_, BN, CLUSTER, TURNS, ACT, GATED, ONTO, INTEGERS> Product;
     extern __shared__ char int8_shared[];
     launch_dependents();
     Product product = {args, (shared_address(int8_shared) + 1023) & ~1023u,
-                       (int)rank_in_cluster<CM * CN>()};
+                       (int)rank_in_cluster<CLUSTER>()};
     product.k_steps = (args.inputs + INT8_INPUTS - 1) / INT8_INPUTS;
-    product.column_tiles = (args.columns + Product::OUT * CN - 1) / (Product::OUT * CN);
+    product.column_tiles = (args.columns + Product::OUT - 1) / Product::OUT;
     if (threadIdx.x == 0) {
+        asm volatile("prefetch.tensormap [%0];" ::"l"(&args.x) : "memory");
         for (int s = 0; s < Product::STAGES; s++) {
             barrier_make(product.filled(s), 1);
-            barrier_make(product.emptied(s), 8 * (CM + CN - 1));  // a warp of each block that reads it
+            barrier_make(product.emptied(s), Product::WARPS * CLUSTER);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
-    cluster_sync<CM * CN>();
+    cluster_sync<CLUSTER>();
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 0) product.load();
@@ -452,5 +462,5 @@ INLINE void int8_product(const Int8Args& args) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         product.multiply_tiles(threadIdx.x / 128 - 1);
     }
-    if constexpr (CM * CN > 1) cluster_sync<CM * CN>();  // nobody leaves whom others still copy to
+    if constexpr (CLUSTER > 1) cluster_sync<CLUSTER>();  // nobody leaves whom others still copy to
 }

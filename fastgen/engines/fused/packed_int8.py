@@ -13,7 +13,7 @@ from fastgen.engines.fused.packed_values import LARGEST, Buffer, Size
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 _MAP = ctypes.c_uint64 * 16
-ROWS, INPUTS = 128, 128  # of a tile
+INPUTS = 128  # of a tile
 _SHARED = 200 * 1024  # bytes of a block's tiles
 
 
@@ -31,32 +31,31 @@ class Int8Weight:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block computes at a time: 128 rows of x by so many columns of weights; and the blocks
-    of a cluster, which share what they load."""
+    """What a block computes at a time: rows of x by columns of weights."""
 
+    rows: int
     columns: int
-    row_blocks: int = 1
-    column_blocks: int = 1
-
-    @property
-    def blocks(self) -> int:
-        return self.row_blocks * self.column_blocks
+    cluster: int = 1
+    """Blocks, one below the other, that share what they load of the weights."""
+    turns: bool = False
+    """Whether the two warp groups have a tile each, and one multiplies while the other stores."""
 
     @property
     def stages(self) -> int:
         """Tiles of x and of weights that a block holds."""
-        return _SHARED // ((ROWS + self.columns) * INPUTS)
+        return _SHARED // ((self.rows + self.columns) * INPUTS)
 
     @property
     def shared_bytes(self) -> int:
-        stage = (ROWS + self.columns) * INPUTS + 16  # with its two barriers
+        stage = (self.rows + self.columns) * INPUTS + 16  # with its two barriers
         return self.stages * stage + 4 * self.columns * 8 + 1024  # scales; for its first address
 
 
 TILES = (
-    Tile(256, 2),
-    Tile(128, 2),
-    Tile(128),
+    Tile(128, 128, turns=True),
+    Tile(128, 128, 2, turns=True),
+    Tile(128, 128),
+    Tile(128, 64),
 )
 
 
@@ -70,17 +69,17 @@ class Int8Args(ctypes.Structure):
     ]
 
 
-def check(device: torch.device, dtype: torch.dtype, inputs: int) -> None:
+def check(device: torch.device, dtype: torch.dtype, inputs: int, outputs: int) -> None:
     """
     Raises:
-        NotFused: this GPU, activations of this dtype or rows of so many columns are not served.
+        NotFused: this GPU, activations of this dtype or a weight of this size are not served.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
         raise NotFused("8-bit products of many rows need compute capability 9.0")
     if dtype not in (torch.float16, torch.bfloat16):
         raise NotFused(f"8-bit products in {dtype}: float16 or bfloat16")
-    if inputs % 16:
-        raise NotFused(f"8-bit products of {inputs} columns: a multiple of 16")
+    if inputs % 16 or outputs % 8:
+        raise NotFused(f"8-bit products of {inputs} to {outputs} columns: multiples of 16 and 8")
 
 
 class Int8Product:
@@ -116,13 +115,12 @@ class Int8Product:
         self.kernels = {tile: TiledProduct(self, tile) for tile in TILES}
 
     def __call__(self, size: Size) -> None:
-        outputs, processors = self.y.width, _processors(self.weight.values.device)
-        tile = best_tile(size.tokens, outputs, self.gate is not None, processors)
-        kernel = self.kernels[tile]
-        if kernel.on_gpu:
-            kernel(size, processors)
-        else:
+        if not next(iter(self.kernels.values())).on_gpu:
             self.reference(size)
+            return
+        processors = _processors(self.weight.values.device)
+        tile = best_tile(size.tokens, self.y.width, self.gate is not None, processors)
+        self.kernels[tile](size, processors)
 
     def reference(self, size: Size) -> None:
         x, scale = self.x.rows(size.tokens).double(), self.row_scale
@@ -151,7 +149,7 @@ class TiledProduct(Kernel):
     def __init__(self, product: Int8Product, tile: Tile) -> None:
         super().__init__()
         self._product, self._tile = product, tile
-        self.shared_bytes, self.cluster = tile.shared_bytes, tile.blocks
+        self.shared_bytes, self.cluster = tile.shared_bytes, tile.cluster
         weights = [w for w in (product.weight, product.gate) if w is not None]
         outputs, inputs = product.weight.values.shape
         self.arguments = args = Int8Args(columns=outputs, inputs=inputs)
@@ -165,23 +163,23 @@ class TiledProduct(Kernel):
         tile, product = self._tile, self._product
         flags = f"{product.activation or 'STORED'}, {_word(product.gate)}, {_word(product.onto)}"
         flags += f", {_word(product.step)}"
-        return f"int8_product<{tile.columns}, {tile.row_blocks}, {tile.column_blocks}, {flags}>"
+        sizes = f"{tile.rows}, {tile.columns}, {tile.cluster}, {_word(tile.turns)}"
+        return f"int8_product<{sizes}, {flags}>"
 
     def __call__(self, size: Size, processors: int) -> None:
         args, product, tile = self.arguments, self._product, self._tile
         x, scale = product.x.tensor, product.row_scale
         if self._mapped != x.data_ptr():
-            parts = max(2, tile.row_blocks)
             for i, weight in enumerate(self._weights):
-                each = tile.columns // parts
-                _fill(args.weight[i], nvrtc.tensor_map(weight.values, each))
-            _fill(args.x, nvrtc.tensor_map(x, ROWS // tile.column_blocks))
+                _fill(args.weight[i], nvrtc.tensor_map(weight.values, tile.columns // 2))
+            _fill(args.x, nvrtc.tensor_map(x, tile.rows))
             self._mapped = x.data_ptr()
         rows = scale.tensor if isinstance(scale, Buffer) else scale
         args.row_scale, args.row_step = rows.data_ptr(), int(isinstance(scale, Buffer))
         args.y, args.rows = product.y.tensor.data_ptr(), size.tokens
+        args.count = None if size.even else size.starts[-1:].data_ptr()
         clusters = _clusters(tile, size.tokens, args.columns, product.gate is not None)
-        self.launch(min(clusters, processors // tile.blocks) * tile.blocks)
+        self.launch(min(clusters, processors // tile.cluster) * tile.cluster)
 
 
 def _fill(field: ctypes.Array[ctypes.c_uint64], tensor_map: bytes) -> None:
@@ -193,8 +191,8 @@ def _word(flag: object) -> str:
 
 
 def _clusters(tile: Tile, rows: int, outputs: int, gated: bool) -> int:
-    columns = (tile.columns // 2 if gated else tile.columns) * tile.column_blocks
-    return -(-rows // (ROWS * tile.row_blocks)) * -(-outputs // columns)
+    columns = tile.columns // 2 if gated else tile.columns
+    return -(-rows // (tile.rows * tile.cluster)) * -(-outputs // columns)
 
 
 def best_tile(rows: int, outputs: int, gated: bool, processors: int) -> Tile:
@@ -202,14 +200,11 @@ def best_tile(rows: int, outputs: int, gated: bool, processors: int) -> Tile:
 
     def rounds(tile: Tile) -> int:
         clusters = _clusters(tile, rows, outputs, gated)
-        return -(-clusters // (processors // tile.blocks)) * tile.columns
+        return -(-clusters // (processors // tile.cluster)) * tile.rows * tile.columns
 
     return min(TILES, key=rounds)
 
 
 @cache
 def _processors(device: torch.device) -> int:
-    """Of a GPU; on a CPU one."""
-    if device.type != "cuda":
-        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
