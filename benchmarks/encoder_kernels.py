@@ -5,8 +5,8 @@
 A line for each kind of launch between the embeddings and the result: how many a call has, the bytes
 and operations of one, its time among its like (those of all layers, one after the other, as a
 captured graph), and the share of its floor: the time that a copy of its bytes, or a product of all
-its operations in the dtype, takes at best (8-bit integers take half of that). Below, their sum beside
-the whole graph, in which launches overlap.
+its operations in the dtype, takes at best (8-bit integers take half of that). Below, their sum
+beside the whole graph, in which launches overlap.
 """
 
 from collections.abc import Callable, Sequence

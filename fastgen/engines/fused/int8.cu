@@ -4,13 +4,12 @@
 // Behind common.cu, of which it takes the types, the activations' names and the two functions of
 // programmatic dependent launch. Compiled for sm_90a.
 //
-// A block computes tiles of ROWS x BN outputs (with GATED half of BN, of two weights). One warp asks
+// A block computes tiles of 128 x BN outputs (with GATED half of BN, of two weights). One warp asks
 // for tiles of x and W, by bulk tensor copies that run STAGES ahead; two warp groups multiply and
 // store. With TURNS they have every other tile each, so that one multiplies while the other stores;
 // else they share each tile's rows. Blocks are as many as there are processors, and each walks over
-// tiles; those of a cluster of CLUSTER, one below the other, load a part each of the tile of W that
-// they share. What lies behind M, N or K is read as zeros, and not stored; K is a multiple of 16 and N
-// of 8, as 16 bytes are read and stored at once.
+// tiles. What lies behind M, N or K is read as zeros, and not stored; K is a multiple of 16 and N of 8,
+// as 16 bytes are read and stored at once.
 
 struct alignas(64) TensorMap { unsigned long long opaque[16]; };  // CUtensorMap
 
@@ -27,22 +26,17 @@ struct Int8Args {
 };
 
 constexpr int STORED = -1;  // in place of an activation
-constexpr int INT8_INPUTS = 128;  // of a tile: a row of 128 bytes
+constexpr int INT8_ROWS = 128, INT8_INPUTS = 128;  // of a tile: rows of 128 bytes
 constexpr int INT8_GROUP = 2048;  // rows whose tiles are walked over together, for the L2 cache
 
-INLINE unsigned shared_address(const void* pointer) {
-    return (unsigned)__cvta_generic_to_shared(pointer);
-}
-
 // ---------------------------------------------------------------------------------------------
-// Barriers in shared memory, clusters, and bulk tensor copies
+// Barriers in shared memory, and bulk tensor copies
 
 INLINE void barrier_make(unsigned barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 INLINE void barrier_expect(unsigned barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                 : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 INLINE void barrier_wait(unsigned barrier, unsigned parity) {
     unsigned done;
@@ -56,39 +50,12 @@ INLINE void barrier_wait(unsigned barrier, unsigned parity) {
 INLINE void barrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-INLINE void barrier_arrive(unsigned barrier, unsigned block) {  // at that of a block of the cluster
-    asm volatile("{\n.reg .b32 remote;\n"
-                 "mapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}"
-                 ::"r"(barrier), "r"(block) : "memory");
-}
-template <int BLOCKS> INLINE void cluster_sync() {
-    if constexpr (BLOCKS > 1) {
-        __syncwarp();
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    } else {
-        __syncthreads();
-    }
-}
-template <int BLOCKS> INLINE unsigned rank_in_cluster() {
-    unsigned rank = 0;
-    if constexpr (BLOCKS > 1) asm("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
 
-// A box of a matrix to a place of this block's shared memory, or to that of both of a cluster.
-template <bool ALONE>
+// A box of a matrix to a place in shared memory.
 INLINE void copy_box(unsigned to, const TensorMap& map, int column, int row, unsigned barrier) {
-    if constexpr (ALONE)
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                     " [%0], [%1, {%2, %3}], [%4];"
-                     ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
-    else
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                     ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-                     ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier),
-                     "h"((unsigned short)3) : "memory");
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -99,9 +66,9 @@ INLINE unsigned long long matrix_at(unsigned place) {
     return (unsigned long long)((place & 0x3ffff) >> 4) | 1ull << 16 | (1024ull >> 4) << 32 | 1ull << 62;
 }
 
-#define INT8_C8(i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3]), "+r"(c[i + 4]), \
-                   "+r"(c[i + 5]), "+r"(c[i + 6]), "+r"(c[i + 7])
-#define INT8_C32(i) INT8_C8(i), INT8_C8(i + 8), INT8_C8(i + 16), INT8_C8(i + 24)
+#define INT8_C4(i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3])
+#define INT8_C16(i) INT8_C4(i), INT8_C4(i + 4), INT8_C4(i + 8), INT8_C4(i + 12)
+#define INT8_C32(i) INT8_C16(i), INT8_C16(i + 16)
 #define INT8_N0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
     "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define INT8_N1 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -124,10 +91,6 @@ INLINE void multiply(int (&c)[32], unsigned long long x, unsigned long long w, i
 }
 INLINE void multiply(int (&c)[64], unsigned long long x, unsigned long long w, int add) {
     INT8_MULTIPLY("128", INT8_N0 ", " INT8_N1, "64", "65", "66", INT8_C32(0), INT8_C32(32));
-}
-INLINE void multiply(int (&c)[96], unsigned long long x, unsigned long long w, int add) {
-    INT8_MULTIPLY("192", INT8_N0 ", " INT8_N1 ", " INT8_N2, "96", "97", "98", INT8_C32(0),
-                  INT8_C32(32), INT8_C32(64));
 }
 INLINE void multiply(int (&c)[128], unsigned long long x, unsigned long long w, int add) {
     INT8_MULTIPLY("256", INT8_N0 ", " INT8_N1 ", " INT8_N2 ", " INT8_N3, "128", "129", "130",
@@ -186,32 +149,31 @@ INLINE void transpose(unsigned (&w)[4]) {
 
 // ---------------------------------------------------------------------------------------------
 
-template <int ROWS_, int BN, int CLUSTER, bool TURNS, int ACT, bool GATED, bool ONTO,
-          bool INTEGERS>
-struct Int8Product {
-    static constexpr int OUT = GATED ? BN / 2 : BN;          // columns of y
-    static constexpr int PARTS = ROWS_ / (TURNS ? 64 : 128);  // of 64 rows that a warp group has
-    static constexpr int WARPS = TURNS ? 4 : 8;              // that read a tile
-    static constexpr int X_BYTES = ROWS_ * INT8_INPUTS, STAGE = X_BYTES + BN * INT8_INPUTS;
+template <int BN, bool TURNS, int ACT, bool GATED, bool ONTO, bool INTEGERS> struct Int8Product {
+    static constexpr int OUT = GATED ? BN / 2 : BN;  // columns of y
+    static constexpr int PARTS = TURNS ? 2 : 1;      // of 64 rows that a warp group has
+    static constexpr int WARPS = TURNS ? 4 : 8;      // that read a tile
+    static constexpr int X_BYTES = INT8_ROWS * INT8_INPUTS, STAGE = X_BYTES + BN * INT8_INPUTS;
     static constexpr int STAGES = 200 * 1024 / STAGE;
     static constexpr int COLUMN_BYTES = BN * 8;  // scales and biases of a tile, for a warp group
     static constexpr int BARRIERS = STAGES * STAGE + 4 * COLUMN_BYTES;
 
     const Int8Args& args;
-    unsigned base;
-    int rank, rows, k_steps, row_tiles, column_tiles;  // tiles of a whole cluster
+    char* shared;
+    unsigned base;  // its address
+    int k_steps, column_tiles, rows = 0, row_tiles = 0;
 
-    // The first row and column of this block's part of a tile of the cluster.
+    // The first row and column of a tile.
     INLINE void place(int tile, int& row, int& column) const {
-        constexpr int GROUP = INT8_GROUP / ROWS_ / CLUSTER;
+        constexpr int GROUP = INT8_GROUP / INT8_ROWS;
         const int before = tile / (GROUP * column_tiles) * GROUP;
         const int size = min(GROUP, row_tiles - before), among = tile % (GROUP * column_tiles);
-        row = ((before + among % size) * CLUSTER + rank) * ROWS_;
+        row = (before + among % size) * INT8_ROWS;
         column = among / size * OUT;
     }
     INLINE void count_tiles() {
         rows = args.count ? min(*args.count, args.rows) : args.rows;
-        row_tiles = (rows + ROWS_ * CLUSTER - 1) / (ROWS_ * CLUSTER);
+        row_tiles = (rows + INT8_ROWS - 1) / INT8_ROWS;
     }
     INLINE unsigned filled(int stage) const { return base + BARRIERS + 8 * stage; }
     INLINE unsigned emptied(int stage) const { return base + BARRIERS + 8 * (STAGES + stage); }
@@ -220,15 +182,10 @@ struct Int8Product {
 
     INLINE void load_weights(int stage, int k, int column) const {
 #pragma unroll
-        for (int i = 0; i < 2 / CLUSTER; i++) {
-            const int half = CLUSTER == 1 ? i : rank;
-            copy_box<CLUSTER == 1>(base + stage * STAGE + X_BYTES + half * (BN / 2 * INT8_INPUTS),
-                                   args.weight[GATED ? half : 0], k * INT8_INPUTS,
-                                   column + (GATED ? 0 : half * (BN / 2)), filled(stage));
-        }
-    }
-    INLINE void load_rows(int stage, int k, int row) const {
-        copy_box<true>(base + stage * STAGE, args.x, k * INT8_INPUTS, row, filled(stage));
+        for (int half = 0; half < 2; half++)
+            copy_box(base + stage * STAGE + X_BYTES + half * (BN / 2 * INT8_INPUTS),
+                     args.weight[GATED ? half : 0], k * INT8_INPUTS,
+                     column + (GATED ? 0 : half * (BN / 2)), filled(stage));
     }
 
     // One thread. The first weights are fetched before the launch in front has ended, if it is known
@@ -238,7 +195,7 @@ struct Int8Product {
         if (!args.count) {
             count_tiles();
             early = min(STAGES, k_steps);
-            place(blockIdx.x / CLUSTER, row, column);
+            place(blockIdx.x, row, column);
             for (int k = 0; k < early; k++) {
                 barrier_expect(filled(k), STAGE);
                 load_weights(k, k, column);
@@ -248,8 +205,7 @@ struct Int8Product {
         count_tiles();
         int stage = 0;
         unsigned parity = 1;
-        for (int tile = blockIdx.x / CLUSTER; tile < row_tiles * column_tiles;
-             tile += gridDim.x / CLUSTER) {
+        for (int tile = blockIdx.x; tile < row_tiles * column_tiles; tile += gridDim.x) {
             place(tile, row, column);
             for (int k = 0; k < k_steps; k++) {
                 if (early > 0) {
@@ -259,7 +215,7 @@ struct Int8Product {
                     barrier_expect(filled(stage), STAGE);
                     load_weights(stage, k, column);
                 }
-                load_rows(stage, k, row);
+                copy_box(base + stage * STAGE, args.x, k * INT8_INPUTS, row, filled(stage));
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
         }
@@ -267,12 +223,6 @@ struct Int8Product {
 
     // Results
 
-    static INLINE float4 columns_at(unsigned place) {
-        float4 v;
-        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(place) : "memory");
-        return v;
-    }
     // Scales and biases of two columns: of this thread's place in the tile.
     INLINE float4 two_columns(int column) const {
         const int at = threadIdx.x % 128 * 2;
@@ -289,8 +239,8 @@ struct Int8Product {
         return v;
     }
     INLINE void store(const int (&c)[BN / 2], const float (&row_scale)[2], int row, int column,
-                      unsigned columns) const {
-        const int lane = threadIdx.x % 32, quad = lane % 4;
+                      const float4* columns) const {
+        const int quad = threadIdx.x % 4;
         const auto result = [&](int group, int h, float4 scales, float4 gates, float (&y)[2]) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
@@ -308,9 +258,8 @@ struct Int8Product {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int group = block * 4 + i;
-                const float4 scales = columns_at(columns + (group * 4 + quad) * 16);
-                float4 gates = scales;
-                if constexpr (GATED) gates = columns_at(columns + ((group + OUT / 8) * 4 + quad) * 16);
+                const float4 scales = columns[group * 4 + quad];
+                const float4 gates = columns[(GATED ? group + OUT / 8 : group) * 4 + quad];
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float y[2];
@@ -356,111 +305,95 @@ struct Int8Product {
 
     // A warp group
 
+    // Where the next load is, so many stages further on: 2 stage + the parity of its phase.
+    static INLINE unsigned after(unsigned at, int stages) {
+        const unsigned stage = at / 2 + stages;
+        return stage % STAGES * 2 + ((at ^ stage / STAGES) & 1);
+    }
+    INLINE void release(unsigned at) const {
+        if (threadIdx.x % 32 == 0) barrier_arrive(emptied(at / 2));
+    }
+    INLINE void sum_up(int (&c)[PARTS][BN / 2], int group, unsigned at) const {
+        unsigned last = at;
+        for (int k = 0; k < k_steps; k++, last = at, at = after(at, 1)) {
+            barrier_wait(filled(at / 2), at & 1);
+            const unsigned place = base + at / 2 * STAGE;
+            const auto x = matrix_at(place + (TURNS ? 0 : group * 64 * INT8_INPUTS));
+            const auto w = matrix_at(place + X_BYTES);
+            multiply_begin();
+#pragma unroll
+            for (int i = 0; i < INT8_INPUTS / 32; i++)  // 32 bytes further on, of 16 each
+#pragma unroll
+                for (int part = 0; part < PARTS; part++)
+                    multiply(c[part], x + part * (64 * INT8_INPUTS / 16) + 2 * i, w + 2 * i, k + i > 0);
+            multiply_queued();
+            if (k > 0) multiply_done<1>(), release(last);
+        }
+    }
     INLINE void multiply_tiles(int group) {
         wait_for_inputs();
         count_tiles();
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-        const int step = gridDim.x / CLUSTER * (TURNS ? 2 : 1);
-        int tile = blockIdx.x / CLUSTER, stage = 0;
-        unsigned parity = 0, turn = 0;
-        const auto skip = [&] {  // the other's tile
-            stage += k_steps;
-            parity ^= stage / STAGES & 1;
-            stage %= STAGES;
-        };
-        const auto release = [&](int s) {  // to all whose copies reach this block
-            if constexpr (CLUSTER == 1) {
-                if (lane == 0) barrier_arrive(emptied(s));
-            } else {
-                if (lane < CLUSTER) barrier_arrive(emptied(s), lane);
-            }
-        };
-        if (TURNS && group == 1) {
-            tile += gridDim.x / CLUSTER;
-            skip();
-        }
-        for (bool first = group == 0; tile < row_tiles * column_tiles; tile += step, first = false) {
+        const int thread = threadIdx.x % 128, tiles = row_tiles * column_tiles;
+        const int skipped = TURNS ? group : 0, step = gridDim.x * PARTS;
+        unsigned at = after(0, skipped * k_steps);
+        float4* columns = (float4*)(shared + STAGES * STAGE + 2 * group * COLUMN_BYTES);
+        for (int n = skipped, tile = blockIdx.x + skipped * gridDim.x; tile < tiles; n++, tile += step) {
             int row, column;
             place(tile, row, column);
-            row += (TURNS ? 0 : group * PARTS * 64) + warp * 16 + lane / 4;
+            row += (TURNS ? 0 : group * 64) + thread / 32 * 16 + thread % 32 / 4;
             const float4 two = two_columns(column);
             float row_scale[PARTS][2];
 #pragma unroll
             for (int i = 0; i < 2 * PARTS; i++)
                 row_scale[i / 2][i % 2] =
                     args.row_scale[min(row + i / 2 * 64 + i % 2 * 8, rows - 1) * args.row_step];
-            // in turn: barriers tell only the last phase from the one before
-            if (TURNS && !first) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
-            int c[PARTS][BN / 2], last = stage;
-            for (int k = 0; k < k_steps; k++) {
-                barrier_wait(filled(stage), parity);
-                const unsigned at = base + stage * STAGE;
-                const auto x = matrix_at(at + (TURNS ? 0 : group * PARTS * 64 * INT8_INPUTS));
-                const auto w = matrix_at(at + X_BYTES);
-                multiply_begin();
-#pragma unroll
-                for (int i = 0; i < INT8_INPUTS / 32; i++)  // 32 bytes further on, of 16 each
-#pragma unroll
-                    for (int part = 0; part < PARTS; part++)
-                        multiply(c[part], x + part * (64 * INT8_INPUTS / 16) + 2 * i, w + 2 * i, k + i > 0);
-                multiply_queued();
-                if (k > 0) {
-                    multiply_done<1>();
-                    release(last);
-                }
-                last = stage;
-                if (++stage == STAGES) stage = 0, parity ^= 1;
-            }
-            if (TURNS && tile + step / 2 < row_tiles * column_tiles)
+            // One after the other: a barrier tells its last phase only from the one before
+            if (TURNS && n > 0) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
+            int c[PARTS][BN / 2];
+            sum_up(c, group, at);
+            if (TURNS && tile + (int)gridDim.x < tiles)
                 asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory");
             multiply_done<0>();
-            release(last);
-            const unsigned columns = base + STAGES * STAGE + (2 * group + turn) * COLUMN_BYTES;
-            if (threadIdx.x % 128 < BN / 2)
-                asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                             ::"r"(columns + threadIdx.x % 128 * 16), "f"(two.x), "f"(two.y),
-                             "f"(two.z), "f"(two.w) : "memory");
+            release(after(at, k_steps - 1));
+            at = after(at, k_steps * PARTS);
+            float4* own = columns + (n & 1) * (COLUMN_BYTES / 16);
+            if (thread < BN / 2) own[thread] = two;
             asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
 #pragma unroll
-            for (int part = 0; part < PARTS; part++) {
+            for (int part = 0; part < PARTS; part++, row += 64) {
                 multiplied(c[part]);
                 asm volatile("" : "+r"(row), "+r"(column));  // no addresses are kept in registers
-                store(c[part], row_scale[part], row, column, columns);
-                row += 64;
+                store(c[part], row_scale[part], row, column, own);
             }
-            turn ^= 1;
-            if constexpr (TURNS) skip();
         }
     }
 };
 
-template <int ROWS_, int BN, int CLUSTER, bool TURNS, int ACT, bool GATED, bool ONTO,
-          bool INTEGERS = false>
+template <int BN, bool TURNS, int ACT, bool GATED, bool ONTO, bool INTEGERS>
 INLINE void int8_product(const Int8Args& args) {
-    typedef Int8Product<ROWS_, BN, CLUSTER, TURNS, ACT, GATED, ONTO, INTEGERS> Product;
+    typedef Int8Product<BN, TURNS, ACT, GATED, ONTO, INTEGERS> Product;
     extern __shared__ char int8_shared[];
     launch_dependents();
-    Product product = {args, (shared_address(int8_shared) + 1023) & ~1023u,
-                       (int)rank_in_cluster<CLUSTER>()};
-    product.k_steps = (args.inputs + INT8_INPUTS - 1) / INT8_INPUTS;
-    product.column_tiles = (args.columns + Product::OUT - 1) / Product::OUT;
+    const unsigned start = (unsigned)__cvta_generic_to_shared(int8_shared);
+    const unsigned base = (start + 1023) & ~1023u;
+    Product product = {args, int8_shared + (base - start), base,
+                       (args.inputs + INT8_INPUTS - 1) / INT8_INPUTS,
+                       (args.columns + Product::OUT - 1) / Product::OUT};
     if (threadIdx.x == 0) {
         asm volatile("prefetch.tensormap [%0];" ::"l"(&args.x) : "memory");
         for (int s = 0; s < Product::STAGES; s++) {
             barrier_make(product.filled(s), 1);
-            barrier_make(product.emptied(s), Product::WARPS * CLUSTER);
+            barrier_make(product.emptied(s), Product::WARPS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
-    cluster_sync<CLUSTER>();
+    __syncthreads();
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 0) product.load();
-        __syncwarp();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         product.multiply_tiles(threadIdx.x / 128 - 1);
     }
-    if constexpr (CLUSTER > 1) cluster_sync<CLUSTER>();  // nobody leaves whom others still copy to
 }

@@ -13,7 +13,7 @@ from fastgen.engines.fused.packed_values import LARGEST, Buffer, Size
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 _MAP = ctypes.c_uint64 * 16
-INPUTS = 128  # of a tile
+ROWS, INPUTS = 128, 128  # of a tile
 _SHARED = 200 * 1024  # bytes of a block's tiles
 
 
@@ -31,31 +31,41 @@ class Int8Weight:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block computes at a time: rows of x by columns of weights."""
+    """What a block computes at a time: 128 rows of x by columns of weights; and what that takes."""
 
-    rows: int
     columns: int
-    cluster: int = 1
-    """Blocks, one below the other, that share what they load of the weights."""
-    turns: bool = False
+    turns: bool
     """Whether the two warp groups have a tile each, and one multiplies while the other stores."""
+    step: float
+    """Microseconds for 128 columns of x, on an H100; these are what tiles are chosen by."""
+    each: float
+    """Microseconds of a tile beside these."""
+    once: float = 0.0
+    """Microseconds of the last tile that no other hides."""
 
     @property
     def stages(self) -> int:
         """Tiles of x and of weights that a block holds."""
-        return _SHARED // ((self.rows + self.columns) * INPUTS)
+        return _SHARED // ((ROWS + self.columns) * INPUTS)
 
     @property
     def shared_bytes(self) -> int:
-        stage = (self.rows + self.columns) * INPUTS + 16  # with its two barriers
+        stage = (ROWS + self.columns) * INPUTS + 16  # with its two barriers
         return self.stages * stage + 4 * self.columns * 8 + 1024  # scales; for its first address
+
+    def count(self, rows: int, outputs: int, gated: bool) -> int:
+        columns = self.columns // 2 if gated else self.columns
+        return -(-rows // ROWS) * -(-outputs // columns)
+
+    def __str__(self) -> str:
+        return f"{self.columns}{' in turns' * self.turns}"
 
 
 TILES = (
-    Tile(128, 128, turns=True),
-    Tile(128, 128, 2, turns=True),
-    Tile(128, 128),
-    Tile(128, 64),
+    Tile(64, False, 0.27, 1.0),
+    Tile(128, False, 0.36, 1.7),
+    Tile(128, True, 0.41, 0.5, 1.0),
+    Tile(256, False, 0.72, 2.5),
 )
 
 
@@ -115,11 +125,13 @@ class Int8Product:
         self.kernels = {tile: TiledProduct(self, tile) for tile in TILES}
 
     def __call__(self, size: Size) -> None:
-        if not next(iter(self.kernels.values())).on_gpu:
+        device = self.weight.values.device
+        if device.type != "cuda":
             self.reference(size)
             return
-        processors = _processors(self.weight.values.device)
-        tile = best_tile(size.tokens, self.y.width, self.gate is not None, processors)
+        outputs, inputs = self.weight.values.shape
+        processors, gated = _processors(device), self.gate is not None
+        tile = best_tile(size.tokens, inputs, outputs, gated, processors)
         self.kernels[tile](size, processors)
 
     def reference(self, size: Size) -> None:
@@ -149,7 +161,7 @@ class TiledProduct(Kernel):
     def __init__(self, product: Int8Product, tile: Tile) -> None:
         super().__init__()
         self._product, self._tile = product, tile
-        self.shared_bytes, self.cluster = tile.shared_bytes, tile.cluster
+        self.shared_bytes = tile.shared_bytes
         weights = [w for w in (product.weight, product.gate) if w is not None]
         outputs, inputs = product.weight.values.shape
         self.arguments = args = Int8Args(columns=outputs, inputs=inputs)
@@ -163,8 +175,7 @@ class TiledProduct(Kernel):
         tile, product = self._tile, self._product
         flags = f"{product.activation or 'STORED'}, {_word(product.gate)}, {_word(product.onto)}"
         flags += f", {_word(product.step)}"
-        sizes = f"{tile.rows}, {tile.columns}, {tile.cluster}, {_word(tile.turns)}"
-        return f"int8_product<{sizes}, {flags}>"
+        return f"int8_product<{tile.columns}, {_word(tile.turns)}, {flags}>"
 
     def __call__(self, size: Size, processors: int) -> None:
         args, product, tile = self.arguments, self._product, self._tile
@@ -172,14 +183,14 @@ class TiledProduct(Kernel):
         if self._mapped != x.data_ptr():
             for i, weight in enumerate(self._weights):
                 _fill(args.weight[i], nvrtc.tensor_map(weight.values, tile.columns // 2))
-            _fill(args.x, nvrtc.tensor_map(x, tile.rows))
+            _fill(args.x, nvrtc.tensor_map(x, ROWS))
             self._mapped = x.data_ptr()
         rows = scale.tensor if isinstance(scale, Buffer) else scale
         args.row_scale, args.row_step = rows.data_ptr(), int(isinstance(scale, Buffer))
         args.y, args.rows = product.y.tensor.data_ptr(), size.tokens
         args.count = None if size.even else size.starts[-1:].data_ptr()
-        clusters = _clusters(tile, size.tokens, args.columns, product.gate is not None)
-        self.launch(min(clusters, processors // tile.cluster) * tile.cluster)
+        tiles = tile.count(size.tokens, args.columns, product.gate is not None)
+        self.launch(min(tiles, processors))
 
 
 def _fill(field: ctypes.Array[ctypes.c_uint64], tensor_map: bytes) -> None:
@@ -190,19 +201,14 @@ def _word(flag: object) -> str:
     return str(flag is not None and flag is not False).lower()
 
 
-def _clusters(tile: Tile, rows: int, outputs: int, gated: bool) -> int:
-    columns = tile.columns // 2 if gated else tile.columns
-    return -(-rows // (tile.rows * tile.cluster)) * -(-outputs // columns)
-
-
-def best_tile(rows: int, outputs: int, gated: bool, processors: int) -> Tile:
+def best_tile(rows: int, inputs: int, outputs: int, gated: bool, processors: int) -> Tile:
     """The tile by which all processors are done first."""
 
-    def rounds(tile: Tile) -> int:
-        clusters = _clusters(tile, rows, outputs, gated)
-        return -(-clusters // (processors // tile.cluster)) * tile.rows * tile.columns
+    def time(tile: Tile) -> float:
+        rounds = -(-tile.count(rows, outputs, gated) // processors)
+        return rounds * (-(-inputs // INPUTS) * tile.step + tile.each) + tile.once
 
-    return min(TILES, key=rounds)
+    return min(TILES, key=time)
 
 
 @cache
