@@ -1,6 +1,7 @@
 """Which path a call takes, and why not a faster one: ``explain`` and ``explain_forward``."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +20,12 @@ class Explanation:
     reasons: list[str] = field(default_factory=list)
     weights: str = "full"
     """What matrix products on the engine read: ``EngineOptions.weights``."""
+    computes: str | None = None
+    """What the engine computes in, where that is not the model's dtype: ``float32`` on a CPU."""
 
     def __str__(self) -> str:
         path = self.path if self.weights == "full" else f"{self.path}, {self.weights} weights"
+        path += f", computed in {self.computes}" if self.computes else ""
         return "\n".join([path, *(f"  - {reason}" for reason in self.reasons)])
 
 
@@ -31,6 +35,8 @@ class Explained:
     attends = False
     """Whether ``forward`` needs the hidden states of an encoder."""
     engine_options: EngineOptions
+    dtype: torch.dtype
+    _computes_in: Callable[[], torch.dtype]
     forward: Any
     refusal: Any
     """Why ``forward`` with these arguments goes to torch; None if the engine serves it."""
@@ -58,9 +64,14 @@ class Explained:
         if by_torch not in reasons:
             reasons.append(by_torch)
         said = [str(reason) for reason in reasons if reason]
-        if by_torch:
-            return Explanation("torch", said)
-        return Explanation("engine", said, self.engine_options.weights)
+        return self._explanation("torch" if by_torch else "engine", said)
+
+    def _explanation(self, path: str, reasons: list[str]) -> Explanation:
+        if path == "torch":
+            return Explanation(path, reasons)
+        computes = self._computes_in()
+        other = None if computes == self.dtype else str(computes).removeprefix("torch.")
+        return Explanation(path, reasons, self.engine_options.weights, other)
 
     def explain(self, **forward_kwargs: Any) -> Explanation:
         """As ``explain_forward``: a model that does not generate does nothing else."""

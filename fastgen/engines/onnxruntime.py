@@ -183,7 +183,7 @@ def _prepacked(
         return ()
     nodes = onnx.load_from_string(graph.onnx).graph.node
     matrices = {n.input[1] for n in nodes if n.op_type == "FusedMatMul"}.intersection(parameters)
-    unique = {p.data_ptr(): p.nbytes for p in parameters.values()}
+    unique = {p.data_ptr(): 4 * p.numel() for p in parameters.values()}  # as they are computed with
     left = share * sum(unique.values())
     packed = []
     for name in sorted(matrices, key=lambda n: (parameters[n].shape[1], parameters[n].nbytes, n)):
