@@ -1,7 +1,6 @@
 """Which path a call takes, and why not a faster one: ``explain`` and ``explain_forward``."""
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +35,7 @@ class Explained:
     """Whether ``forward`` needs the hidden states of an encoder."""
     engine_options: EngineOptions
     dtype: torch.dtype
-    _computes_in: Callable[[], torch.dtype]
+    _computes_in: Any
     forward: Any
     refusal: Any
     """Why ``forward`` with these arguments goes to torch; None if the engine serves it."""
