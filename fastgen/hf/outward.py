@@ -22,7 +22,7 @@ _within = _Within()
 
 
 @contextmanager
-def within(*modules: torch.nn.Module) -> Iterator[None]:
+def within(*modules: Any) -> Iterator[None]:
     """Until the end of the body, these give what their engines computed as it is."""
     outer = _within.modules
     _within.modules = outer.union(map(id, modules))
