@@ -19,12 +19,17 @@ class Explanation:
     reasons: list[str] = field(default_factory=list)
     weights: str = "full"
     """What matrix products on the engine read: ``EngineOptions.weights``."""
+    calibration: str | None = None
+    """How the ranges were found by which an encoder's engine computes in 8-bit integers; None: it
+    computes in the model's own dtype."""
     computes: str | None = None
     """What the engine computes in, where that is not the model's dtype: ``float32`` on a CPU."""
 
     def __str__(self) -> str:
         path = self.path if self.weights == "full" else f"{self.path}, {self.weights} weights"
         path += f", computed in {self.computes}" if self.computes else ""
+        if self.calibration is not None:
+            path += f", 8-bit integers by calibration ({self.calibration})"
         return "\n".join([path, *(f"  - {reason}" for reason in self.reasons)])
 
 
@@ -37,6 +42,9 @@ class Explained:
     dtype: torch.dtype
     _computes_in: Any
     forward: Any
+    calibration_in_use: Any
+    """How an encoder's calibration was found, if its engine computes by that, and in words of what
+    it is not used for."""
     refusal: Any
     """Why ``forward`` with these arguments goes to torch; None if the engine serves it."""
 
@@ -63,14 +71,16 @@ class Explained:
         if by_torch not in reasons:
             reasons.append(by_torch)
         said = [str(reason) for reason in reasons if reason]
-        return self._explanation("torch" if by_torch else "engine", said)
+        if by_torch:
+            return Explanation("torch", said)
+        return self._by_engine("engine", said)
 
-    def _explanation(self, path: str, reasons: list[str]) -> Explanation:
-        if path == "torch":
-            return Explanation(path, reasons)
+    def _by_engine(self, path: str, reasons: list[str]) -> Explanation:
+        """A path over the engine, with what that computes by."""
+        method, unused = self.calibration_in_use()
         computes = self._computes_in()
-        other = None if computes == self.dtype else str(computes).removeprefix("torch.")
-        return Explanation(path, reasons, self.engine_options.weights, other)
+        wide = None if computes == self.dtype else str(computes).removeprefix("torch.")
+        return Explanation(path, [*reasons, *unused], self.engine_options.weights, method, wide)
 
     def explain(self, **forward_kwargs: Any) -> Explanation:
         """As ``explain_forward``: a model that does not generate does nothing else."""

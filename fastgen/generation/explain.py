@@ -45,7 +45,7 @@ class ExplainsGenerate:
 
     engine_options: EngineOptions
     refusal: Any
-    _explanation: Any
+    _by_engine: Any
     _prepare_generation_config: Any
     _reads = "decoder_input_ids"
     """The argument of ``forward`` that a loop's tokens go to."""
@@ -62,12 +62,13 @@ class ExplainsGenerate:
         mode = config.get_generation_mode(assistant)
         reasons = self._torch_reasons(config, model_kwargs, mode)
         if reasons:
-            return self._explanation("torch", reasons)
+            return Explanation("torch", reasons)
         if mode not in _FAST_MODES:
             reasons.append(f"{mode.value} decodes in the HF loop")
         reasons += self._slow_reasons(config, model_kwargs)
         path = "HF loop" if reasons else "fast loop"
-        return self._explanation(path, reasons)
+        found: Explanation = self._by_engine(path, reasons)
+        return found
 
     def ran_fused(self) -> bool | None:
         """Whether fastgen's fused kernels ran the steps of the last ``generate`` call on the

@@ -14,8 +14,10 @@ from fastgen.engines import NoEngine
 from fastgen.hf.let_go import Gone, let_go
 from fastgen.hf.weights import Fingerprint
 
-Key = tuple[str, Format | None]
-"""A parameter's name, and what was made of it; None: the same in float32."""
+Key = tuple[str, Format]
+"""A parameter's name, and what is made of it."""
+AnyKey = tuple[str, Format | None]
+"""The same; None is the parameter in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,14 @@ class Made:
     source: Fingerprint
     place: int
     version: int
+
+    @classmethod
+    def now(cls, parameter: torch.Tensor, make: Callable[[], Blocks | torch.Tensor]) -> "Made":
+        """What is made of what a parameter holds now."""
+        weight = parameter.detach()
+        source = Fingerprint([weight] if weight.device.type == "cpu" else [])
+        place, version = weight.data_ptr(), _version(parameter)
+        return cls(make(), source, place, version)
 
     def of_now(self, parameter: torch.Tensor) -> bool:
         """Whether the parameter still holds that."""
@@ -45,7 +55,7 @@ class Weights(Mapping[str, torch.Tensor]):
     def __init__(
         self,
         tensors: Mapping[str, torch.Tensor],
-        made: dict[Key, Made],
+        made: dict[AnyKey, Made],
         tables: Collection[int] | None = None,
         wide: bool = False,
     ) -> None:
@@ -62,7 +72,7 @@ class Weights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if (source := int8.source(name)) is not None:
             self._rounded.add(source)
-            return int8.made(name, self._computed_with(source))
+            return int8.made(name, self.computed_with(source))
         parameter, form, which = parse(name) or (name, None, 0)
         if form is None and not self.widens(name):
             return self._tensors[name]
@@ -97,6 +107,17 @@ class Weights(Mapping[str, torch.Tensor]):
     def rounded(self) -> list[torch.Tensor]:
         """The parameters that somebody asked for as integers with a step for each row."""
         return [self._tensors[name] for name in sorted(self._rounded)]
+
+    def unmade(self, names: Iterable[str]) -> list[Key]:
+        """Of what these names stand for, what somebody would have to make."""
+        found = dict.fromkeys((name, form) for name, form, _ in filter(None, map(parse, names)))
+        return [key for key in found if key not in self.made or self.made[key].blocks is None]
+
+    def give(self, key: Key, blocks: Blocks) -> None:
+        """Have blocks that were made of what the parameter holds now."""
+        parameter, form = self._tensors[key[0]], key[1]
+        made = self.made[key] = Made.now(parameter, lambda: blocks)
+        _kept(parameter)[form] = made
 
     def packed(self, names: Iterable[str]) -> None:
         """Let go of the blocks of these values and scales, which an engine has copied."""
@@ -134,7 +155,11 @@ class Weights(Mapping[str, torch.Tensor]):
     def _goes(self, parameter: torch.Tensor) -> bool:
         return self._tables is not None and id(parameter) not in self._tables
 
-    def _computed_with(self, name: str) -> torch.Tensor:
+    def parameter(self, name: str) -> torch.Tensor:
+        """Torch's own tensor."""
+        return self._tensors[name]
+
+    def computed_with(self, name: str) -> torch.Tensor:
         """A parameter's numbers in the dtype that engines compute in; nobody keeps them."""
         weight = self._tensors[name].detach()
         if not self._wide:
@@ -145,9 +170,12 @@ class Weights(Mapping[str, torch.Tensor]):
     def _blocks(self, name: str, form: Format | None) -> Blocks | torch.Tensor:
         made = self.made.get((name, form))
         if made is None or made.blocks is None:
-            parameter = self._tensors[name]
-            made = _made(parameter, name, form, lambda: self._computed_with(name))
-            self.made[name, form] = made
+
+            def make() -> Blocks | torch.Tensor:
+                whole = self.computed_with(name)
+                return whole if form is None else blocks_of(whole, name, form)
+
+            made = self.made[name, form] = _made(self._tensors[name], form, make)
         assert made.blocks is not None
         return made.blocks
 
@@ -156,27 +184,33 @@ _all_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Parameter -> Format (or None) -> what was made of it, while somebody holds that."""
 
 
-def _made(
-    parameter: torch.Tensor, name: str, form: Format | None, whole: Callable[[], torch.Tensor]
-) -> Made:
+def _kept(parameter: torch.Tensor) -> "weakref.WeakValueDictionary[Format | None, Made]":
+    kept: weakref.WeakValueDictionary[Format | None, Made]
     kept = _all_made.setdefault(parameter, weakref.WeakValueDictionary())
+    return kept
+
+
+def _made(
+    parameter: torch.Tensor, form: Format | None, make: Callable[[], Blocks | torch.Tensor]
+) -> Made:
+    kept = _kept(parameter)
     made: Made | None = kept.get(form)
     if isinstance(parameter, Gone):
         if made is None or made.blocks is None:
             parameter.refuse()
     elif made is None or not made.of_now(parameter):
-        weight = parameter.detach()
-        source = Fingerprint([weight] if weight.device.type == "cpu" else [])
-        place, version = weight.data_ptr(), _version(parameter)
-        made = kept[form] = Made(_form_of(whole(), name, form), source, place, version)
+        made = kept[form] = Made.now(parameter, make)
     return made
 
 
-def _form_of(whole: torch.Tensor, name: str, form: Format | None) -> Blocks | torch.Tensor:
-    if form is None:
-        return whole
+def blocks_of(weight: torch.Tensor, name: str, form: Format) -> Blocks:
+    """A parameter's numbers in fewer bits.
+
+    Raises:
+        NoEngine: they have no such form.
+    """
     try:
-        return quantise(whole.T if form.transposed else whole, form.kind, form.group)
+        return quantise(weight.T if form.transposed else weight, form.kind, form.group)
     except ValueError as error:
         raise NoEngine(f"{name}: {error}") from error
 
