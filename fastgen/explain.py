@@ -18,7 +18,7 @@ class Explanation:
     ``engine`` or ``torch``."""
     reasons: list[str] = field(default_factory=list)
     weights: str = "full"
-    """What matrix products on the engine read: ``EngineOptions.weights``."""
+    """What matrix products on the engine read: ``EngineOptions.weights``, or a checkpoint's."""
 
     def __str__(self) -> str:
         path = self.path if self.weights == "full" else f"{self.path}, {self.weights} weights"
@@ -32,6 +32,8 @@ class Explained:
     """Whether ``forward`` needs the hidden states of an encoder."""
     engine_options: EngineOptions
     forward: Any
+    narrow_weights: Any
+    """What engines read of a checkpoint in fewer bits, in words, or None."""
     refusal: Any
     """Why ``forward`` with these arguments goes to torch; None if the engine serves it."""
 
@@ -60,7 +62,7 @@ class Explained:
         said = [str(reason) for reason in reasons if reason]
         if by_torch:
             return Explanation("torch", said)
-        return Explanation("engine", said, self.engine_options.weights)
+        return Explanation("engine", said, self.narrow_weights() or self.engine_options.weights)
 
     def explain(self, **forward_kwargs: Any) -> Explanation:
         """As ``explain_forward``: a model that does not generate does nothing else."""

@@ -66,7 +66,7 @@ class ExplainsGenerate:
             reasons.append(f"{mode.value} decodes in the HF loop")
         reasons += self._slow_reasons(config, model_kwargs)
         path = "HF loop" if reasons else "fast loop"
-        return Explanation(path, reasons, self.engine_options.weights)
+        return Explanation(path, reasons, self.narrow_weights() or self.engine_options.weights)
 
     def ran_fused(self) -> bool | None:
         """Whether fastgen's fused kernels ran the steps of the last ``generate`` call on the

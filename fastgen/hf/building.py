@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from onnxscript import nn as graph_nn
 
 from fastgen import processes
-from fastgen.blockwise import is_made
+from fastgen.blockwise import Format, is_made
 from fastgen.calibration import Calibration
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
@@ -16,6 +17,8 @@ from fastgen.engines.choice import choose_target
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
 from fastgen.hf import found
+from fastgen.hf.checkpoints import table
+from fastgen.hf.checkpoints.stored import Looked, Stored
 from fastgen.hf.engine_key import engine_key
 from fastgen.hf.let_go import Gone
 from fastgen.hf.quantised import Key, Made, Weights
@@ -40,10 +43,12 @@ class BuildsEngines(torch.nn.Module):
     config: Any
     device: torch.device
     engine_options: Any
-    _copies: tuple[Fingerprint, ...] = ()
+    _copies: tuple[Fingerprint | Looked, ...] = ()
     """What the weights were that engines hold a second time."""
     _made: dict[Key, Made]
     """What engines read instead of weights."""
+    _stored: Mapping[str, Stored] = MappingProxyType({})
+    """Weights that the model has in fewer bits, and that engines read, by their stock names."""
     _calibration: Calibration | None = None
     _gone = 0
     """How many of them there were when torch's weights were let go last."""
@@ -55,13 +60,17 @@ class BuildsEngines(torch.nn.Module):
         return (BuildsEngines,)
 
     def _choose_target(self) -> Target:
-        parameters = tensors_of(self)
+        self._stored = table.weights_in(self)
+        parameters = self._own_tensors()
         name, first = next(iter(parameters.items()))
         try:
             target = choose_target(self.engine_options, first.device, first.dtype)
         except NoEngine as error:
             raise self._while_as_it_is(name, first, str(error)) from error
+        target = table.served(target, self._stored.values())
         kept = tuple(getattr(self, "_keep_in_fp32_modules", None) or ())
+        if refusal := table.refusal(self):
+            raise refusal
         for name, parameter in parameters.items():
             if isinstance(parameter, Gone):
                 parameter.refuse()
@@ -79,7 +88,7 @@ class BuildsEngines(torch.nn.Module):
                 raise NoEngine(f"{name} is {parameter.dtype}, other weights {first.dtype}")
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
-        if target.dtype == "float16":
+        if target.dtype == "float16" and not target.stored:
             target = replace(target, wide=found.recalled(self))
         return replace(target, calibration=self._calibration) if target.integers else target
 
@@ -111,28 +120,30 @@ class BuildsEngines(torch.nn.Module):
         """
         own = self._weights()
         wanted = {n for n, _ in root.named_parameters()}
-        if missing := sorted(wanted - own.keys()):
+        if missing := sorted(n for n in wanted if not own.has(n)):
             raise NoEngine(f"parameters were replaced: {missing[0]} is gone")
-        types = {n: (str(own[n].dtype).removeprefix("torch."), tuple(own[n].shape)) for n in wanted}
+        types = {n: own.described(n) for n in wanted}
+        forms = {n: form for n, form in own.forms.items() if n in wanted}
         options, backend = self.engine_options, choice.backend(target.backend)
         device = next(iter(own.values())).device
         backend.check(device)
 
         def build() -> Artifact:
-            graph = graphs.build(root, target, types, getattr(root, method), *specs)
+            graph = graphs.build(root, target, types, getattr(root, method), *specs, forms)
             return backend.compile(graph, name, options, device)
 
         fast = type(self).__qualname__
 
         def load(artifact: Artifact) -> Engine:
-            if target.weights == "full":
+            if not target.narrow:
                 return backend.load(artifact, target, own, options)
-            with progress(f"{fast} {name}: {target.weights} weights"):
+            with progress(f"{fast} {name}: {self.narrow_weights() or target.weights} weights"):
                 return backend.load(artifact, target, own, options)
 
         if kept := self._engine_cache():
             key = {"graph": name, "parameters": types, **engine_key(fast, self.config, target)}
             key |= {"inputs": [asdict(spec) for spec in specs[0]]}
+            key |= {"stored": {n: asdict(form) for n, form in forms.items()}} if forms else {}
             key |= {"backend": backend.key(target, options, device)}
             where = f"({target.backend}, {target.device}, {target.dtype})"
             engine = _kept(kept, key, build, load, title=f"{fast} {name} {where}")
@@ -146,6 +157,7 @@ class BuildsEngines(torch.nn.Module):
         self._plain |= {name for name in engine.weight_pointers() if not is_made(name)}
         copied = getattr(engine, "copied", ())
         own.packed(copied)
+        self._copies += own.looked_at(engine.graph.parameters)
         if left := own.sources(copied):
             threads = self.engine_options.intra_op_threads or processes.threads()
             self._copies += (Fingerprint(left, threads),)
@@ -154,7 +166,20 @@ class BuildsEngines(torch.nn.Module):
 
     def _weights(self) -> Weights:
         """What engines read: parameters, and what is made of them."""
-        return Weights(tensors_of(self), self._made, self._read_whole())
+        exact = self.engine_options.weights == "full" and self.device.type == "cpu"
+        forms = {name: weight.form(exact) for name, weight in self._stored.items()}
+        return Weights(self._own_tensors(), self._made, self._read_whole(), self._stored, forms)
+
+    def _own_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by name, but for what a library holds in place of a weight."""
+        held = {name.rpartition(".")[0] for name in self._stored}
+        parts = ((name, *name.rpartition("."), t) for name, t in tensors_of(self).items())
+        return {n: t for n, path, _, leaf, t in parts if path not in held or leaf == "bias"}
+
+    def narrow_weights(self) -> str | None:
+        """What engines read of a checkpoint in fewer bits, in words; None if it is of full ones."""
+        kinds = {(stored.library, stored.kind) for stored in self._stored.values()}
+        return " and ".join(f"{library}'s {kind}" for library, kind in sorted(kinds)) or None
 
     def _read_whole(self) -> set[int] | None:
         """Ids of the parameters that stay with ``keep_torch_weights=False``, as something looks
@@ -189,13 +214,14 @@ class BuildsEngines(torch.nn.Module):
         others = tuple(ignore.split())
         refuse_adapters(self, others)
         known = {name for root in roots for name, _ in root.named_parameters()}
+        others += tuple(name.removesuffix("weight") for name in self._stored)
         for name, _ in self.named_parameters(remove_duplicate=False):
             if name not in known and not name.startswith(others):
                 raise NoEngine(f"parameter {name} is not part of the {type(self).__name__} graph")
         for name, module in self.named_modules():
             home = type(module).__module__.partition(".")[0]
             own = home in _KNOWN_LIBRARIES or isinstance(module, self._called())
-            if not own and not name.startswith(others):
+            if not own and not f"{name}.".startswith(others):
                 kind = f"{type(module).__module__}.{type(module).__name__}"
                 raise NoEngine(f"module {name} is a {kind}, which no graph knows")
         if changed := changed_part(self, self._twin(), others):

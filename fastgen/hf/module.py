@@ -233,6 +233,7 @@ class EngineModule(Explained, BuildsEngines):
     def _drop_engine(self) -> None:
         self._engine = self._refusal = self._standing = None
         self._copies, self._made, self._gone, self._plain = (), {}, 0, frozenset()
+        self._stored = {}
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
@@ -265,6 +266,7 @@ class EngineModule(Explained, BuildsEngines):
             "_engine_weights",
             "_copies",
             "_made",
+            "_stored",
             "_gone",
             "_plain",
             "_refusal",

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastgen import int8
 from fastgen.blockwise import Blocks, Format, parse, quantise
 from fastgen.engines import NoEngine
+from fastgen.hf.checkpoints.stored import Looked, Stored
 from fastgen.hf.let_go import Gone, let_go
 from fastgen.hf.weights import Fingerprint
 
@@ -23,7 +25,7 @@ class Made:
 
     blocks: Blocks | None
     """None: an engine has them in a layout of its own."""
-    source: Fingerprint
+    source: Fingerprint | Looked
     place: int
     version: int
 
@@ -46,14 +48,20 @@ class Weights(Mapping[str, torch.Tensor]):
         tensors: Mapping[str, torch.Tensor],
         made: dict[Key, Made],
         tables: Collection[int] | None = None,
+        stored: Mapping[str, Stored] = MappingProxyType({}),
+        forms: Mapping[str, Format] = MappingProxyType({}),
     ) -> None:
         """
         Args:
+            tensors: parameters, but for those that are ``stored`` otherwise.
             made: is added to.
             tables: ids of tensors that are looked up, and stay for that where others are let go;
                 None lets none go.
+            stored: weights that the model has in fewer bits.
+            forms: the format in which engines read each of them.
         """
         self._tensors, self.made, self._tables = tensors, made, tables
+        self.stored, self.forms = stored, forms
         self._rounded: set[str] = set()
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -61,10 +69,18 @@ class Weights(Mapping[str, torch.Tensor]):
             self._rounded.add(source)
             return int8.made(name, self._tensors[source])
         if (found := parse(name)) is None:
+            if name in self.stored:
+                raise NoEngine(f"{name} is read whole, and the model has it in fewer bits")
             return self._tensors[name]
         parameter, form, which = found
-        blocks = self._blocks(parameter, form)
-        return (blocks.values, blocks.scales)[which]
+        return self._blocks(parameter, form).part(which)
+
+    def described(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """dtype (torch's name) and shape of a parameter, in whatever form it is."""
+        if (stored := self.stored.get(name)) is not None:
+            return _words(self._dtype()), stored.shape
+        tensor = self._tensors[name]
+        return _words(tensor.dtype), tuple(tensor.shape)
 
     def __iter__(self) -> Iterator[str]:
         """The names of parameters as they are."""
@@ -72,6 +88,10 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a parameter, in whatever form."""
+        return name in self._tensors or name in self.stored
 
     def rounded(self) -> list[torch.Tensor]:
         """The parameters that somebody asked for as integers with a step for each row."""
@@ -86,14 +106,20 @@ class Weights(Mapping[str, torch.Tensor]):
         """The parameters that these names stand for, or are made of, but for those let go and those
         ``rounded``."""
         found = {name: parse(name) for name in names if int8.source(name) is None}
-        parts = [(self._tensors[made[0] if made else name], made) for name, made in found.items()]
+        read = ((made[0] if made else name, made) for name, made in found.items())
+        parts = [(self._tensors[name], made) for name, made in read if name not in self.stored]
         return [parameter for parameter, made in parts if not (made and self._goes(parameter))]
+
+    def looked_at(self, names: Iterable[str]) -> tuple[Looked, ...]:
+        """What tells of edits of the stored weights that these names stand for."""
+        read = {made[0] for made in map(parse, names) if made is not None}
+        return tuple(Looked(self.stored[name]) for name in sorted(read & self.stored.keys()))
 
     def let_go(self) -> None:
         """Let torch's weights go of which something was made, but for tables: what was made is then
         the one form there is of them."""
         for (name, form), made in self.made.items():
-            parameter = self._tensors[name]
+            parameter = self._holder(name)
             if self._goes(parameter) and not isinstance(parameter, Gone):
                 self.made[name, form] = replace(made, source=Fingerprint([]))
                 others = _all_made.pop(parameter, None)  # nobody may refer to it meanwhile
@@ -102,13 +128,23 @@ class Weights(Mapping[str, torch.Tensor]):
                     others[form] = self.made[name, form]
                     _all_made[parameter] = others
 
+    def _holder(self, name: str) -> torch.Tensor:
+        """What is let go of a weight."""
+        return self.stored[name].holder if name in self.stored else self._tensors[name]
+
+    def _dtype(self) -> torch.dtype:
+        """Of the model's computation."""
+        return next(iter(self._tensors.values())).dtype
+
     def _goes(self, parameter: torch.Tensor) -> bool:
         return self._tables is not None and id(parameter) not in self._tables
 
     def _blocks(self, parameter: str, form: Format) -> Blocks:
         made = self.made.get((parameter, form))
         if made is None or made.blocks is None:
-            made = self.made[parameter, form] = _made(self._tensors[parameter], parameter, form)
+            stored = self.stored.get(parameter)
+            made = _made(self._holder(parameter), parameter, form, stored, self._dtype())
+            self.made[parameter, form] = made
         assert made.blocks is not None
         return made.blocks
 
@@ -117,22 +153,36 @@ _all_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Parameter -> Format -> what was made of it, while somebody holds that."""
 
 
-def _made(parameter: torch.Tensor, name: str, form: Format) -> Made:
+def _made(
+    parameter: torch.Tensor, name: str, form: Format, stored: Stored | None, dtype: torch.dtype
+) -> Made:
     kept = _all_made.setdefault(parameter, weakref.WeakValueDictionary())
     made: Made | None = kept.get(form)
     if isinstance(parameter, Gone):
         if made is None or made.blocks is None:
             parameter.refuse()
     elif made is None or not made.of_now(parameter):
-        weight = parameter.detach()
-        source = Fingerprint([weight] if weight.device.type == "cpu" else [])
-        place, version = weight.data_ptr(), _version(parameter)
-        try:
-            blocks = quantise(weight.T if form.transposed else weight, form.kind, form.group)
-        except ValueError as error:
-            raise NoEngine(f"{name}: {error}") from error
+        place, version = parameter.data_ptr(), _version(parameter)
+        source: Fingerprint | Looked
+        if stored is not None:
+            source, blocks = Looked(stored), stored.blocks(form, dtype)
+        else:
+            source, blocks = _quantised(parameter.detach(), name, form)
         made = kept[form] = Made(blocks, source, place, version)
     return made
+
+
+def _quantised(weight: torch.Tensor, name: str, form: Format) -> tuple[Fingerprint, Blocks]:
+    source = Fingerprint([weight] if weight.device.type == "cpu" else [])
+    try:
+        blocks = quantise(weight.T if form.transposed else weight, form.kind, form.group)
+    except ValueError as error:
+        raise NoEngine(f"{name}: {error}") from error
+    return source, blocks
+
+
+def _words(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _version(parameter: torch.Tensor) -> int:

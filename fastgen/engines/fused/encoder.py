@@ -51,6 +51,8 @@ class PackedEngine:
         # on a CPU torch computes what the kernels would
         if device.type == "cuda" and (reason := nvrtc.refusal(device)):
             raise NotFused(reason)
+        if target.stored:
+            raise NotFused("no products of packed tokens by a checkpoint's weights of fewer bits")
         if target.weights in ("int8", "int4"):  # fp8 is of decoders, encoders read full weights
             raise NotFused(f"no products of packed tokens by {target.weights} weights")
         self.target, self.device, self._padding = target, device, padding

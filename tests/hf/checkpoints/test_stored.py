@@ -1,0 +1,214 @@
+"""Models whose weights a library holds in fewer bits: served by the same values, or by torch."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import fastgen
+from fastgen.errors import FallbackWarning, WeightsGoneError
+from fastgen.hf.let_go import Gone
+from tests.configs import Pair, prompts
+from tests.helpers import CLOSE, assert_left_to_torch, assert_served, copies, logits, refusal
+from tests.hf.checkpoints.held import FLOAT8, Held, hold, torchao
+from tests.quantised import rounded
+
+#: How a library holds weights, and what engines then read.
+SERVED: dict[str, tuple[Held, str]] = {
+    "torchao int8": (torchao(), "torchao's int8"),
+    "torchao int8 zeros": (torchao(zeros=True), "torchao's int8"),
+    "torchao int8 groups": (torchao(group=16), "torchao's int8"),
+    "torchao int4": (torchao(bits=4, group=16), "torchao's int4"),
+    "torchao int4 zeros": (torchao(bits=4, zeros=True), "torchao's int4"),
+    "torchao int3": (torchao(bits=3, group=32, zeros=True), "torchao's int4"),
+}
+INT8 = torchao()
+
+
+def held(how: Held = INT8, name: str = "t5-1.1", **options: Any) -> Pair:
+    """Copies of a variant's models whose weights are held so."""
+    pair = copies(name)
+    for model in (pair.stock, pair.fast):
+        hold(model, how)
+    pair.fast.engine_options = options
+    return pair
+
+
+@pytest.mark.parametrize("how", SERVED)
+def test_the_engine_reads_the_very_same_values(how: str) -> None:
+    make, words = SERVED[how]
+    pair = held(make)
+    assert_served(pair)
+    arguments = {"max_new_tokens": 20, "do_sample": False, "num_beams": 2}
+    assert str(pair.fast.explain(**arguments)) == f"fast loop, {words} weights"
+    ids = prompts("t5-1.1", rows=3)
+    found, expected = (m.generate(ids, **arguments) for m in (pair.fast, pair.stock))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["t5-1.0", "bart-sizes", "umt5"])
+def test_families(name: str) -> None:
+    pair, ids = held(torchao(group=16, zeros=True), name), prompts(name, rows=2)
+    found, expected = (m.generate(ids, max_new_tokens=9) for m in (pair.fast, pair.stock))
+    assert str(pair.fast.explain(max_new_tokens=9)) == "fast loop, torchao's int8 weights"
+    assert torch.equal(found, expected)
+
+
+def test_bert() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    stock = BertModel(BertConfig(**sizes, vocab_size=96, intermediate_size=64)).eval()
+    fast = fastgen.FastBertModel(stock.config).eval()
+    fast.load_state_dict(stock.state_dict())
+    for model in (stock, fast):
+        hold(model, torchao(bits=4, group=16))
+    ids = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1:, 6:] = 0
+    with torch.no_grad():
+        assert str(fast.explain(input_ids=ids)) == "engine, torchao's int4 weights"
+        found, expected = (m(ids, attention_mask=mask) for m in (fast, stock))
+    seen = mask.bool()
+    close = torch.testing.assert_close
+    close(found.last_hidden_state[seen], expected.last_hidden_state[seen], **CLOSE)
+    close(found.pooler_output, expected.pooler_output, **CLOSE)
+
+
+def test_inputs_are_rounded_where_fewer_bits_are_asked_for_too() -> None:
+    pair = held(weights="int8")
+    found = logits(pair.fast)
+    expected = logits(pair.stock)
+    assert not torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    for part in pair.stock.modules():
+        if isinstance(part, torch.nn.Linear) and part is not pair.stock.lm_head:
+            part.register_forward_pre_hook(lambda _, given: (rounded(given[0], 32), *given[1:]))
+    nearer = logits(pair.stock)  # but for the head, which the engine rounds, too
+    assert (found - nearer).norm() <= 0.5 * (found - expected).norm() or torch.allclose(
+        found, nearer, rtol=0.1, atol=0.1
+    )
+    assert str(pair.fast.explain()) == "fast loop, torchao's int8 weights"
+
+
+# Memory
+
+
+def test_torchs_copy_is_let_go() -> None:
+    kept, pair, ids = held().fast, held(keep_torch_weights=False), prompts("t5-1.1")
+    weight = pair.fast.decoder.block[0].layer[2].DenseReluDense.wo.weight
+    values = weakref.ref(weight.qdata)
+    del weight
+    for _ in range(2):
+        found, expected = (m.generate(ids, max_new_tokens=70) for m in (pair.fast, kept))
+        assert torch.equal(found, expected)
+    gc.collect()
+    assert values() is None
+    assert isinstance(pair.fast.decoder.block[0].layer[2].DenseReluDense.wo.weight, Gone)
+    assert not isinstance(pair.fast.lm_head.weight, Gone)
+    assert str(pair.fast.explain()) == "fast loop, torchao's int8 weights"
+    with pytest.raises(WeightsGoneError):
+        pair.fast(inputs_embeds=torch.ones(1, 2, 32), decoder_input_ids=ids)
+
+
+# Edits
+
+
+def in_place(model: Any) -> None:
+    model.decoder.block[0].layer[2].DenseReluDense.wo.weight.qdata.bitwise_not_()
+
+
+def scales(model: Any) -> None:
+    model.encoder.block[1].layer[0].SelfAttention.v.weight.scale.mul_(3)
+
+
+def another_weight(model: Any) -> None:
+    linear = model.decoder.block[0].layer[1].EncDecAttention.q
+    linear.weight = torch.nn.Parameter(3 * linear.weight.dequantize())
+
+
+def held_otherwise(model: Any) -> None:
+    linear = model.decoder.block[0].layer[1].EncDecAttention.o
+    linear.weight = torch.nn.Parameter(3 * linear.weight.dequantize())
+    torchao(bits=4, group=16)(linear)
+
+
+@pytest.mark.parametrize("edit", [in_place, scales, another_weight, held_otherwise])
+def test_edits_are_noticed(edit: Callable[[Any], None]) -> None:
+    pair = held()
+    before = logits(pair.fast)
+    for model in (pair.fast, pair.stock):
+        edit(model)
+    assert_served(pair)
+    assert not torch.allclose(logits(pair.fast), before)
+
+
+# What is left to torch
+
+
+def float8(linear: torch.nn.Linear) -> torch.nn.Module:
+    made = FLOAT8(
+        torch.float32,
+        qdata=linear.weight.detach().to(torch.float8_e4m3fn),
+        scale=torch.ones(linear.out_features, 1),
+        zero_point=None,
+        block_size=(1, linear.in_features),
+    )
+    linear.weight = torch.nn.Parameter(made, requires_grad=False)
+    return linear
+
+
+REFUSED: dict[str, tuple[Held, str]] = {
+    "float8": (float8, "weights are torchao's Float8Tensor: Int8WeightOnlyConfig and"),
+    "small groups": (torchao(bits=4, group=8), "groups of 8 inputs, where 32 in multiples of 16"),
+    "inputs": (
+        torchao(act_quant_kwargs="per row"),
+        "torchao rounds inputs to 8 bits, as no engine does to the same numbers: "
+        "EngineOptions(weights='int8') serves it",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_the_others_are_left_to_torch_with_a_reason(how: str) -> None:
+    make, reason = REFUSED[how]
+    pair = held(make)
+    assert_left_to_torch(pair, reason)
+    ids = prompts("t5-1.1")
+    with pytest.warns(FallbackWarning, match=r"torchao"):
+        found = pair.fast.generate(ids, max_new_tokens=9)
+    assert torch.equal(found, pair.stock.generate(ids, max_new_tokens=9))
+
+
+def test_what_rounds_inputs_is_served_where_fewer_bits_are_asked_for() -> None:
+    pair = held(torchao(act_quant_kwargs="per row"), weights="int8")
+    assert refusal(pair.fast) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"weights": "int4"}, "EngineOptions(weights='int4'), where torchao has made them int8"),
+        ({"backend": "torch"}, "switches engines off"),
+    ],
+)
+def test_options_that_do_not_go_with_it(options: dict[str, Any], reason: str) -> None:
+    assert_left_to_torch(held(**options), reason)
+
+
+def test_an_embedding_in_fewer_bits() -> None:
+    pair = held()
+    table = pair.fast.shared
+    table.weight = pair.fast.decoder.block[0].layer[2].DenseReluDense.wo.weight
+    reason = refusal(pair.fast)
+    assert reason is not None and "torchao's Int8Tensor in a Embedding" in reason
+
+
+def test_another_dtype_than_float32_on_the_cpu() -> None:
+    pair = copies()
+    fast = pair.fast.to(torch.bfloat16)
+    hold(fast, INT8)
+    reason = refusal(fast)
+    assert reason is not None and "float32" in reason
