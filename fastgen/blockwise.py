@@ -67,8 +67,8 @@ def is_made(name: str) -> bool:
 
 
 def parse(name: str) -> tuple[str, Format, int] | None:
-    """The inverse of ``Format.names``: the parameter, its format, and which of the three it is; None
-    if it is the name of a parameter as it is."""
+    """The inverse of ``Format.names``: the parameter, its format, and which of the three this is;
+    None if it is the name of a parameter as it is."""
     parameter, *form = name.split(":")
     kind, *sizes = form[0].split("-") if form else ("",)
     if kind not in KINDS:
@@ -173,7 +173,7 @@ def blocks_of(
         scales: [N, S]; each is of K / S inputs, a multiple of the format's group, or of all.
         zeros: uint8 [N, S], the step that means zero; None is the one in the middle.
     """
-    (outputs, inputs), group = steps.shape, form.group
+    inputs, group = steps.shape[1], form.group
     middle = 2 ** (BITS[form.kind] - 1)
     if form.zeros and zeros is None:
         zeros = torch.full_like(scales, middle, dtype=torch.uint8)

@@ -51,8 +51,8 @@ class Target:
     group: int = 0
     """Inputs of such a weight that share a scale; 0 is a whole row."""
     stored: bool = False
-    """Some parameters are a checkpoint's in fewer bits, and tell so themselves (``ops/quantised.py``:
-    ``FORM``)."""
+    """Some parameters are a checkpoint's in fewer bits, and tell so themselves (``FORM`` of
+    ``ops/quantised.py``)."""
     integers: bool = False
     """Products of 8-bit integers exist: what a calibration asks for is served."""
     saturates: bool = False

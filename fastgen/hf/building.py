@@ -9,7 +9,7 @@ import torch
 from onnxscript import nn as graph_nn
 
 from fastgen import processes
-from fastgen.blockwise import Format, is_made
+from fastgen.blockwise import is_made
 from fastgen.calibration import Calibration
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice

@@ -2,8 +2,8 @@
 
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from types import MappingProxyType
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary

@@ -1,4 +1,4 @@
-"""A Linear's weight in fewer bits: what all libraries' have in common, and whether one was edited."""
+"""A Linear's weight in fewer bits: what all libraries' have in common, and what tells of edits."""
 
 import weakref
 from collections.abc import Callable, Sequence

@@ -6,12 +6,15 @@ from dataclasses import replace
 import torch
 
 from fastgen.engines import NoEngine
-from fastgen.hf.checkpoints import torchao
+from fastgen.hf.checkpoints import bitsandbytes, others, quanto, torchao
 from fastgen.hf.checkpoints.stored import Stored
 from fastgen.hf.standing import Standing
 from fastgen.target import Target
 
-READERS: tuple[Callable[[torch.nn.Module], Stored | str | None], ...] = (torchao.read,)
+READERS: tuple[Callable[[torch.nn.Module], Stored | str | None], ...] = (
+    *(torchao.read, bitsandbytes.read, quanto.read),
+    others.read,
+)
 """Each says what it knows of a module's weight, or why only torch runs the module."""
 
 
@@ -24,18 +27,22 @@ def _known(root: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, Stored
 
 
 def weights_in(root: torch.nn.Module) -> dict[str, Stored]:
-    """The weights in fewer bits that engines may read, by the names that stock modules give them."""
+    """The weights in fewer bits that engines may read, by their names in stock modules."""
     found = ((name, known) for name, _, known in _known(root))
     return {f"{name}.weight": known for name, known in found if isinstance(known, Stored)}
 
 
 def refusal(root: torch.nn.Module) -> Standing | None:
-    """Why only torch runs a model: some part of it has weights in a form that engines do not read."""
+    """Why only torch runs a model: a part has weights in a form that engines do not read."""
     for name, module, known in _known(root):
         if isinstance(known, str):
-            kinds = _kinds(module)
-            return Standing(f"{known} ({name})", module, lambda part: _kinds(part) == kinds)
+            return Standing(f"{known} ({name})", module, _as_now(module))
     return None
+
+
+def _as_now(module: torch.nn.Module) -> Callable[[torch.nn.Module], bool]:
+    kinds = _kinds(module)
+    return lambda part: _kinds(part) == kinds
 
 
 def _kinds(module: torch.nn.Module) -> list[type]:

@@ -1,5 +1,5 @@
-"""Linear layers as libraries hold them, without the libraries: classes of the same names and fields,
-which torch multiplies by as theirs do, by what they stand for."""
+"""Linear layers as libraries hold them, without the libraries: classes of the same names and
+fields, by which torch multiplies as by theirs."""
 
 import copy
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
+
+from tests.quantised import rounded
 
 Held = Callable[[torch.nn.Linear], torch.nn.Module]
 """Makes of a Linear what a library would; may change it in place."""
@@ -92,6 +94,78 @@ def torchao(bits: int = 8, group: int | None = None, zeros: bool = False, **more
             **own | more,
         )
         linear.weight = torch.nn.Parameter(made, requires_grad=False)
+        return linear
+
+    return hold
+
+
+class Int8Params(torch.nn.Parameter):
+    """bitsandbytes' parameter, which the scales lie beside."""
+
+    SCB: torch.Tensor | None = None
+
+
+class Linear8bitLt(torch.nn.Linear):
+    """bitsandbytes' layer of 8 bits: once it has run, its scales are elsewhere."""
+
+    class State:
+        SCB: torch.Tensor | None = None
+
+    state: State
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self.weight
+        if weight.SCB is not None:
+            self.state.SCB, weight.SCB = weight.SCB, None
+        whole = weight.float() * self.state.SCB[:, None] / 127  # type: ignore[index]
+        return torch.nn.functional.linear(rounded(x.half().float(), x.shape[-1]), whole, self.bias)
+
+
+class Linear4bit(torch.nn.Linear):
+    """bitsandbytes' layer of a table's 4 bits, in as far as it has another class."""
+
+
+for _kind in (Linear8bitLt, Linear4bit):
+    _kind.__module__ = "bitsandbytes.nn.modules"
+
+
+def bitsandbytes(linear: torch.nn.Linear) -> torch.nn.Module:
+    """load_in_8bit=True."""
+    values, scales, _ = steps(linear.weight, 8, None, zeros=False)
+    linear.__class__, linear.state = Linear8bitLt, Linear8bitLt.State()  # type: ignore[assignment]
+    weight = Int8Params(values, requires_grad=False)
+    linear.weight, weight.SCB = weight, 127 * scales[:, 0]
+    return linear
+
+
+def bitsandbytes_4bit(linear: torch.nn.Linear) -> torch.nn.Module:
+    """load_in_4bit=True."""
+    linear.__class__ = Linear4bit
+    return linear
+
+
+def quanto(name: str = "qint8", **more: Any) -> Held:
+    """QuantoConfig(weights="int8")."""
+
+    def hold(linear: torch.nn.Linear) -> torch.nn.Module:
+        values, scales, _ = steps(linear.weight, 8, None, zeros=False)
+        kind: Any = type("WeightQBytesTensor", (Wrapped,), {"__module__": "optimum.quanto.tensor"})
+        fields = {"_data": values, "_scale": scales, "axis": 0, "activation_qtype": None}
+        fields["qtype"] = type("qtype", (), {"name": name})
+        own = {"qdata": values, "scale": scales, "zero_point": None}
+        own["block_size"] = (1, linear.in_features)
+        made = kind(linear.weight.dtype, **own | fields | more)
+        linear.weight = torch.nn.Parameter(made, requires_grad=False)
+        return linear
+
+    return hold
+
+
+def of_library(module: str, name: str) -> Held:
+    """A layer of another library's, in as far as it has another class."""
+
+    def hold(linear: torch.nn.Linear) -> torch.nn.Module:
+        linear.__class__ = type(name, (torch.nn.Linear,), {"__module__": module})
         return linear
 
     return hold

@@ -1,6 +1,7 @@
 """Models whose weights a library holds in fewer bits: served by the same values, or by torch."""
 
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,16 @@ from fastgen.errors import FallbackWarning, WeightsGoneError
 from fastgen.hf.let_go import Gone
 from tests.configs import Pair, prompts
 from tests.helpers import CLOSE, assert_left_to_torch, assert_served, copies, logits, refusal
-from tests.hf.checkpoints.held import FLOAT8, Held, hold, torchao
+from tests.hf.checkpoints.held import (
+    FLOAT8,
+    Held,
+    bitsandbytes,
+    bitsandbytes_4bit,
+    hold,
+    of_library,
+    quanto,
+    torchao,
+)
 from tests.quantised import rounded
 
 #: How a library holds weights, and what engines then read.
@@ -25,6 +35,7 @@ SERVED: dict[str, tuple[Held, str]] = {
     "torchao int4": (torchao(bits=4, group=16), "torchao's int4"),
     "torchao int4 zeros": (torchao(bits=4, zeros=True), "torchao's int4"),
     "torchao int3": (torchao(bits=3, group=32, zeros=True), "torchao's int4"),
+    "quanto int8": (quanto(), "quanto's int8"),
 }
 INT8 = torchao()
 
@@ -168,6 +179,23 @@ REFUSED: dict[str, tuple[Held, str]] = {
         "torchao rounds inputs to 8 bits, as no engine does to the same numbers: "
         "EngineOptions(weights='int8') serves it",
     ),
+    "bitsandbytes": (
+        bitsandbytes,
+        "bitsandbytes rounds inputs to float16 and 8 bits, as no engine does to the same numbers: "
+        "EngineOptions(weights='int8') serves it",
+    ),
+    "bitsandbytes 4 bits": (bitsandbytes_4bit, "bitsandbytes' Linear4bit, whose values are no"),
+    "quanto int4": (quanto("qint4"), "weights are quanto's qint4 (WeightQBytesTensor of a Linear)"),
+    "quanto activations": (quanto(activation_qtype="qint8"), "quanto rounds inputs to 8 bits"),
+    "gptq": (
+        of_library("gptqmodel.nn_modules.qlinear.torch", "TorchQuantLinear"),
+        "weights are GPTQ's or AWQ's TorchQuantLinear, which only torch runs: load the model",
+    ),
+    "hqq": (of_library("hqq.core.quantize", "HQQLinear"), "weights are HQQ's HQQLinear"),
+    "transformers": (
+        of_library("transformers.integrations.bitnet", "BitLinear"),
+        "weights are transformers' own BitLinear",
+    ),
 }
 
 
@@ -177,14 +205,28 @@ def test_the_others_are_left_to_torch_with_a_reason(how: str) -> None:
     pair = held(make)
     assert_left_to_torch(pair, reason)
     ids = prompts("t5-1.1")
-    with pytest.warns(FallbackWarning, match=r"torchao"):
+    with pytest.warns(FallbackWarning, match=re.escape(reason)):
         found = pair.fast.generate(ids, max_new_tokens=9)
     assert torch.equal(found, pair.stock.generate(ids, max_new_tokens=9))
 
 
-def test_what_rounds_inputs_is_served_where_fewer_bits_are_asked_for() -> None:
-    pair = held(torchao(act_quant_kwargs="per row"), weights="int8")
+ROUNDS = {
+    "torchao": torchao(act_quant_kwargs="per row"),
+    "bitsandbytes": bitsandbytes,
+    "quanto": quanto(activation_qtype="qint8"),
+}
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("how", ROUNDS)
+def test_what_rounds_inputs_is_served_where_fewer_bits_are_asked_for(how: str, ran: bool) -> None:
+    """By the same weights, whether torch has run before or not."""
+    pair, same = held(ROUNDS[how]), held(weights="int8")
+    if ran:
+        logits(pair.fast)
+    pair.fast.engine_options = {"weights": "int8"}
     assert refusal(pair.fast) is None
+    torch.testing.assert_close(logits(pair.fast), logits(same.fast), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
