@@ -115,11 +115,9 @@ template <class W, int STEPS> struct NarrowProduct {
         }
     }
     INLINE void add(const Input& x, int step, const Fragment<W>& w, Two scales, int lane) {
-        float own[4] = {x.less[0], x.less[1], x.less[2], x.less[3]}, more[4] = {};
-        multiply(own, x.eight[0], eight(w, 0), fp16());  // two short chains: nothing else to wait for
-        multiply(more, x.eight[1], eight(w, 1), fp16());
+        float own[4] = {x.less[0], x.less[1], x.less[2], x.less[3]};
 #pragma unroll
-        for (int i = 0; i < 4; i++) own[i] += more[i];
+        for (int i = 0; i < 2; i++) multiply(own, x.eight[i], eight(w, i), fp16());
         if constexpr (HELD > 8) {
 #pragma unroll
             for (int i = 0; i < 4; i++)

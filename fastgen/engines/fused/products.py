@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fastgen.engines import NotFused
-from fastgen.engines.fused.recorder import Recorder
+from fastgen.engines.fused.recorder import REGISTERS, Recorder
 from fastgen.engines.fused.values import (
     LinearArgs,
     Matrix,
@@ -54,6 +54,8 @@ class Products(Recorder):
         warps = self._warps(inputs)
         if weight.blocks is not None:
             warps = self._narrow_warps(inputs, isinstance(x, Normed))
+        elif weight.plain and not isinstance(x, Normed):
+            warps = min(warps, 16)  # half a processor's threads, see _blocks_beside
         tiles = self._tiles(outputs * segments, warps, weights, weight)
         blocks, norm = -(-outputs // (8 * tiles)) * segments, "NONE"
         shared = self._shared(weight, warps, tiles * weights)
@@ -74,6 +76,8 @@ class Products(Recorder):
         together = None
         if weight.blocks is not None:  # 80 registers a thread, and no wave of one block alone
             together = max(24 // warps, min(-(-blocks // self._processors), 2))
+        elif weight.plain and norm != "LAYER":  # whose threads need more registers
+            together = self._blocks_beside(blocks, 32 * warps)
         self._launch(body, (blocks, 1), 32 * warps, args, together)
 
     def _shared(self, weight: Matrix, warps: int, tiles: int) -> int:
@@ -98,6 +102,14 @@ class Products(Recorder):
         """Warps that share out a row of weights: four loads each, if a block holds so many."""
         return min(max(-(-inputs // 128), 8), 32)
 
+    def _blocks_beside(self, blocks: int, threads: int) -> int | None:
+        """Blocks that a processor should have room for: twice its share of them, so that those of
+        the next launch fit beside them and fetch their weights meanwhile. None: the next one's
+        fit anyway, or never would."""
+        wanted = 2 * -(-blocks // self._processors)
+        fits = wanted * threads * 64 <= REGISTERS
+        return wanted if fits and wanted * threads >= 1024 else None
+
     def _narrow_warps(self, inputs: int, normed: bool) -> int:
         """The same of weights of fewer bits. Half a processor's threads at most: the next launch's
         blocks find room beside them, and fetch their weights meanwhile."""
@@ -109,10 +121,8 @@ class Products(Recorder):
         without work. The bounds are measured ones."""
         if weight.across:
             sums = 4 * warps * 8 * self._rows  # bytes of a tile: floats of every warp
-            for tiles in (8, 4):
-                if 4 * outputs // (8 * tiles) >= 3 * self._processors and tiles * sums <= 2**15:
-                    return tiles
-            return 2
+            many = outputs // 8 >= 3 * self._processors and sums <= 2**13
+            return 4 if many else 2
         least = self._processors // (1 if self._rows == 1 else 2)
         most = 8 if weight.blocks is not None and warps <= 8 else 4  # beside 80 registers a thread
         for tiles in (8, 4, 2):

@@ -18,7 +18,7 @@ _SOURCES = (
     *("common.cu", "weights.cu", "products.cu", "linear.cu"),
     *("rotary.cu", "attention.cu"),
 )
-_REGISTERS = 2**16  # of a processor
+REGISTERS = 2**16  # of a processor
 _LEAST_REGISTERS = 64  # that a thread needs, about
 _WARP_INPUTS = 64  # of a weight of fewer bits that a warp reads at a time: all of one group
 
@@ -111,7 +111,7 @@ class Recorder:
         """Blocks that a processor should hold: with one less some would wait until all others have
         ended. More of them leave each thread fewer registers."""
         wanted = -(-blocks // self._processors)
-        fits = _REGISTERS // (threads * _LEAST_REGISTERS)
+        fits = REGISTERS // (threads * _LEAST_REGISTERS)
         return wanted if 1 < wanted <= min(fits, 4) else 1
 
     def _buffer(self, role: str, width: int, dtype: torch.dtype | None = None) -> torch.Tensor:

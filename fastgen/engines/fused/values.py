@@ -83,6 +83,11 @@ class Matrix:
         return self.values.shape[2] * (2 if self.blocks.kind == "int4" else 1)
 
     @property
+    def plain(self) -> bool:
+        """Whether it lies as torch's linear layers have it, in 16 bits."""
+        return self.blocks is None and not self.across and self.values.dtype.itemsize == 2
+
+    @property
     def element(self) -> str:
         """What the kernels' sources call its type."""
         if self.blocks is None:
