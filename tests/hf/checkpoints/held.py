@@ -21,8 +21,10 @@ class Wrapped(torch.Tensor):
 
     @staticmethod
     def __new__(cls, dtype: torch.dtype, **fields: Any) -> "Wrapped":
-        shape = fields["qdata"].shape
-        made: Wrapped = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+        values = fields["qdata"]
+        made: Wrapped = torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, dtype=dtype, device=values.device
+        )
         made.fields = fields
         for name, value in fields.items():
             setattr(made, name, value)

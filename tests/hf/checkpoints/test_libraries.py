@@ -1,4 +1,4 @@
-"""Checkpoints as transformers loads them with the libraries themselves, where they are installed."""
+"""Checkpoints as transformers loads them by the libraries themselves, where they are installed."""
 
 from collections.abc import Callable
 from pathlib import Path
