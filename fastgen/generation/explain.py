@@ -45,6 +45,7 @@ class ExplainsGenerate:
 
     engine_options: EngineOptions
     refusal: Any
+    narrow_weights: Any
     _prepare_generation_config: Any
     _reads = "decoder_input_ids"
     """The argument of ``forward`` that a loop's tokens go to."""

@@ -157,7 +157,7 @@ class BuildsEngines(torch.nn.Module):
         self._plain |= {name for name in engine.weight_pointers() if not is_made(name)}
         copied = getattr(engine, "copied", ())
         own.packed(copied)
-        self._copies += own.looked_at(engine.graph.parameters)
+        self._copies += own.looked_at([*copied, *engine.weight_pointers()])
         if left := own.sources(copied):
             threads = self.engine_options.intra_op_threads or processes.threads()
             self._copies += (Fingerprint(left, threads),)
@@ -178,7 +178,8 @@ class BuildsEngines(torch.nn.Module):
 
     def narrow_weights(self) -> str | None:
         """What engines read of a checkpoint in fewer bits, in words; None if it is of full ones."""
-        kinds = {(stored.library, stored.kind) for stored in self._stored.values()}
+        parts = (part for part in self.modules() if isinstance(part, BuildsEngines))
+        kinds = {(s.library, s.kind) for part in parts for s in part._stored.values()}
         return " and ".join(f"{library}'s {kind}" for library, kind in sorted(kinds)) or None
 
     def _read_whole(self) -> set[int] | None:

@@ -25,10 +25,10 @@ _REMEDY = (
 
 def read(module: torch.nn.Module) -> str | None:
     """Why only torch runs a module; None if it is of no library that is known for that."""
-    home = type(module).__module__
+    home, kind = type(module).__module__, type(module).__name__
     for package, name in _LIBRARIES.items():
-        if home == package or home.startswith(f"{package}."):
-            return f"weights are {name} {type(module).__name__}, {_REMEDY}"
+        if home.startswith(f"{package}.") and "Linear" in kind:
+            return f"weights are {name} {kind}, {_REMEDY}"
     scheme = getattr(module, "quantization_scheme", None)
     if scheme is not None and isinstance(module, torch.nn.Linear):
         return f"weights are compressed-tensors' {type(scheme).__name__}, {_REMEDY}"

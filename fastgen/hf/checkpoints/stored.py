@@ -53,8 +53,8 @@ class Stored:
         """The tensor that holds the values, or what is left of it."""
         part = self.part()
         assert part is not None, "the module is gone"
-        found = part._parameters.get(self.leaf)
-        found = part._buffers[self.leaf] if found is None else found
+        tensors: dict[str, torch.Tensor | None] = {**part._buffers, **part._parameters}
+        found = tensors[self.leaf]
         assert found is not None
         return found
 
@@ -98,12 +98,15 @@ class Looked:
     """What a stored weight was when it was looked at."""
 
     def __init__(self, stored: Stored) -> None:
-        self._stored = stored
+        self._stored, self._kind = stored, type(stored.holder)
         self._places = self._look()
 
     def same(self) -> bool:
         """Whether its tensors are where they were, without an edit that torch counts."""
-        return isinstance(self._stored.holder, Gone) or self._look() == self._places
+        holder = self._stored.holder
+        if isinstance(holder, Gone):
+            return True
+        return type(holder) is self._kind and self._look() == self._places
 
     def _look(self) -> list[tuple[int, int]]:
         part = self._stored.part()
