@@ -20,10 +20,14 @@ GROUPS: dict[str, int] = {"int8": 128, "int4": 64, "fp8": 0}
 
 BITS = {"int8": 8, "int4": 4}
 """Of a value, of the kinds whose values share a scale by blocks."""
-_LARGEST = 448.0  # of float8_e4m3fn
+_ROWS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+"""Of the kinds that a whole row may share a scale of: the values' dtype, and their largest."""
 _FEW = {"cpu": 2**15, "cuda": 2**24}
 """Elements that are worked on at once. On a CPU as many as torch computes in one thread: its own
 threads wait for each other after each operation, which takes long where other programs run."""
+
+
+_PARTS = "values", "scales", "zeros"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Format:
     """Of int8: as int4 of twice the inputs, first the high four bits of all, then the low ones. On
     a CPU ONNX Runtime multiplies float32 by 4 bits as they are, by 8 only once both are rounded."""
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether all inputs share a scale."""
+        return self.kind == "fp8" or self.group == 0
+
     def names(self, parameter: str) -> tuple[str, ...]:
         """What a Graph calls the values, the scales and, if there are any, the zeros of a parameter
         in this format."""
@@ -49,7 +58,7 @@ class Format:
 
     def shapes(self, outputs: int, inputs: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of the tensors of ``names``, for a weight [outputs, inputs]."""
-        if self.kind == "fp8":
+        if self.by_rows:
             return (outputs, inputs), (outputs, 1)
         blocks, bits = math.ceil(inputs / self.group), BITS[self.kind]
         if self.halves:
@@ -57,8 +66,9 @@ class Format:
         zeros = ((outputs, math.ceil(blocks * bits / 8)),) * self.zeros
         return (outputs, blocks, self.group * bits // 8), (outputs, blocks), *zeros
 
-
-_PARTS = "values", "scales", "zeros"
+    def dtypes(self, weight: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """Of the values and of the scales of a weight of that dtype."""
+        return (_ROWS[self.kind][0], torch.float32) if self.by_rows else (torch.uint8, weight)
 
 
 def is_made(name: str) -> bool:
@@ -82,11 +92,12 @@ class Blocks:
     """A weight [N, K] in fewer bits.
 
     ``values``: int8 is uint8 [N, ceil(K / G), G] around 128; int4 is uint8 [N, ceil(K / G), G / 2]
-    around 8, the even input in the low four bits; fp8 is float8_e4m3fn [N, K].
-    ``scales``: [N, ceil(K / G)] in the weight's dtype, of either sign; of fp8 float32 [N, 1].
+    around 8, the even input in the low four bits. ``scales``: [N, ceil(K / G)] in the weight's
+    dtype, of either sign. Inputs behind the K-th are the value that means zero.
     ``zeros``: what stands for 128 or 8 in each block, uint8: [N, ceil(K / G)]; of int4 two in a
     byte, [N, ceil(K / G / 2)], the even block in the low four bits. None if it is 128 or 8.
-    Inputs behind the K-th are the value that means zero.
+    By whole rows (G is 0) ``values`` are [N, K], int8 around 0 or float8_e4m3fn, and ``scales``
+    float32 [N, 1].
     """
 
     values: torch.Tensor
@@ -111,7 +122,8 @@ def quantise(weight: torch.Tensor, kind: Kind, group: int | None = None) -> Bloc
 
     Args:
         weight: float32, float16 or bfloat16, of finite numbers.
-        group: inputs that share a scale, 16 or more and a power of two; None takes ``GROUPS``.
+        group: inputs that share a scale, 16 or more and a power of two, or 0 (of int8 and fp8) for
+            a whole row; None takes ``GROUPS``.
 
     Raises:
         ValueError: the kind is unknown, or the weight holds an infinity or NaN.
@@ -121,23 +133,22 @@ def quantise(weight: torch.Tensor, kind: Kind, group: int | None = None) -> Bloc
     form = Format(kind, GROUPS[kind] if group is None else group)
     weight = weight.detach()
     shapes = form.shapes(*weight.shape)
-    fp8 = kind == "fp8"
-    values_dtype = torch.float8_e4m3fn if fp8 else torch.uint8
-    scales_dtype = torch.float32 if fp8 else weight.dtype
+    dtypes, whole = form.dtypes(weight.dtype), form.by_rows
     with torch.inference_mode(False):  # the threads below are in no such mode
-        values = torch.empty(shapes[0], dtype=values_dtype, device=weight.device)
-        scales = torch.empty(shapes[1], dtype=scales_dtype, device=weight.device)
+        values = torch.empty(shapes[0], dtype=dtypes[0], device=weight.device)
+        scales = torch.empty(shapes[1], dtype=dtypes[1], device=weight.device)
     rows = max(1, _FEW[weight.device.type] // max(1, weight.shape[1]))
 
     def fill(at: int) -> None:
-        part, whole = weight[at : at + rows].float(), slice(at, at + rows)
+        part, some = weight[at : at + rows].float(), slice(at, at + rows)
         if not torch.isfinite(part).all():
             raise ValueError("a weight with an infinity or NaN has no form of fewer bits")
-        if fp8:
-            scales[whole] = _nonzero(part.abs().amax(1, keepdim=True) / _LARGEST)
-            values[whole] = (part / scales[whole]).to(torch.float8_e4m3fn)
+        if whole:
+            scales[some] = _nonzero(part.abs().amax(1, keepdim=True) / _ROWS[kind][1])
+            steps = part / scales[some]
+            values[some] = (steps.round_() if kind == "int8" else steps).to(dtypes[0])
         else:
-            values[whole], scales[whole] = _blocks(part, form, scales.dtype)
+            values[some], scales[some] = _blocks(part, form, scales.dtype)
 
     starts = range(0, len(weight), rows)
     if weight.device.type == "cpu" and len(starts) > 1:
@@ -151,7 +162,7 @@ def quantise(weight: torch.Tensor, kind: Kind, group: int | None = None) -> Bloc
 def dequantise(blocks: Blocks, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """The weight [N, K] of that shape that the blocks stand for, computed in float32."""
     scales = blocks.scales.float()
-    if blocks.kind == "fp8":
+    if blocks.values.dtype != torch.uint8:
         return (blocks.values.float() * scales).to(dtype)
     values, zeros = blocks.values, blocks.zeros
     if blocks.kind == "int4":

@@ -50,7 +50,7 @@ class Target:
     ``blockwise.py``)."""
     group: int = 0
     """Inputs of such a weight that share a scale; 0 is a whole row."""
-    stored: bool = False
+    held: bool = False
     """Some parameters are a checkpoint's in fewer bits, and tell so themselves (``FORM`` of
     ``ops/quantised.py``)."""
     integers: bool = False
@@ -63,7 +63,7 @@ class Target:
     @property
     def narrow(self) -> bool:
         """Whether products read weights of fewer bits."""
-        return self.weights != "full" or self.stored
+        return self.weights != "full" or self.held
 
     @property
     def residual_dtype(self) -> str:

@@ -14,17 +14,18 @@ from fastgen.calibration import Calibration
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
+from fastgen.file_pages import FilePages
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
-from fastgen.hf import found
+from fastgen.hf import found, stored
 from fastgen.hf.checkpoints import table
-from fastgen.hf.checkpoints.stored import Looked, Stored
+from fastgen.hf.checkpoints.held import Held, Looked
 from fastgen.hf.engine_key import engine_key
 from fastgen.hf.let_go import Gone
 from fastgen.hf.quantised import Key, Made, Weights
 from fastgen.hf.standing import Standing
 from fastgen.hf.stock import stock_class
-from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of
+from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of, watched
 from fastgen.progress import progress
 from fastgen.target import Target
 
@@ -43,31 +44,34 @@ class BuildsEngines(torch.nn.Module):
     config: Any
     device: torch.device
     engine_options: Any
-    _copies: tuple[Fingerprint | Looked, ...] = ()
+    _copies: tuple[FilePages | Fingerprint | Looked, ...] = ()
     """What the weights were that engines hold a second time."""
     _made: dict[Key, Made]
     """What engines read instead of weights."""
-    _stored: Mapping[str, Stored] = MappingProxyType({})
+    _held: Mapping[str, Held] = MappingProxyType({})
     """Weights that the model has in fewer bits, and that engines read, by their stock names."""
     _calibration: Calibration | None = None
     _gone = 0
     """How many of them there were when torch's weights were let go last."""
     _plain: frozenset[str] = frozenset()
     """Parameters that engines read as they are."""
+    _edited = False
+    """Whether weights changed under an engine, as in training: what is made of them stays off the
+    disk, which each step would fill a bit more."""
 
     def _called(self) -> tuple[type, ...]:
         """Classes of the modules whose forward the engine's user calls, replaced or not."""
         return (BuildsEngines,)
 
     def _choose_target(self) -> Target:
-        self._stored = table.weights_in(self)
+        self._held = table.weights_in(self)
         parameters = self._own_tensors()
         name, first = next(iter(parameters.items()))
         try:
             target = choose_target(self.engine_options, first.device, first.dtype)
         except NoEngine as error:
             raise self._while_as_it_is(name, first, str(error)) from error
-        target = table.served(target, self._stored.values())
+        target = table.served(target, self._held.values())
         kept = tuple(getattr(self, "_keep_in_fp32_modules", None) or ())
         if refusal := table.refusal(self):
             raise refusal
@@ -88,7 +92,7 @@ class BuildsEngines(torch.nn.Module):
                 raise NoEngine(f"{name} is {parameter.dtype}, other weights {first.dtype}")
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
-        if target.dtype == "float16" and not target.stored:
+        if target.dtype == "float16" and not target.held:
             target = replace(target, wide=found.recalled(self))
         return replace(target, calibration=self._calibration) if target.integers else target
 
@@ -119,11 +123,7 @@ class BuildsEngines(torch.nn.Module):
             specs: the graph's inputs and outputs.
         """
         own = self._weights()
-        wanted = {n for n, _ in root.named_parameters()}
-        if missing := sorted(n for n in wanted if not own.has(n)):
-            raise NoEngine(f"parameters were replaced: {missing[0]} is gone")
-        types = {n: own.described(n) for n in wanted}
-        forms = {n: form for n, form in own.forms.items() if n in wanted}
+        types, forms = own.described([n for n, _ in root.named_parameters()])
         options, backend = self.engine_options, choice.backend(target.backend)
         device = next(iter(own.values())).device
         backend.check(device)
@@ -137,13 +137,16 @@ class BuildsEngines(torch.nn.Module):
         def load(artifact: Artifact) -> Engine:
             if not target.narrow:
                 return backend.load(artifact, target, own, options)
-            with progress(f"{fast} {name}: {self.narrow_weights() or target.weights} weights"):
+            title = f"{fast} {name}: {self.narrow_weights() or target.weights} weights"
+            with progress(title):
+                if kept and self.device.type == "cpu" and not self._edited:
+                    stored.recall(own, artifact.meta["parameters"], kept, title)
                 return backend.load(artifact, target, own, options)
 
         if kept := self._engine_cache():
             key = {"graph": name, "parameters": types, **engine_key(fast, self.config, target)}
             key |= {"inputs": [asdict(spec) for spec in specs[0]]}
-            key |= {"stored": {n: asdict(form) for n, form in forms.items()}} if forms else {}
+            key |= {"held": {name: asdict(form) for name, form in forms.items()}}
             key |= {"backend": backend.key(target, options, device)}
             where = f"({target.backend}, {target.device}, {target.dtype})"
             engine = _kept(kept, key, build, load, title=f"{fast} {name} {where}")
@@ -158,28 +161,34 @@ class BuildsEngines(torch.nn.Module):
         copied = getattr(engine, "copied", ())
         own.packed(copied)
         self._copies += own.looked_at([*copied, *engine.weight_pointers()])
-        if left := own.sources(copied):
+        watched_pages = (p for p in self._copies if isinstance(p, FilePages))
+        known = {place for pages in watched_pages for place in pages.places}
+        if left := [part for part in own.sources(copied) if part.data_ptr() not in known]:
             threads = self.engine_options.intra_op_threads or processes.threads()
-            self._copies += (Fingerprint(left, threads),)
+            copies = watched(left, threads)
+            for pages in copies:
+                if isinstance(pages, FilePages):
+                    pages.give_back()
+            self._copies += (*copies,)
         if self.device.type == "cpu" and (rounded := own.rounded()):
             self._copies += (Fingerprint(part.detach()[::_LOOKED_AT] for part in rounded),)
 
     def _weights(self) -> Weights:
         """What engines read: parameters, and what is made of them."""
         exact = self.engine_options.weights == "full" and self.device.type == "cpu"
-        forms = {name: weight.form(exact) for name, weight in self._stored.items()}
-        return Weights(self._own_tensors(), self._made, self._read_whole(), self._stored, forms)
+        forms = {name: weight.form(exact) for name, weight in self._held.items()}
+        return Weights(self._own_tensors(), self._made, self._read_whole(), self._held, forms)
 
     def _own_tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by name, but for what a library holds in place of a weight."""
-        held = {name.rpartition(".")[0] for name in self._stored}
+        held = {name.rpartition(".")[0] for name in self._held}
         parts = ((name, *name.rpartition("."), t) for name, t in tensors_of(self).items())
         return {n: t for n, path, _, leaf, t in parts if path not in held or leaf == "bias"}
 
     def narrow_weights(self) -> str | None:
         """What engines read of a checkpoint in fewer bits, in words; None if it is of full ones."""
         parts = (part for part in self.modules() if isinstance(part, BuildsEngines))
-        kinds = {(s.library, s.kind) for part in parts for s in part._stored.values()}
+        kinds = {(s.library, s.kind) for part in parts for s in part._held.values()}
         return " and ".join(f"{library}'s {kind}" for library, kind in sorted(kinds)) or None
 
     def _read_whole(self) -> set[int] | None:
@@ -215,7 +224,7 @@ class BuildsEngines(torch.nn.Module):
         others = tuple(ignore.split())
         refuse_adapters(self, others)
         known = {name for root in roots for name, _ in root.named_parameters()}
-        others += tuple(name.removesuffix("weight") for name in self._stored)
+        others += tuple(name.removesuffix("weight") for name in self._held)
         for name, _ in self.named_parameters(remove_duplicate=False):
             if name not in known and not name.startswith(others):
                 raise NoEngine(f"parameter {name} is not part of the {type(self).__name__} graph")

@@ -22,6 +22,12 @@ class _Slots:
         return {}
 
 
+_OF_STOCK = {
+    name: value for name, value in vars(DynamicLayer()).items() if name not in ("keys", "values")
+}
+"""Attributes that stock's constructor gives a layer: to ask it, a call would wait for each."""
+
+
 class SlotLayer(DynamicLayer):
     """One layer's keys and values: in a leased bucket, or (``own``) in tensors of its own.
 
@@ -30,11 +36,11 @@ class SlotLayer(DynamicLayer):
     """
 
     def __init__(self, slots: _Slots, index: int, cross: bool) -> None:
+        self.__dict__.update(_OF_STOCK)
         self._slots, self._index, self.cross = slots, index, cross
         self.own = True
         self.length = 0
         self._tensors: dict[str, torch.Tensor | None] = {}
-        super().__init__()
 
     def _view(self, value: int) -> torch.Tensor:
         lease = self._slots.lease
@@ -67,13 +73,12 @@ class SlotLayer(DynamicLayer):
             self._tensors = {"keys": self._view(0).clone(), "values": self._view(1).clone()}
             self.own = True
 
-    def move_in(self, length: int) -> None:
-        """Say that the first ``length`` slots of the bucket are this layer's content."""
+    def move_in(self, bucket: Bucket, length: int) -> None:
+        """Say that the first ``length`` slots of the leased bucket are this layer's content."""
         if self.own:
             self._tensors = {}
             self.own, self.is_initialized = False, True
-            keys = self._view(0)
-            self.dtype, self.device = keys.dtype, keys.device
+            self.dtype, self.device = bucket.dtype, bucket.device
         self.length = length
 
     def get_seq_length(self) -> int:
@@ -143,10 +148,11 @@ class LeasedCache:
 
     def _copy_into(self, bucket: Bucket, layers: list[SlotLayer]) -> None:
         for i, layer in enumerate(layers):
-            length = layer.get_seq_length()
+            if not layer.is_initialized or not (length := layer.get_seq_length()):
+                continue
             buffers = bucket.cross_kv if layer.cross else bucket.self_kv
             for value, content in enumerate((layer.keys, layer.values)):
-                if length and content is not None:
+                if content is not None:
                     bucket.layer(buffers, 2 * i + value, length).copy_(content)
 
     def move_in(self, sources: int) -> None:
@@ -159,11 +165,13 @@ class LeasedCache:
 
     def fill(self, length: int, sources: int | None = None) -> None:
         """Say that the bucket holds ``length`` tokens (and ``sources`` source tokens)."""
+        lease = self._slots.lease
+        assert lease is not None
         for layer in self._own_layers(cross=False):
-            layer.move_in(length)
+            layer.move_in(lease.bucket, length)
         if sources is not None:
             for i, layer in enumerate(self._own_layers(cross=True)):
-                layer.move_in(sources)
+                layer.move_in(lease.bucket, sources)
                 self._note_source(i)
 
     def _note_source(self, layer: int) -> None:

@@ -1,7 +1,7 @@
 """What engines read of a model: its parameters, and what is made of them in fewer bits, once."""
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastgen import int8
 from fastgen.blockwise import Blocks, Format, parse, quantise
 from fastgen.engines import NoEngine
-from fastgen.hf.checkpoints.stored import Looked, Stored
+from fastgen.hf.checkpoints.held import Held, Looked
 from fastgen.hf.let_go import Gone, let_go
 from fastgen.hf.weights import Fingerprint
 
@@ -28,6 +28,14 @@ class Made:
     source: Fingerprint | Looked
     place: int
     version: int
+
+    @classmethod
+    def now(cls, parameter: torch.Tensor, make: Callable[[], Blocks]) -> "Made":
+        """What is made of what a parameter holds now."""
+        weight = parameter.detach()
+        source = Fingerprint([weight] if weight.device.type == "cpu" else [])
+        place, version = weight.data_ptr(), _version(parameter)
+        return cls(make(), source, place, version)
 
     def of_now(self, parameter: torch.Tensor) -> bool:
         """Whether the parameter still holds that."""
@@ -48,20 +56,20 @@ class Weights(Mapping[str, torch.Tensor]):
         tensors: Mapping[str, torch.Tensor],
         made: dict[Key, Made],
         tables: Collection[int] | None = None,
-        stored: Mapping[str, Stored] = MappingProxyType({}),
+        held: Mapping[str, Held] = MappingProxyType({}),
         forms: Mapping[str, Format] = MappingProxyType({}),
     ) -> None:
         """
         Args:
-            tensors: parameters, but for those that are ``stored`` otherwise.
+            tensors: parameters, but for those that are ``held`` otherwise.
             made: is added to.
             tables: ids of tensors that are looked up, and stay for that where others are let go;
                 None lets none go.
-            stored: weights that the model has in fewer bits.
+            held: weights that the model has in fewer bits.
             forms: the format in which engines read each of them.
         """
         self._tensors, self.made, self._tables = tensors, made, tables
-        self.stored, self.forms = stored, forms
+        self.held, self._forms = held, forms
         self._rounded: set[str] = set()
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -69,18 +77,27 @@ class Weights(Mapping[str, torch.Tensor]):
             self._rounded.add(source)
             return int8.made(name, self._tensors[source])
         if (found := parse(name)) is None:
-            if name in self.stored:
+            if name in self.held:
                 raise NoEngine(f"{name} is read whole, and the model has it in fewer bits")
             return self._tensors[name]
         parameter, form, which = found
         return self._blocks(parameter, form).part(which)
 
-    def described(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """dtype (torch's name) and shape of a parameter, in whatever form it is."""
-        if (stored := self.stored.get(name)) is not None:
-            return _words(self._dtype()), stored.shape
-        tensor = self._tensors[name]
-        return _words(tensor.dtype), tuple(tensor.shape)
+    def described(
+        self, names: Collection[str]
+    ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Format]]:
+        """dtypes (torch's names) and shapes of parameters; and the formats of those among them that
+        the model has in fewer bits.
+
+        Raises:
+            NoEngine: there is no such parameter.
+        """
+        if missing := sorted(set(names) - self._tensors.keys() - self.held.keys()):
+            raise NoEngine(f"parameters were replaced: {missing[0]} is gone")
+        whole = {name: self._tensors[name] for name in names if name not in self.held}
+        forms = {name: self._forms[name] for name in names if name in self.held}
+        types = {name: (_words(t.dtype), tuple(t.shape)) for name, t in whole.items()}
+        return types | {n: (_words(self._dtype()), self.held[n].shape) for n in forms}, forms
 
     def __iter__(self) -> Iterator[str]:
         """The names of parameters as they are."""
@@ -89,13 +106,21 @@ class Weights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def has(self, name: str) -> bool:
-        """Whether there is such a parameter, in whatever form."""
-        return name in self._tensors or name in self.stored
-
     def rounded(self) -> list[torch.Tensor]:
         """The parameters that somebody asked for as integers with a step for each row."""
         return [self._tensors[name] for name in sorted(self._rounded)]
+
+    def unmade(self, names: Iterable[str]) -> list[Key]:
+        """Of what these names stand for, what somebody would have to make of numbers in full."""
+        found = dict.fromkeys((name, form) for name, form, _ in filter(None, map(parse, names)))
+        asked = (key for key in found if key[0] not in self.held)
+        return [key for key in asked if key not in self.made or self.made[key].blocks is None]
+
+    def give(self, key: Key, blocks: Blocks) -> None:
+        """Have blocks that were made of what the parameter holds now."""
+        parameter, form = self._tensors[key[0]], key[1]
+        made = self.made[key] = Made.now(parameter, lambda: blocks)
+        _kept(parameter)[form] = made
 
     def packed(self, names: Iterable[str]) -> None:
         """Let go of the blocks of these values and scales, which an engine has copied."""
@@ -107,13 +132,13 @@ class Weights(Mapping[str, torch.Tensor]):
         ``rounded``."""
         found = {name: parse(name) for name in names if int8.source(name) is None}
         read = ((made[0] if made else name, made) for name, made in found.items())
-        parts = [(self._tensors[name], made) for name, made in read if name not in self.stored]
+        parts = [(self._tensors[name], made) for name, made in read if name not in self.held]
         return [parameter for parameter, made in parts if not (made and self._goes(parameter))]
 
     def looked_at(self, names: Iterable[str]) -> tuple[Looked, ...]:
-        """What tells of edits of the stored weights that these names stand for."""
+        """What tells of edits of the weights held in fewer bits that these names stand for."""
         read = {made[0] for made in map(parse, names) if made is not None}
-        return tuple(Looked(self.stored[name]) for name in sorted(read & self.stored.keys()))
+        return tuple(Looked(self.held[name]) for name in sorted(read & self.held.keys()))
 
     def let_go(self) -> None:
         """Let torch's weights go of which something was made, but for tables: what was made is then
@@ -130,7 +155,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def _holder(self, name: str) -> torch.Tensor:
         """What is let go of a weight."""
-        return self.stored[name].holder if name in self.stored else self._tensors[name]
+        return self.held[name].holder if name in self.held else self._tensors[name]
 
     def _dtype(self) -> torch.dtype:
         """Of the model's computation."""
@@ -142,43 +167,54 @@ class Weights(Mapping[str, torch.Tensor]):
     def _blocks(self, parameter: str, form: Format) -> Blocks:
         made = self.made.get((parameter, form))
         if made is None or made.blocks is None:
-            stored = self.stored.get(parameter)
-            made = _made(self._holder(parameter), parameter, form, stored, self._dtype())
-            self.made[parameter, form] = made
+            made = self.made[parameter, form] = _made(
+                self._holder(parameter), form, lambda: self._made_now(parameter, form)
+            )
         assert made.blocks is not None
         return made.blocks
+
+    def _made_now(self, name: str, form: Format) -> Made:
+        if (held := self.held.get(name)) is not None:
+            holder, looked = held.holder, Looked(held)
+            blocks = held.blocks(form, self._dtype())
+            return Made(blocks, looked, holder.data_ptr(), _version(holder))
+        parameter = self._tensors[name]
+        return Made.now(parameter, lambda: blocks_of(parameter, name, form))
 
 
 _all_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Parameter -> Format -> what was made of it, while somebody holds that."""
 
 
-def _made(
-    parameter: torch.Tensor, name: str, form: Format, stored: Stored | None, dtype: torch.dtype
-) -> Made:
+def _kept(parameter: torch.Tensor) -> "weakref.WeakValueDictionary[Format, Made]":
+    kept: weakref.WeakValueDictionary[Format, Made]
     kept = _all_made.setdefault(parameter, weakref.WeakValueDictionary())
+    return kept
+
+
+def _made(parameter: torch.Tensor, form: Format, now: Callable[[], Made]) -> Made:
+    """What there is of a parameter in a format, or what ``now`` makes."""
+    kept = _kept(parameter)
     made: Made | None = kept.get(form)
     if isinstance(parameter, Gone):
         if made is None or made.blocks is None:
             parameter.refuse()
     elif made is None or not made.of_now(parameter):
-        place, version = parameter.data_ptr(), _version(parameter)
-        source: Fingerprint | Looked
-        if stored is not None:
-            source, blocks = Looked(stored), stored.blocks(form, dtype)
-        else:
-            source, blocks = _quantised(parameter.detach(), name, form)
-        made = kept[form] = Made(blocks, source, place, version)
+        made = kept[form] = now()
     return made
 
 
-def _quantised(weight: torch.Tensor, name: str, form: Format) -> tuple[Fingerprint, Blocks]:
-    source = Fingerprint([weight] if weight.device.type == "cpu" else [])
+def blocks_of(parameter: torch.Tensor, name: str, form: Format) -> Blocks:
+    """A parameter in fewer bits.
+
+    Raises:
+        NoEngine: it has no such form.
+    """
+    weight = parameter.detach()
     try:
-        blocks = quantise(weight.T if form.transposed else weight, form.kind, form.group)
+        return quantise(weight.T if form.transposed else weight, form.kind, form.group)
     except ValueError as error:
         raise NoEngine(f"{name}: {error}") from error
-    return source, blocks
 
 
 def _words(dtype: torch.dtype) -> str:

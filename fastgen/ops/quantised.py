@@ -33,7 +33,7 @@ def lowering(builder: GraphBuilder, target: Target) -> Ops:
     """The vocabulary, lowered to what the Target has: ONNX Runtime has no product by fp8 weights,
     which only the fused kernels multiply by, so its graphs read full ones."""
     narrow = target.weights != "full" and not (target.weights == "fp8" and target.contrib)
-    if not narrow and not target.stored:
+    if not narrow and not target.held:
         return ContribOps(builder, target) if target.contrib else Ops(builder, target)
     return QuantisedContribOps(builder, target) if target.contrib else QuantisedOps(builder, target)
 

@@ -11,6 +11,7 @@ from fastgen.engines import NoEngine, too_large
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
 from fastgen.fallback import Asked
+from fastgen.generation.explain import OPTIONAL_OUTPUTS
 from fastgen.generation.mixin import FastGenerationMixin
 from fastgen.graphs.decoder import DecoderRoot
 from fastgen.hf import contract
@@ -72,6 +73,12 @@ class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
 
     def _new_cache(self) -> StaticKVCache:
         return StaticKVCache(*contract.cache_layers(self.config))
+
+    def _encoded(self, ids: torch.Tensor, mask: torch.Tensor | None, config: Any) -> torch.Tensor:
+        given = {} if mask is None else {"attention_mask": mask}
+        outputs = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
+        hidden: torch.Tensor = self._encoder(input_ids=ids, return_dict=True, **given, **outputs)[0]
+        return hidden
 
     def _called(self) -> tuple[type, ...]:
         return FastEncoder, FastWhole  # the decoder stack is part of the graph

@@ -69,7 +69,7 @@ def test_linear(kind: str, group: int, transposed: bool, inputs: int) -> None:
 
 
 #: What a checkpoint may have: values around a middle or not, and the halves that a CPU takes.
-STORED = [
+HELD = [
     Format("int4", 32),
     Format("int4", 32, zeros=True),
     Format("int8", 32, zeros=True),
@@ -89,7 +89,7 @@ def of_a_checkpoint(form: Format, inputs: int) -> tuple[dict[str, torch.Tensor],
 
 
 @pytest.mark.parametrize("inputs", [256, 200, 24])
-@pytest.mark.parametrize("form", STORED)
+@pytest.mark.parametrize("form", HELD)
 def test_linear_of_a_checkpoints_own(form: Format, inputs: int) -> None:
     """Values of a checkpoint are multiplied as they are, unless fewer bits are asked for, too; the
     other weights of the graph are what the Target says."""
@@ -109,7 +109,7 @@ def test_linear_of_a_checkpoints_own(form: Format, inputs: int) -> None:
         for target in (CPU, STANDARD):
             if target is STANDARD and form.halves:
                 continue
-            target = replace(target, stored=True)
+            target = replace(target, held=True)
             graph = build(call, {"x": x}, {"y": exact}, parts, target, {"weight": form})
             assert {*graph.parameters} == {"bias", "other", *weights}
             found = torch.full_like(exact, torch.nan)
@@ -117,7 +117,7 @@ def test_linear_of_a_checkpoints_own(form: Format, inputs: int) -> None:
             close(found, exact)
         if form.halves:
             continue
-        target = replace(CPU, stored=True, weights="int8", group=128)
+        target = replace(CPU, held=True, weights="int8", group=128)
         graph = build(call, {"x": x}, {"y": exact}, parts, target, {"weight": form})
         found = torch.full_like(exact, torch.nan)
         run(graph, {"x": x, "y": found}, weights | {"bias": bias} | asked, target)

@@ -49,7 +49,7 @@ def build(
     outputs: Mapping[str, torch.Tensor],
     weights: Mapping[str, torch.Tensor],
     target: Target = CPU,
-    stored: Mapping[str, Format] = MappingProxyType({}),
+    held: Mapping[str, Format] = MappingProxyType({}),
 ) -> Graph:
     """The graph of one operation; floats take the target's dtype, all axes are free."""
 
@@ -65,7 +65,7 @@ def build(
 
     types = {name: (target.dtype, tuple(weight.shape)) for name, weight in weights.items()}
     specs = [[spec(*item) for item in tensors.items()] for tensors in (inputs, outputs)]
-    return graphs.build(module, target, types, traced, *specs, stored)
+    return graphs.build(module, target, types, traced, *specs, held)
 
 
 def check(

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from fastgen.hf.checkpoints.stored import Integers, Stored
+from fastgen.hf.checkpoints.held import Held, Integers
 
 
-def read(module: torch.nn.Module) -> Stored | str | None:
+def read(module: torch.nn.Module) -> Held | str | None:
     """The weight of a module, or why only torch multiplies by it; None if it is no such module."""
     kind = type(module)
     if not kind.__module__.startswith("bitsandbytes."):
@@ -21,7 +21,7 @@ def read(module: torch.nn.Module) -> Stored | str | None:
             "unquantised with EngineOptions(weights='int4')"
         )
     outputs, inputs = weight.shape
-    return Stored(
+    return Held(
         library="bitsandbytes",
         kind="int8",
         group=inputs,

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from fastgen.hf.checkpoints.stored import Integers, Stored
+from fastgen.hf.checkpoints.held import Held, Integers
 
 
-def read(module: torch.nn.Module) -> Stored | str | None:
+def read(module: torch.nn.Module) -> Held | str | None:
     """The weight of a module, or why only torch multiplies by it; None if it is no such weight."""
     weight = module._parameters.get("weight")
     if weight is None or not type(weight).__module__.startswith("optimum.quanto."):
@@ -20,7 +20,7 @@ def read(module: torch.nn.Module) -> Stored | str | None:
             f"weights are quanto's {number} ({type(held).__name__} of a {type(module).__name__}): "
             "those of Linear layers in int8 are served, by QuantoConfig(weights='int8')"
         )
-    return Stored(
+    return Held(
         library="quanto",
         kind="int8",
         group=module.in_features,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastgen.hf.checkpoints.stored import Integers, Stored, group_refusal
+from fastgen.hf.checkpoints.held import Held, Integers, group_refusal
 
 _SERVED = (
     "Int8WeightOnlyConfig and IntxWeightOnlyConfig (int1 to int8) are served; "
@@ -14,7 +14,7 @@ _SERVED = (
 )
 
 
-def read(module: torch.nn.Module) -> Stored | str | None:
+def read(module: torch.nn.Module) -> Held | str | None:
     """The weight of a module, or why only torch multiplies by it; None if it is no such weight."""
     weight = module._parameters.get("weight")
     if weight is None or not type(weight).__module__.startswith("torchao."):
@@ -34,7 +34,7 @@ def read(module: torch.nn.Module) -> Stored | str | None:
     if getattr(held, "act_pre_scale", None) is not None:
         return f"weights are torchao's {kind} with scales of inputs: {_SERVED}"
     zeros = held.zero_point
-    return Stored(
+    return Held(
         library="torchao",
         kind="int4" if bits <= 4 else "int8",
         group=group,

@@ -28,7 +28,7 @@ class Integers:
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class Held:
     """The weight of one module in fewer bits. It keeps neither the module nor the weight alive."""
 
     library: str
@@ -95,20 +95,20 @@ def _power_within(group: int) -> int | None:
 
 
 class Looked:
-    """What a stored weight was when it was looked at."""
+    """What a held weight was when it was looked at."""
 
-    def __init__(self, stored: Stored) -> None:
-        self._stored, self._kind = stored, type(stored.holder)
+    def __init__(self, held: Held) -> None:
+        self._of, self._kind = held, type(held.holder)
         self._places = self._look()
 
     def same(self) -> bool:
         """Whether its tensors are where they were, without an edit that torch counts."""
-        holder = self._stored.holder
+        holder = self._of.holder
         if isinstance(holder, Gone):
             return True
         return type(holder) is self._kind and self._look() == self._places
 
     def _look(self) -> list[tuple[int, int]]:
-        part = self._stored.part()
-        tensors = [] if part is None else self._stored.inside(part)
+        part = self._of.part()
+        tensors = [] if part is None else self._of.inside(part)
         return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

@@ -16,7 +16,7 @@ from fastgen.errors import FallbackWarning, WeightsGoneError
 from fastgen.hf.let_go import Gone
 from tests.configs import Pair, prompts
 from tests.helpers import CLOSE, assert_left_to_torch, assert_served, copies, logits, refusal
-from tests.hf.checkpoints.held import (
+from tests.hf.checkpoints.fakes import (
     FLOAT8,
     Held,
     bitsandbytes,
