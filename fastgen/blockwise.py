@@ -20,7 +20,8 @@ GROUPS: dict[str, int] = {"int8": 128, "int4": 64, "fp8": 0}
 
 BITS = {"int8": 8, "int4": 4}
 """Of a value, of the kinds whose values share a scale by blocks."""
-_LARGEST = 448.0  # of float8_e4m3fn
+_ROWS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+"""Of the kinds that a whole row may share a scale of: the values' dtype, and their largest."""
 _FEW = {"cpu": 2**15, "cuda": 2**24}
 """Elements that are worked on at once. On a CPU as many as torch computes in one thread: its own
 threads wait for each other after each operation, which takes long where other programs run."""
@@ -35,6 +36,11 @@ class Format:
     group: int
     transposed: bool = False
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether all inputs share a scale."""
+        return self.kind == "fp8" or self.group == 0
+
     def names(self, parameter: str) -> tuple[str, str]:
         """What a Graph calls the values and the scales of a parameter in this format."""
         form = f"{self.kind}-{self.group}" + "-transposed" * self.transposed
@@ -42,10 +48,14 @@ class Format:
 
     def shapes(self, outputs: int, inputs: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the values and of the scales of a weight [outputs, inputs]."""
-        if self.kind == "fp8":
+        if self.by_rows:
             return (outputs, inputs), (outputs, 1)
         blocks = math.ceil(inputs / self.group)
         return (outputs, blocks, self.group * BITS[self.kind] // 8), (outputs, blocks)
+
+    def dtypes(self, weight: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """Of the values and of the scales of a weight of that dtype."""
+        return (_ROWS[self.kind][0], torch.float32) if self.by_rows else (torch.uint8, weight)
 
 
 def is_made(name: str) -> bool:
@@ -70,9 +80,10 @@ class Blocks:
     """A weight [N, K] in fewer bits.
 
     ``values``: int8 is uint8 [N, ceil(K / G), G] around 128; int4 is uint8 [N, ceil(K / G), G / 2]
-    around 8, the even input in the low four bits; fp8 is float8_e4m3fn [N, K].
-    ``scales``: [N, ceil(K / G)] in the weight's dtype, of either sign; of fp8 float32 [N, 1].
-    Inputs behind the K-th are the value that means zero.
+    around 8, the even input in the low four bits. ``scales``: [N, ceil(K / G)] in the weight's
+    dtype, of either sign. Inputs behind the K-th are the value that means zero.
+    By whole rows (G is 0) ``values`` are [N, K], int8 around 0 or float8_e4m3fn, and ``scales``
+    float32 [N, 1].
     """
 
     values: torch.Tensor
@@ -89,7 +100,8 @@ def quantise(weight: torch.Tensor, kind: Kind, group: int | None = None) -> Bloc
 
     Args:
         weight: float32, float16 or bfloat16, of finite numbers.
-        group: inputs that share a scale, 16 or more and a power of two; None takes ``GROUPS``.
+        group: inputs that share a scale, 16 or more and a power of two, or 0 (of int8 and fp8) for
+            a whole row; None takes ``GROUPS``.
 
     Raises:
         ValueError: the kind is unknown, or the weight holds an infinity or NaN.
@@ -99,23 +111,22 @@ def quantise(weight: torch.Tensor, kind: Kind, group: int | None = None) -> Bloc
     form = Format(kind, GROUPS[kind] if group is None else group)
     weight = weight.detach()
     shapes = form.shapes(*weight.shape)
-    fp8 = kind == "fp8"
-    values_dtype = torch.float8_e4m3fn if fp8 else torch.uint8
-    scales_dtype = torch.float32 if fp8 else weight.dtype
+    dtypes, whole = form.dtypes(weight.dtype), form.by_rows
     with torch.inference_mode(False):  # the threads below are in no such mode
-        values = torch.empty(shapes[0], dtype=values_dtype, device=weight.device)
-        scales = torch.empty(shapes[1], dtype=scales_dtype, device=weight.device)
+        values = torch.empty(shapes[0], dtype=dtypes[0], device=weight.device)
+        scales = torch.empty(shapes[1], dtype=dtypes[1], device=weight.device)
     rows = max(1, _FEW[weight.device.type] // max(1, weight.shape[1]))
 
     def fill(at: int) -> None:
-        part, whole = weight[at : at + rows].float(), slice(at, at + rows)
+        part, some = weight[at : at + rows].float(), slice(at, at + rows)
         if not torch.isfinite(part).all():
             raise ValueError("a weight with an infinity or NaN has no form of fewer bits")
-        if fp8:
-            scales[whole] = _nonzero(part.abs().amax(1, keepdim=True) / _LARGEST)
-            values[whole] = (part / scales[whole]).to(torch.float8_e4m3fn)
+        if whole:
+            scales[some] = _nonzero(part.abs().amax(1, keepdim=True) / _ROWS[kind][1])
+            steps = part / scales[some]
+            values[some] = (steps.round_() if kind == "int8" else steps).to(dtypes[0])
         else:
-            values[whole], scales[whole] = _blocks(part, form, scales.dtype)
+            values[some], scales[some] = _blocks(part, form, scales.dtype)
 
     starts = range(0, len(weight), rows)
     if weight.device.type == "cpu" and len(starts) > 1:
@@ -129,7 +140,7 @@ def quantise(weight: torch.Tensor, kind: Kind, group: int | None = None) -> Bloc
 def dequantise(blocks: Blocks, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """The weight [N, K] of that shape that the blocks stand for, computed in float32."""
     scales = blocks.scales.float()
-    if blocks.kind == "fp8":
+    if blocks.values.dtype != torch.uint8:
         return (blocks.values.float() * scales).to(dtype)
     values = blocks.values
     if blocks.kind == "int4":

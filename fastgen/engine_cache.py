@@ -3,6 +3,7 @@
 An entry is two files named after its fingerprint: ``<fingerprint>.bin`` (the artifact) and
 ``<fingerprint>.json`` (a readable record: title, key, metadata, checksum). The record is written
 last, so an entry exists once its record does. Reading takes no lock; writing holds the entry's.
+What is too large to be read whole is a ``file``: an entry whose data its user maps into memory.
 """
 
 import contextlib
@@ -15,11 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from fastgen.fingerprint import FORMAT, as_json, checksum, fingerprint
+from fastgen.fingerprint import FORMAT, as_json, checksum, file_digest, fingerprint
 from fastgen.progress import progress
 
 FOLDER_VARIABLE = "FASTGEN_CACHE"
@@ -65,6 +66,12 @@ class Pruned:
     skipped: list[str]
     """Entries that another process is using or that the disk does not let go."""
     freed_bytes: int
+
+
+def _record(key: Mapping[str, object], title: str, size: int, **more: object) -> dict[str, object]:
+    """What is said of an entry, but for its checksum."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"format": FORMAT, "title": title, "created": created, "bytes": size, "key": key} | more
 
 
 class _DamagedEntryError(Exception):
@@ -125,6 +132,33 @@ class EngineCache:
             if locked:
                 self._store(name, key, title, artifact)
             return artifact
+
+    def file(
+        self, key: Mapping[str, object], write: Callable[[BinaryIO], None], *, title: str
+    ) -> Path | None:
+        """Return the path of the file stored under ``key``, or write and store it.
+
+        Args:
+            key: as of ``load_or_build``.
+            write: writes the file's bytes. Its errors pass through, but for an OSError, which is
+                the disk's; nothing is stored then.
+            title: what ``fastgen cache list`` shows.
+
+        Returns:
+            A file that is whole; nobody changes it, though somebody may remove it. None where the
+            folder cannot hold it, of which a warning tells, once a process.
+        """
+        key = as_json(dict(key))
+        name = fingerprint(key)
+        path = self._path(name, "bin")
+        with contextlib.suppress(OSError, _DamagedEntryError):  # looked at again under the lock
+            self._load(name)
+            return path
+        with self._locked_or_warned(name) as locked:
+            if not locked:
+                return None
+            there = self._load_or_discard(name) is not None
+            return path if there or self._store_file(name, key, title, write) else None
 
     def discard(self, key: Mapping[str, object], reason: str) -> None:
         """Throw away, with a warning, an entry that is whole but that its library refuses."""
@@ -241,20 +275,24 @@ class EngineCache:
         return artifact
 
     def _read(self, name: str) -> Artifact:
-        """Read and check an entry.
+        """Read and check an entry; of a ``file`` the data are not returned.
 
         Raises:
             OSError: there is none (FileNotFoundError) or it cannot be read.
             _DamagedEntryError: it is not what was written.
         """
         text = self._path(name, "json").read_bytes()
+        path = self._path(name, "bin")
         try:
-            data = self._path(name, "bin").read_bytes()
             record = json.loads(text)
             written = record.pop("sha256")
-            if record["bytes"] != len(data):
-                raise _DamagedEntryError(f"{len(data)} bytes instead of {record['bytes']}")
-            if written != checksum(record, data) or name != fingerprint(record["key"]):
+            file = record.get("file", False)
+            data = b"" if file else path.read_bytes()
+            size = path.stat().st_size if file else len(data)
+            if record["bytes"] != size:
+                raise _DamagedEntryError(f"{size} bytes instead of {record['bytes']}")
+            seal = checksum(record, file_digest(path) if file else data)
+            if written != seal or name != fingerprint(record["key"]):
                 raise _DamagedEntryError("its checksum does not match")
         except FileNotFoundError:
             raise _DamagedEntryError("its data file is missing") from None
@@ -293,21 +331,41 @@ class EngineCache:
 
     def _store(self, name: str, key: Mapping[str, object], title: str, artifact: Artifact) -> None:
         """Under the lock: write both files whole or not at all; a bad disk only warns."""
-        record: dict[str, object] = {
-            "format": FORMAT,
-            "title": title,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "bytes": len(artifact.data),
-            "key": key,
-            "meta": artifact.meta,
-        }
+        record = _record(key, title, len(artifact.data), meta=artifact.meta)
         record["sha256"] = checksum(record, artifact.data)
-        try:
+        with self._whole_or_warned(name):
             self._write(name, "bin", artifact.data)
             self._write(name, "json", json.dumps(record, indent=2).encode())
-        except OSError as error:
+
+    def _store_file(
+        self,
+        name: str,
+        key: Mapping[str, object],
+        title: str,
+        write: Callable[[BinaryIO], None],
+    ) -> bool:
+        """As ``_store``, of a ``file``; whether it is there."""
+        temporary, stored = self._path(name, "bin.tmp"), False
+        with self._whole_or_warned(name):
+            with temporary.open("wb") as file:
+                write(file)
+            record = _record(key, title, temporary.stat().st_size, meta={}, file=True)
+            record["sha256"] = checksum(record, file_digest(temporary))
+            os.replace(temporary, self._path(name, "bin"))
+            self._write(name, "json", json.dumps(record, indent=2).encode())
+            stored = True
+        return stored
+
+    @contextlib.contextmanager
+    def _whole_or_warned(self, name: str) -> Iterator[None]:
+        """Leave nothing of an entry whose body fails; what the disk does wrong only warns."""
+        try:
+            yield
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 self._remove(name)
+            if not isinstance(error, OSError):
+                raise
             self._warn_once(error)
 
     def _write(self, name: str, suffix: str, data: bytes) -> None:

@@ -19,9 +19,14 @@ class Explanation:
     reasons: list[str] = field(default_factory=list)
     weights: str = "full"
     """What matrix products on the engine read: ``EngineOptions.weights``."""
+    calibration: str | None = None
+    """How the ranges were found by which an encoder's engine computes in 8-bit integers; None: it
+    computes in the model's own dtype."""
 
     def __str__(self) -> str:
         path = self.path if self.weights == "full" else f"{self.path}, {self.weights} weights"
+        if self.calibration is not None:
+            path += f", 8-bit integers by calibration ({self.calibration})"
         return "\n".join([path, *(f"  - {reason}" for reason in self.reasons)])
 
 
@@ -32,6 +37,9 @@ class Explained:
     """Whether ``forward`` needs the hidden states of an encoder."""
     engine_options: EngineOptions
     forward: Any
+    calibration_in_use: Any
+    """How an encoder's calibration was found, if its engine computes by that, and in words of what
+    it is not used for."""
     refusal: Any
     """Why ``forward`` with these arguments goes to torch; None if the engine serves it."""
 
@@ -60,7 +68,12 @@ class Explained:
         said = [str(reason) for reason in reasons if reason]
         if by_torch:
             return Explanation("torch", said)
-        return Explanation("engine", said, self.engine_options.weights)
+        return self._by_engine("engine", said)
+
+    def _by_engine(self, path: str, reasons: list[str]) -> Explanation:
+        """A path over the engine, with what that computes by."""
+        method, unused = self.calibration_in_use()
+        return Explanation(path, [*reasons, *unused], self.engine_options.weights, method)
 
     def explain(self, **forward_kwargs: Any) -> Explanation:
         """As ``explain_forward``: a model that does not generate does nothing else."""

@@ -2,8 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NoReturn
+
+_PIECE = 4 << 20  # bytes that a thread looks at
+_BUFFER = 1 << 18  # bytes of them that are in memory at once, as a thread's heap may keep so many
+_MOST_THREADS = 8
 
 FORMAT = 1  # part of every fingerprint: entries of another layout are simply not found
 
@@ -42,3 +49,40 @@ def checksum(record: Mapping[str, object], data: bytes) -> str:
     digest = hashlib.sha256(_canonical(record))
     digest.update(data)
     return digest.hexdigest()
+
+
+def digest(data: memoryview) -> bytes:
+    """A digest of bytes: SHA-256 over those of its pieces, by several threads."""
+    return _digest(len(data), lambda at: hashlib.sha256(data[at : at + _PIECE]))
+
+
+def file_digest(path: Path) -> bytes:
+    """The ``digest`` of a file's bytes, of which little is in memory at once.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+
+    def look(at: int) -> "hashlib._Hash":
+        found, buffer, left = hashlib.sha256(), memoryview(bytearray(_BUFFER)), _PIECE
+        with path.open("rb", buffering=0) as file:
+            file.seek(at)
+            while left and (size := file.readinto(buffer[:left])):
+                found.update(buffer[:size])
+                left -= size
+        return found
+
+    return _digest(path.stat().st_size, look)
+
+
+def _digest(size: int, look: Callable[[int], "hashlib._Hash"]) -> bytes:
+    """Args:
+    look: gives the SHA-256 of the piece that begins there.
+    """
+    starts = range(0, size, _PIECE)
+    if len(starts) < 2:
+        sums = [look(at).digest() for at in starts]
+    else:
+        with ThreadPoolExecutor(min(len(starts), _MOST_THREADS, os.cpu_count() or 1)) as threads:
+            sums = [found.digest() for found in threads.map(look, starts)]
+    return hashlib.sha256(b"".join(sums)).digest()

@@ -13,15 +13,16 @@ from fastgen.calibration import Calibration
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
+from fastgen.file_pages import FilePages
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
-from fastgen.hf import found
+from fastgen.hf import found, stored
 from fastgen.hf.engine_key import engine_key
 from fastgen.hf.let_go import Gone
 from fastgen.hf.quantised import Key, Made, Weights
 from fastgen.hf.standing import Standing
 from fastgen.hf.stock import stock_class
-from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of
+from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of, watched
 from fastgen.progress import progress
 from fastgen.target import Target
 
@@ -40,7 +41,7 @@ class BuildsEngines(torch.nn.Module):
     config: Any
     device: torch.device
     engine_options: Any
-    _copies: tuple[Fingerprint, ...] = ()
+    _copies: tuple[FilePages | Fingerprint, ...] = ()
     """What the weights were that engines hold a second time."""
     _made: dict[Key, Made]
     """What engines read instead of weights."""
@@ -49,6 +50,9 @@ class BuildsEngines(torch.nn.Module):
     """How many of them there were when torch's weights were let go last."""
     _plain: frozenset[str] = frozenset()
     """Parameters that engines read as they are."""
+    _edited = False
+    """Whether weights changed under an engine, as in training: what is made of them stays off the
+    disk, which each step would fill a bit more."""
 
     def _called(self) -> tuple[type, ...]:
         """Classes of the modules whose forward the engine's user calls, replaced or not."""
@@ -127,7 +131,10 @@ class BuildsEngines(torch.nn.Module):
         def load(artifact: Artifact) -> Engine:
             if target.weights == "full":
                 return backend.load(artifact, target, own, options)
-            with progress(f"{fast} {name}: {target.weights} weights"):
+            title = f"{fast} {name}: {target.weights} weights"
+            with progress(title):
+                if kept and self.device.type == "cpu" and not self._edited:
+                    stored.recall(own, artifact.meta["parameters"], kept, title)
                 return backend.load(artifact, target, own, options)
 
         if kept := self._engine_cache():
@@ -146,9 +153,15 @@ class BuildsEngines(torch.nn.Module):
         self._plain |= {name for name in engine.weight_pointers() if not is_made(name)}
         copied = getattr(engine, "copied", ())
         own.packed(copied)
-        if left := own.sources(copied):
+        watched_pages = (p for p in self._copies if isinstance(p, FilePages))
+        known = {place for pages in watched_pages for place in pages.places}
+        if left := [part for part in own.sources(copied) if part.data_ptr() not in known]:
             threads = self.engine_options.intra_op_threads or processes.threads()
-            self._copies += (Fingerprint(left, threads),)
+            copies = watched(left, threads)
+            for pages in copies:
+                if isinstance(pages, FilePages):
+                    pages.give_back()
+            self._copies += (*copies,)
         if self.device.type == "cpu" and (rounded := own.rounded()):
             self._copies += (Fingerprint(part.detach()[::_LOOKED_AT] for part in rounded),)
 

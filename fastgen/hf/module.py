@@ -90,6 +90,19 @@ class EngineModule(Explained, BuildsEngines):
             part._calibration = calibration
         self.invalidate_engine()
 
+    def calibration_in_use(self) -> tuple[str | None, list[str]]:
+        """How the calibration was found, if the encoder's engine computes by it, and in words of
+        what it is not used for. The engine must be there, or may be built."""
+        for part in self._calibrated_parts():
+            if (known := part._calibration) is not None:
+                used, gaps = part.calibrated_engine()
+                return (known.method or "ranges as given") if used else None, gaps
+        return None, []
+
+    def calibrated_engine(self) -> tuple[bool, list[str]]:
+        """Whether a stack's engine computes by its calibration, and in words of what not."""
+        raise NotImplementedError
+
     def _calibrated_parts(self) -> "list[EngineModule]":
         parts = (part for part in self.modules() if isinstance(part, EngineModule))
         return [part for part in parts if part._calibrates]
@@ -216,10 +229,12 @@ class EngineModule(Explained, BuildsEngines):
         if self._glance is None or not self._glance.same(self):
             weights = weights_state(self, self._copies_weights(), own=self._called())
             if weights != self._engine_weights:
+                self._edited |= self._engine is not None
                 self._drop_engine()
                 self._engine_weights = weights
             self._glance = Glance(self, self._copies_weights())
         if not all(copy.same() for copy in self._copies):  # an edit through .data
+            self._edited = True
             self._drop_engine()
         if self._refusal is not None:
             raise NoEngine(self._refusal)

@@ -1,7 +1,7 @@
 """What engines read of a model: its parameters, and what is made of them in fewer bits, once."""
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,14 @@ class Made:
     source: Fingerprint
     place: int
     version: int
+
+    @classmethod
+    def now(cls, parameter: torch.Tensor, make: Callable[[], Blocks]) -> "Made":
+        """What is made of what a parameter holds now."""
+        weight = parameter.detach()
+        source = Fingerprint([weight] if weight.device.type == "cpu" else [])
+        place, version = weight.data_ptr(), _version(parameter)
+        return cls(make(), source, place, version)
 
     def of_now(self, parameter: torch.Tensor) -> bool:
         """Whether the parameter still holds that."""
@@ -77,6 +85,17 @@ class Weights(Mapping[str, torch.Tensor]):
         """The parameters that somebody asked for as integers with a step for each row."""
         return [self._tensors[name] for name in sorted(self._rounded)]
 
+    def unmade(self, names: Iterable[str]) -> list[Key]:
+        """Of what these names stand for, what somebody would have to make."""
+        found = dict.fromkeys((name, form) for name, form, _ in filter(None, map(parse, names)))
+        return [key for key in found if key not in self.made or self.made[key].blocks is None]
+
+    def give(self, key: Key, blocks: Blocks) -> None:
+        """Have blocks that were made of what the parameter holds now."""
+        parameter, form = self._tensors[key[0]], key[1]
+        made = self.made[key] = Made.now(parameter, lambda: blocks)
+        _kept(parameter)[form] = made
+
     def packed(self, names: Iterable[str]) -> None:
         """Let go of the blocks of these values and scales, which an engine has copied."""
         for parameter, form, _ in filter(None, map(parse, names)):
@@ -117,22 +136,34 @@ _all_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Parameter -> Format -> what was made of it, while somebody holds that."""
 
 
-def _made(parameter: torch.Tensor, name: str, form: Format) -> Made:
+def _kept(parameter: torch.Tensor) -> "weakref.WeakValueDictionary[Format, Made]":
+    kept: weakref.WeakValueDictionary[Format, Made]
     kept = _all_made.setdefault(parameter, weakref.WeakValueDictionary())
+    return kept
+
+
+def _made(parameter: torch.Tensor, name: str, form: Format) -> Made:
+    kept = _kept(parameter)
     made: Made | None = kept.get(form)
     if isinstance(parameter, Gone):
         if made is None or made.blocks is None:
             parameter.refuse()
     elif made is None or not made.of_now(parameter):
-        weight = parameter.detach()
-        source = Fingerprint([weight] if weight.device.type == "cpu" else [])
-        place, version = weight.data_ptr(), _version(parameter)
-        try:
-            blocks = quantise(weight.T if form.transposed else weight, form.kind, form.group)
-        except ValueError as error:
-            raise NoEngine(f"{name}: {error}") from error
-        made = kept[form] = Made(blocks, source, place, version)
+        made = kept[form] = Made.now(parameter, lambda: blocks_of(parameter, name, form))
     return made
+
+
+def blocks_of(parameter: torch.Tensor, name: str, form: Format) -> Blocks:
+    """A parameter in fewer bits.
+
+    Raises:
+        NoEngine: it has no such form.
+    """
+    weight = parameter.detach()
+    try:
+        return quantise(weight.T if form.transposed else weight, form.kind, form.group)
+    except ValueError as error:
+        raise NoEngine(f"{name}: {error}") from error
 
 
 def _version(parameter: torch.Tensor) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch.nn.modules import module as modules
 from transformers import PreTrainedModel
 
+from fastgen.file_pages import FilePages, unwritten
 from fastgen.hf.standing import Standing
 
 # transformers leaves these on a model once output_attentions was asked for; they only listen
@@ -186,6 +187,20 @@ class Fingerprint:
         for helper in helpers:
             helper.join()
         return [*chain(*sums)]
+
+
+def watched(matrices: Iterable[torch.Tensor], threads: int) -> list[FilePages | Fingerprint]:
+    """What tells of edits of matrices (see ``Fingerprint``): the kernel, where it knows."""
+    matrices = [matrix.detach() for matrix in matrices]
+    from_file = unwritten(matrices)
+    known = {matrix.data_ptr() for matrix in from_file}
+    others = [matrix for matrix in matrices if matrix.data_ptr() not in known]
+    found: list[FilePages | Fingerprint] = []
+    if from_file:
+        found.append(FilePages(from_file))
+    if others:
+        found.append(Fingerprint(others, threads))
+    return found
 
 
 def _pieces(matrix: torch.Tensor) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 import weakref
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -42,6 +43,8 @@ class FastEncoder(StockForward, EngineModule):
     families that pack, too."""
     reads_padding = False
     """Whether a head reads the hidden states of padding, which are computed then."""
+    _unfused: str | None = None
+    """Why no fused kernels run where there are some."""
     _beside = ""
     """Prefixes of the parameters that no graph knows: of stock code beside it."""
 
@@ -106,14 +109,36 @@ class FastEncoder(StockForward, EngineModule):
             encoder.pooling = self._engine_for("pooler", pooler, target, "pool", specs)
         return encoder
 
+    def calibrated_engine(self) -> tuple[bool, list[str]]:
+        """Whether the engine computes by the calibration, and in words of what not."""
+        try:
+            encoder: Encoder = self._current_engine()
+        except NoEngine:
+            return False, ["the calibration is not used: torch computes in the model's own dtype"]
+        if encoder.target.calibration is not None:
+            return True, []
+        if encoder.fused is None:
+            why = self._unfused or "EngineOptions(fused_kernels=False)"
+            return False, [f"the calibration is not used: ONNX Runtime's kernels compute ({why})"]
+        known = self._calibration
+        if known is None or not (known.attention or known.residuals):
+            return True, []
+        return True, ["on a GPU the calibration is of linear layers: attention and sums are floats"]
+
     def _fused_engine(self, target: Target, padding: bool) -> PackedEngine | None:
+        self._unfused = None
         served = target.device == "cuda" and target.contrib
         if not served or not self.engine_options.fused_kernels:
             return None
         root, own, kept = self._encoder_root(), self._weights(), self._engine_cache()
-        with suppress(NotFused):  # T5 in float32, say, or another dtype of some weight
-            return PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
-        return None
+        target = replace(target, calibration=self._calibration)
+        try:
+            fused = PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
+        except NotFused as error:  # T5 in float32, say, or another dtype of some weight
+            self._unfused = str(error)
+            return None
+        self._plain |= fused.weight_pointers().keys()
+        return fused
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""

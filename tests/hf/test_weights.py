@@ -3,12 +3,11 @@
 import copy
 import functools
 import math
-import threading
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,10 +19,10 @@ from transformers import T5Config
 
 import fastgen
 from fastgen.engines import NoEngine
-from fastgen.hf import weights
+from fastgen.file_pages import FilePages, _told
 from fastgen.hf.module import EngineModule
-from fastgen.hf.weights import Fingerprint, Glance, weights_state
-from tests.configs import TINY, Pair
+from fastgen.hf.weights import Glance, weights_state
+from tests.configs import TINY, Pair, build_stock, fast_class, stock_class
 from tests.helpers import assert_left_to_torch, assert_served, copies, sources, targets
 
 
@@ -183,37 +182,22 @@ def test_an_edit_of_one_row_through_data_is_seen(prepack: float) -> None:
     assert pair.fast._engine is engine
 
 
-@pytest.fixture(params=["one thread", "three threads", "no thread to be had"])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Threads that look at a matrix of a few rows, two rows at a time."""
-    if request.param == "one thread":
-        return 1
-    if request.param == "no thread to be had":
-        monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError))
-    monkeypatch.setattr(weights, "_PIECE", 64)
-    monkeypatch.setattr(weights, "_WORTH_A_THREAD", 32)
-    return 3
-
-
-@pytest.mark.parametrize("columns", [7, 8])
-def test_fingerprints_tell_what_changed(columns: int, threads: int) -> None:
-    matrix = torch.randn(5, columns)
-    whole = torch.nn.Parameter(matrix)
-    fingerprint = Fingerprint([whole, whole], threads)
-    assert len(fingerprint._shares) == threads
-    assert fingerprint.same()
-    edits: list[Callable[[torch.Tensor], Any]] = [
-        lambda m: m[2:3].mul_(2),
-        lambda m: m[:, 3:4].neg_(),
-        lambda m: m.copy_(m[[1, 0, 2, 3, 4]]),
-        lambda m: m.copy_(m[:, [1, 0, *range(2, columns)]]),
-        lambda m: m[4, 2].add_(1e-6),
-        lambda m: m[0, 0].fill_(torch.nan),
-    ]
-    for edit in edits:
-        fingerprint = Fingerprint([whole], threads)
-        edit(whole.data)
-        assert not fingerprint.same()
+@pytest.mark.skipif(not _told(), reason="the kernel does not tell of writes to pages")
+@pytest.mark.parametrize("part", ["lm_head", "encoder.block.0.layer.0.SelfAttention.q"])
+def test_an_edit_of_what_lies_in_a_file_is_seen(part: str, tmp_path: Path) -> None:
+    """Such weights are packed without a pass over them in each call."""
+    build_stock("t5-1.1").save_pretrained(tmp_path)
+    made = (cls("t5-1.1").from_pretrained(tmp_path).eval() for cls in (stock_class, fast_class))
+    pair = Pair(*made)
+    assert_served(pair)
+    assert all(isinstance(copy, FilePages) for copy in pair.fast._copies)
+    engine = pair.fast._engine
+    assert_served(pair)
+    assert pair.fast._engine is engine
+    for model in (pair.fast, pair.stock):
+        numbers = model.get_submodule(part).weight.detach().numpy()
+        numbers[3] *= -2
+    assert_served(pair)
 
 
 def share_storages(model: Any) -> None:
