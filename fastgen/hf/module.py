@@ -110,8 +110,9 @@ class EngineModule(Explained, BuildsEngines):
     def invalidate_engine(self) -> None:
         """Drop compiled engines, KV buckets and captured graphs; the next call builds anew.
 
-        No call needs it: moving, casting, loading, resizing and edits are noticed, those through
-        ``.data`` too.
+        Few calls need it: moving, casting, loading, resizing and edits are noticed, those through
+        ``.data`` too, but on a GPU not those of numbers within a weight that
+        ``EngineOptions.weights`` has made fewer bits of, which torch keeps no count of.
         """
         for module in self.modules():
             if isinstance(module, EngineModule):
