@@ -302,6 +302,8 @@ def rows(names: list[str], given: argparse.Namespace) -> None:
                 try:
                     row = measure(model, PRECISIONS[given.device][precision])
                 except FastgenError as error:
+                    if given.one:
+                        raise
                     print(f"| {name} | {precision} | {error} |", flush=True)
                     continue
                 if given.one:
