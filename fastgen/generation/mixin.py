@@ -17,6 +17,7 @@ from fastgen.generation.explain import OPTIONAL_OUTPUTS, ExplainsGenerate
 from fastgen.hf import contract
 from fastgen.hf.cache import LeasedCache
 from fastgen.hf.forward import as_torch
+from fastgen.hf.outward import within
 
 
 class _ChangedError(Exception):
@@ -103,7 +104,7 @@ class FastGenerationMixin(ExplainsGenerate, GenerationMixin):
         given = None if args else known.given(self, inputs, kwargs)
         if given is not None and (found := self._ahead(given)) is not None:
             return found
-        with self.steady():
+        with self.steady(), within(self, getattr(self, "_encoder", self)):
             if reason := self.standing_refusal():
                 report(self, "torch", reason)
             if given is None or reason:
