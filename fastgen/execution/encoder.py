@@ -134,8 +134,7 @@ class Encoder(Capturing):
         """The engine of rows without their padding: once there is one, it serves all calls, if
         that of rows with their padding has packed weights, too, which are let go."""
         assert self._packed is not None
-        copied: tuple[str, ...] = getattr(self.engine, "copied", ())
-        if copied and not self._packs_all:
+        if not self._packs_all and getattr(self.engine, "copied", ()):
             self._packs_all = True
             self._engine.cache_clear()
         return self._packed()
