@@ -22,9 +22,12 @@ class Explanation:
     calibration: str | None = None
     """How the ranges were found by which an encoder's engine computes in 8-bit integers; None: it
     computes in the model's own dtype."""
+    computes: str | None = None
+    """What the engine computes in, where that is not the model's dtype: ``float32`` on a CPU."""
 
     def __str__(self) -> str:
         path = self.path if self.weights == "full" else f"{self.path}, {self.weights} weights"
+        path += f", computed in {self.computes}" if self.computes else ""
         if self.calibration is not None:
             path += f", 8-bit integers by calibration ({self.calibration})"
         return "\n".join([path, *(f"  - {reason}" for reason in self.reasons)])
@@ -36,6 +39,8 @@ class Explained:
     attends = False
     """Whether ``forward`` needs the hidden states of an encoder."""
     engine_options: EngineOptions
+    dtype: torch.dtype
+    _computes_in: Any
     forward: Any
     calibration_in_use: Any
     """How an encoder's calibration was found, if its engine computes by that, and in words of what
@@ -73,7 +78,9 @@ class Explained:
     def _by_engine(self, path: str, reasons: list[str]) -> Explanation:
         """A path over the engine, with what that computes by."""
         method, unused = self.calibration_in_use()
-        return Explanation(path, [*reasons, *unused], self.engine_options.weights, method)
+        computes = self._computes_in()
+        wide = None if computes == self.dtype else str(computes).removeprefix("torch.")
+        return Explanation(path, [*reasons, *unused], self.engine_options.weights, method, wide)
 
     def explain(self, **forward_kwargs: Any) -> Explanation:
         """As ``explain_forward``: a model that does not generate does nothing else."""

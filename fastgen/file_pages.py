@@ -34,8 +34,8 @@ class FilePages:
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         """``tensors`` are kept, and with them what is mapped."""
         self._tensors = [*tensors]
-        self.places = {tensor.data_ptr() for tensor in self._tensors}
-        """Where they begin."""
+        self.places = {(tensor.data_ptr(), tensor.nbytes) for tensor in self._tensors}
+        """Where they begin, and their bytes."""
         self._spans = _merged(map(_span, self._tensors))
         mappings = _mappings() if self._tensors else []
         files = {_file_of(_span(tensor), mappings) for tensor in self._tensors}

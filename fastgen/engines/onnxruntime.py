@@ -197,7 +197,7 @@ def _prepacked(
     if "logits" not in outputs:
         return tuple(packed)
     matrices.difference_update(packed)
-    unique = {p.data_ptr(): p.nbytes for p in parameters.values()}
+    unique = {p.data_ptr(): 4 * p.numel() for p in parameters.values()}  # as they are computed with
     left = share * sum(unique.values())
     for name in sorted(matrices, key=lambda n: (parameters[n].shape[1], parameters[n].nbytes, n)):
         left -= parameters[name].nbytes

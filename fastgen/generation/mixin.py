@@ -17,6 +17,7 @@ from fastgen.generation.explain import OPTIONAL_OUTPUTS, ExplainsGenerate
 from fastgen.hf import contract
 from fastgen.hf.cache import LeasedCache
 from fastgen.hf.forward import as_torch
+from fastgen.hf.outward import within
 
 
 class FastGenerationMixin(ExplainsGenerate, GenerationMixin):
@@ -96,7 +97,7 @@ class FastGenerationMixin(ExplainsGenerate, GenerationMixin):
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock ``generate``; DLPack tensors (of CuPy, say) are taken as torch tensors."""
         kwargs, inputs = {name: as_torch(value) for name, value in kwargs.items()}, as_torch(inputs)
-        with self.steady():
+        with self.steady(), within(self, getattr(self, "_encoder", self)):
             if reason := self.standing_refusal():
                 report(self, "torch", reason)
             given = None if args or reason else known.given(self, inputs, kwargs)

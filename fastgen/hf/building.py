@@ -19,7 +19,7 @@ from fastgen.graphs.graph import TensorSpec
 from fastgen.hf import found, stored
 from fastgen.hf.engine_key import engine_key
 from fastgen.hf.let_go import Gone
-from fastgen.hf.quantised import Key, Made, Weights
+from fastgen.hf.quantised import AnyKey, Made, Weights
 from fastgen.hf.standing import Standing
 from fastgen.hf.stock import stock_class
 from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of, watched
@@ -40,10 +40,11 @@ class BuildsEngines(torch.nn.Module):
 
     config: Any
     device: torch.device
+    dtype: torch.dtype
     engine_options: Any
     _copies: tuple[FilePages | Fingerprint, ...] = ()
     """What the weights were that engines hold a second time."""
-    _made: dict[Key, Made]
+    _made: dict[AnyKey, Made]
     """What engines read instead of weights."""
     _calibration: Calibration | None = None
     _gone = 0
@@ -117,7 +118,7 @@ class BuildsEngines(torch.nn.Module):
         wanted = {n for n, _ in root.named_parameters()}
         if missing := sorted(wanted - own.keys()):
             raise NoEngine(f"parameters were replaced: {missing[0]} is gone")
-        types = {n: (str(own[n].dtype).removeprefix("torch."), tuple(own[n].shape)) for n in wanted}
+        types = {n: own.type_of(n) for n in wanted}
         options, backend = self.engine_options, choice.backend(target.backend)
         device = next(iter(own.values())).device
         backend.check(device)
@@ -150,12 +151,13 @@ class BuildsEngines(torch.nn.Module):
 
     def _note(self, engine: Engine, own: Weights) -> None:
         """Remember what an engine reads, and what it holds a second time."""
-        self._plain |= {name for name in engine.weight_pointers() if not is_made(name)}
-        copied = getattr(engine, "copied", ())
+        read, copied = engine.weight_pointers(), getattr(engine, "copied", ())
+        self._plain |= {name for name in read if not is_made(name) and not own.widens(name)}
         own.packed(copied)
-        watched_pages = (p for p in self._copies if isinstance(p, FilePages))
-        known = {place for pages in watched_pages for place in pages.places}
-        if left := [part for part in own.sources(copied) if part.data_ptr() not in known]:
+        widened = (name for name in read if not is_made(name) and own.widens(name))
+        left = own.sources(dict.fromkeys((*copied, *widened)))
+        known = {place for copy in self._copies for place in copy.places}
+        if left := [part for part in left if (part.data_ptr(), part.nbytes) not in known]:
             threads = self.engine_options.intra_op_threads or processes.threads()
             copies = watched(left, threads)
             for pages in copies:
@@ -167,7 +169,12 @@ class BuildsEngines(torch.nn.Module):
 
     def _weights(self) -> Weights:
         """What engines read: parameters, and what is made of them."""
-        return Weights(tensors_of(self), self._made, self._read_whole())
+        wide = self.device.type == "cpu"
+        return Weights(tensors_of(self), self._made, self._read_whole(), wide)
+
+    def _computes_in(self) -> torch.dtype:
+        """What engines compute in: on a CPU float32, else the model's dtype."""
+        return torch.float32 if self.device.type == "cpu" else self.dtype
 
     def _read_whole(self) -> set[int] | None:
         """Ids of the parameters that stay with ``keep_torch_weights=False``, as something looks

@@ -9,6 +9,7 @@ import torch
 
 from fastgen.fallback import report, said
 from fastgen.hf import contract
+from fastgen.hf.outward import outside
 from fastgen.hf.stock import stands_in, stock_class
 
 
@@ -35,7 +36,7 @@ class StockForward:
     def _by_torch(self, **arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().forward(**arguments)  # type: ignore[misc]
-        with said():
+        with said(), outside():
             return super().forward(**arguments)  # type: ignore[misc]
 
 

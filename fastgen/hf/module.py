@@ -38,7 +38,6 @@ class EngineModule(Explained, BuildsEngines):
     Subclasses say in ``_build_engine`` what an engine of theirs is.
     """
 
-    dtype: torch.dtype
     _engine: Any = None
     _engine_weights: tuple[Any, ...] | None = None
     _glance: Glance | None = None
@@ -252,8 +251,9 @@ class EngineModule(Explained, BuildsEngines):
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
         options = self.engine_options
+        widens = self._computes_in() != self.dtype
         packs = options.prepack > 0 and self.device.type == "cpu"
-        return packs or options.weights != "full" or self._calibration is not None
+        return widens or packs or options.weights != "full" or self._calibration is not None
 
     # What torch does to a module
 

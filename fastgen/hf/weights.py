@@ -153,11 +153,13 @@ class Fingerprint:
     """
 
     def __init__(self, matrices: Iterable[torch.Tensor], threads: int = 1) -> None:
-        """``matrices`` are fp32, on the CPU; ``threads`` look at them, at most."""
+        """``matrices`` (or vectors) are on the CPU; ``threads`` look at them, at most."""
         unique = {matrix.data_ptr(): matrix.detach() for matrix in matrices}
         pieces = [piece for matrix in unique.values() for piece in _pieces(matrix)]
         size = sum(piece.nbytes for piece in pieces)
         count = max(1, min(threads, size // _WORTH_A_THREAD))
+        self.places = {(matrix.data_ptr(), matrix.nbytes) for matrix in unique.values()}
+        """Where they begin, and their bytes."""
         self._shares = [pieces[first::count] for first in range(count)]
         self._sums = self._look()
 
@@ -205,9 +207,14 @@ def watched(matrices: Iterable[torch.Tensor], threads: int) -> list[FilePages | 
 
 def _pieces(matrix: torch.Tensor) -> list[np.ndarray]:
     """A matrix's bits in groups of rows."""
-    bits = matrix.numpy().view(np.int32 if matrix.shape[-1] % 2 else np.int64)
-    rows = max(1, _PIECE // max(1, bits[:1].nbytes))
-    return [bits[first : first + rows] for first in range(0, len(bits), rows)]
+    rows = matrix if matrix.ndim > 1 else matrix.reshape(1, -1)
+    if rows.element_size() == 2:
+        rows = rows.view(torch.int16)  # NumPy knows no bfloat16
+    width = rows.shape[-1] * rows.element_size()
+    kind = next(kind for kind in (np.int64, np.int32, np.int16) if not width % kind().itemsize)
+    bits = rows.numpy().view(kind)
+    count = max(1, _PIECE // max(1, bits[:1].nbytes))
+    return [bits[first : first + count] for first in range(0, len(bits), count)]
 
 
 def _computed_with(module: torch.nn.Module) -> list[str]:

@@ -19,6 +19,7 @@ from fastgen.graphs.encoder import POOLED, encoder_specs, packed_specs, pooler_s
 from fastgen.graphs.shape import LAST_STATE
 from fastgen.hf.forward import StockForward
 from fastgen.hf.module import EngineModule
+from fastgen.hf.outward import given
 from fastgen.target import Target
 from fastgen.tasks.outputs import as_stock, introduce, wants_dict
 from fastgen.tasks.refusals import (
@@ -198,8 +199,8 @@ class FastEncoder(StockForward, EngineModule):
         more = {name: 0 if value is None else value for name, value in given.items()}
         if not states_wanted(self, arguments):
             return encoder.run(ids, mask, **more), None
-        states = as_stock(self, encoder.run_with_states(ids, mask, **more))
-        return states[-1], states
+        states = encoder.run_with_states(ids, mask, **more)
+        return states[-1], as_stock(self, states)
 
     def _given(self, found: tuple[torch.Tensor, Any], arguments: dict[str, Any]) -> Any:
         output = self._output(found[0])
@@ -216,5 +217,5 @@ class FastEncoder(StockForward, EngineModule):
         return pooled[:, 0]
 
     def _output(self, hidden: torch.Tensor) -> Any:
-        """The stock stack's output of these hidden states [B, S, E]."""
-        return BaseModelOutput(last_hidden_state=hidden)
+        """The stock stack's output of these hidden states [B, S, E], as the engine gives them."""
+        return BaseModelOutput(last_hidden_state=given(self, hidden))
