@@ -18,7 +18,7 @@ class Explanation:
     ``engine`` or ``torch``."""
     reasons: list[str] = field(default_factory=list)
     weights: str = "full"
-    """What matrix products on the engine read: ``EngineOptions.weights``."""
+    """What matrix products on the engine read: ``EngineOptions.weights``, or a checkpoint's."""
     calibration: str | None = None
     """How the ranges were found by which an encoder's engine computes in 8-bit integers; None: it
     computes in the model's own dtype."""
@@ -42,6 +42,8 @@ class Explained:
     dtype: torch.dtype
     _computes_in: Any
     forward: Any
+    narrow_weights: Any
+    """What engines read of a checkpoint in fewer bits, in words, or None."""
     calibration_in_use: Any
     """How an encoder's calibration was found, if its engine computes by that, and in words of what
     it is not used for."""
@@ -78,9 +80,10 @@ class Explained:
     def _by_engine(self, path: str, reasons: list[str]) -> Explanation:
         """A path over the engine, with what that computes by."""
         method, unused = self.calibration_in_use()
-        computes = self._computes_in()
+        computes, weights = self._computes_in(), self.narrow_weights()
         wide = None if computes == self.dtype else str(computes).removeprefix("torch.")
-        return Explanation(path, [*reasons, *unused], self.engine_options.weights, method, wide)
+        weights = weights or self.engine_options.weights
+        return Explanation(path, [*reasons, *unused], weights, method, wide)
 
     def explain(self, **forward_kwargs: Any) -> Explanation:
         """As ``explain_forward``: a model that does not generate does nothing else."""

@@ -78,7 +78,7 @@ class Encoder(Capturing):
         self._layers, self._states = layers, states
         self._more_ids, self._packed = more_ids, packed
         # what one engine has packed of weights, another would pack again
-        self._packs_all = target.weights != "full"
+        self._packs_all = target.narrow
         self.pooling: Engine | None = None
         """What a family's pooler is, if that has a graph."""
         self._replays: dict[tuple[int, ...], Any] = {}

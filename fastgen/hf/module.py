@@ -247,6 +247,7 @@ class EngineModule(Explained, BuildsEngines):
     def _drop_engine(self) -> None:
         self._engine = self._refusal = self._standing = None
         self._copies, self._made, self._gone, self._plain = (), {}, 0, frozenset()
+        self._held = {}
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
@@ -280,6 +281,7 @@ class EngineModule(Explained, BuildsEngines):
             "_engine_weights",
             "_copies",
             "_made",
+            "_held",
             "_gone",
             "_plain",
             "_refusal",

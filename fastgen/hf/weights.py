@@ -279,7 +279,7 @@ def changed_part(
     twins = dict(twin.named_modules())
     for name, part in module.named_modules():
         other = twins.get(name)
-        if other is None or (name and name.startswith(ignore)):
+        if other is None or (name and f"{name}.".startswith(ignore)):
             continue
         if name and not isinstance(part, type(other)):
             kinds = [type(part), type(other)]

@@ -187,7 +187,7 @@ def build_decoder(module: Any, target: Target, shape: Shape, name: str) -> Decod
 
 def _fused_engine(module: Any, target: Target, shape: Shape) -> FusedEngine | None:
     """What runs most steps on a GPU, and prompts of a decoder without a source."""
-    if target.device != "cuda":
+    if target.device != "cuda" or target.held:  # no kernels for zeros, nor for all group sizes
         return None
     step, own = module._decoder_root(), module._weights()
     fused = FusedEngine(step, target, own, module._engine_cache())

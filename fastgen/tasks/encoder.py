@@ -97,7 +97,7 @@ class FastEncoder(StockForward, EngineModule):
         fused = self._fused_engine(target, padding=not skips)
         by_packed = packs and target.device == "cpu"
         if fused is None:  # else it serves hidden states of all layers only, and can wait
-            (packed if by_packed and target.weights != "full" else engine)()
+            (packed if by_packed and target.narrow else engine)()
         encoder = Encoder(
             *(engine, target, self.device, width, options, layers, states, more),
             packed if by_packed else None,

@@ -55,6 +55,8 @@ class PackedEngine:
         # on a CPU torch computes what the kernels would
         if device.type == "cuda" and (reason := nvrtc.refusal(device)):
             raise NotFused(reason)
+        if target.held:
+            raise NotFused("no products of packed tokens by a checkpoint's weights of fewer bits")
         if target.weights == "int4":  # fp8 is of decoders, encoders read full weights
             raise NotFused("no products of packed tokens by int4 weights")
         self.target, self.device, self._padding = target, device, padding
