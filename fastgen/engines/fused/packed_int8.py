@@ -64,8 +64,8 @@ class Tile:
 TILES = (
     Tile(64, False, 0.27, 1.0),
     Tile(128, False, 0.36, 1.7),
-    Tile(128, True, 0.41, 0.5, 1.0),
-    Tile(256, False, 0.72, 2.5),
+    Tile(128, True, 0.38, 0.5, 1.2),
+    Tile(256, False, 0.69, 2.5),
 )
 
 
