@@ -11,6 +11,7 @@ from fastgen import int8
 from fastgen.blockwise import Blocks, Format, parse, quantise
 from fastgen.engines import NoEngine
 from fastgen.hf.let_go import Gone, let_go
+from fastgen.hf.mapped import give_back
 from fastgen.hf.weights import Fingerprint
 
 Key = tuple[str, Format]
@@ -111,15 +112,19 @@ class Weights(Mapping[str, torch.Tensor]):
     def let_go(self) -> None:
         """Let torch's weights go of which something was made, but for tables: what was made is then
         the one form there is of them."""
+        places = []
         for (name, form), made in self.made.items():
             parameter = self._tensors[name]
             if self._goes(parameter) and not isinstance(parameter, Gone):
                 self.made[name, form] = replace(made, source=Fingerprint([]))
+                places.append((parameter.data_ptr(), parameter.nbytes))
                 others = _all_made.pop(parameter, None)  # nobody may refer to it meanwhile
                 let_go(parameter, name)
                 if others is not None:
                     others[form] = self.made[name, form]
                     _all_made[parameter] = others
+        if places:
+            give_back(places)  # what stays of the same file keeps all of it mapped
 
     def _goes(self, parameter: torch.Tensor) -> bool:
         return self._tables is not None and id(parameter) not in self._tables
