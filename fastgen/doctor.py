@@ -193,6 +193,8 @@ def _onnxruntime_choice(options: EngineOptions, device: str) -> EngineChoice:
         return _refused("onnxruntime", device, problem)
     version = runtime.onnxruntime().__version__
     reason = f"ONNX Runtime {version}, for models in {', '.join(served)}"
+    if device == "cpu":
+        reason += ", computed in float32"
     return EngineChoice("onnxruntime", device, True, reason)
 
 

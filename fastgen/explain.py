@@ -18,10 +18,18 @@ class Explanation:
     ``engine`` or ``torch``."""
     reasons: list[str] = field(default_factory=list)
     weights: str = "full"
-    """What matrix products on the engine read: ``EngineOptions.weights``."""
+    """What matrix products on the engine read: ``EngineOptions.weights``, or a checkpoint's."""
+    calibration: str | None = None
+    """How the ranges were found by which an encoder's engine computes in 8-bit integers; None: it
+    computes in the model's own dtype."""
+    computes: str | None = None
+    """What the engine computes in, where that is not the model's dtype: ``float32`` on a CPU."""
 
     def __str__(self) -> str:
         path = self.path if self.weights == "full" else f"{self.path}, {self.weights} weights"
+        path += f", computed in {self.computes}" if self.computes else ""
+        if self.calibration is not None:
+            path += f", 8-bit integers by calibration ({self.calibration})"
         return "\n".join([path, *(f"  - {reason}" for reason in self.reasons)])
 
 
@@ -31,7 +39,14 @@ class Explained:
     attends = False
     """Whether ``forward`` needs the hidden states of an encoder."""
     engine_options: EngineOptions
+    dtype: torch.dtype
+    _computes_in: Any
     forward: Any
+    narrow_weights: Any
+    """What engines read of a checkpoint in fewer bits, in words, or None."""
+    calibration_in_use: Any
+    """How an encoder's calibration was found, if its engine computes by that, and in words of what
+    it is not used for."""
     refusal: Any
     """Why ``forward`` with these arguments goes to torch; None if the engine serves it."""
 
@@ -60,7 +75,15 @@ class Explained:
         said = [str(reason) for reason in reasons if reason]
         if by_torch:
             return Explanation("torch", said)
-        return Explanation("engine", said, self.engine_options.weights)
+        return self._by_engine("engine", said)
+
+    def _by_engine(self, path: str, reasons: list[str]) -> Explanation:
+        """A path over the engine, with what that computes by."""
+        method, unused = self.calibration_in_use()
+        computes, weights = self._computes_in(), self.narrow_weights()
+        wide = None if computes == self.dtype else str(computes).removeprefix("torch.")
+        weights = weights or self.engine_options.weights
+        return Explanation(path, [*reasons, *unused], weights, method, wide)
 
     def explain(self, **forward_kwargs: Any) -> Explanation:
         """As ``explain_forward``: a model that does not generate does nothing else."""

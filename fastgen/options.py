@@ -77,11 +77,12 @@ class EngineOptions:
     sources. With more than 0 each call begins with a pass over them, which tells of edits."""
     weights: Weights = "full"
     """What matrix products read: the model's weights as they are, or made of them once and rounded:
-    8-bit or 4-bit integers in blocks with a scale each, or on a GPU 8-bit floats (``fp8``)."""
+    8-bit or 4-bit integers in blocks with a scale each, or on a GPU 8-bit floats (``fp8``). An
+    encoder on a GPU rounds what it multiplies 8-bit integers by, too."""
     keep_torch_weights: bool = True
-    """Whether torch keeps the weights of which fewer bits were made; False lets them go once
-    engines are built, and what then needs torch (saving, moving, a call that no engine serves)
-    raises ``WeightsGoneError``."""
+    """Whether torch keeps the weights of which fewer bits were made, or of 16 bits, on a CPU, a
+    float32 copy; False lets them go once engines are built, and what then needs torch (saving,
+    moving, a call that no engine serves) raises ``WeightsGoneError``."""
     skip_padding: bool = True
     """BERT's encoder, and T5's on a GPU, compute nothing for the padding of a ragged batch, and
     hidden states there are zeros; False computes them as the stock model does."""

@@ -50,12 +50,20 @@ class Target:
     ``blockwise.py``)."""
     group: int = 0
     """Inputs of such a weight that share a scale; 0 is a whole row."""
+    held: bool = False
+    """Some parameters are a checkpoint's in fewer bits, and tell so themselves (``FORM`` of
+    ``ops/quantised.py``)."""
     integers: bool = False
     """Products of 8-bit integers exist: what a calibration asks for is served."""
     saturates: bool = False
     """Products of uint8 and int8 overflow 16 bits on this processor, so that weights are uint8."""
     calibration: Calibration | None = field(default=None, hash=False)
     """Ranges of the inputs of linear layers, whose products then are of 8-bit integers."""
+
+    @property
+    def narrow(self) -> bool:
+        """Whether products read weights of fewer bits."""
+        return self.weights != "full" or self.held
 
     @property
     def residual_dtype(self) -> str:

@@ -74,8 +74,7 @@ def wrap_norm(model: Any) -> None:
 
 #: What surprises, and words of the reason and of the remedy.
 SURPRISES: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
-    "bfloat16": (lambda m: m.to(torch.bfloat16), ("bfloat16", "model.float()")),
-    "float16": (lambda m: m.half(), ("float16", "dtype=torch.float32")),
+    "float64": (lambda m: m.double(), ("float64", "model.float()")),
     "training": (lambda m: m.train(), ("training mode", "model.eval()")),
     "training of a part": (lambda m: m.decoder.dropout.train(), ("Dropout", "model.eval()")),
     "backend": (lambda m: setattr(m, "engine_options", {"backend": "tensorrt"}), ("NVIDIA",)),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen import blockwise
-from fastgen.blockwise import GROUPS, KINDS, Format, dequantise, parse, quantise
+from fastgen.blockwise import GROUPS, KINDS, Format, blocks_of, dequantise, parse, quantise
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 #: Largest error of a number, in parts of the largest number that shares its scale.
@@ -108,10 +108,49 @@ def test_an_unknown_kind_is_refused_with_those_there_are() -> None:
         quantise(torch.ones(1, 1), "int5")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("kind", "inputs", "scales"), [("int8", 96, 3), ("int4", 96, 1)])
+@pytest.mark.parametrize("odd", [0, 5])
+def test_what_others_have_rounded_is_held_as_it_is(
+    kind: str, inputs: int, scales: int, odd: int, zeros: bool
+) -> None:
+    """A scale of several blocks, of a row that ends in a block, zeros in the odd half of a byte."""
+    inputs, scales = (inputs + odd, 1) if odd else (inputs, scales)
+    levels, generator = {"int8": 256, "int4": 16}[kind], torch.Generator().manual_seed(1)
+    steps = torch.randint(levels, (5, inputs), generator=generator).byte()
+    sizes = torch.rand(5, scales, generator=generator)
+    middles = torch.randint(levels, (5, scales), generator=generator).byte() if zeros else None
+    form = Format(kind, 32, zeros=zeros)  # type: ignore[arg-type]
+    blocks = blocks_of(steps, sizes, middles, form)
+    parts = [blocks.part(which).shape for which in range(2 + zeros)]
+    assert [*map(tuple, parts)] == [*form.shapes(5, inputs)]
+    times = inputs // scales
+    middle = torch.full((5, scales), levels // 2) if middles is None else middles
+    expected = (steps.float() - middle.repeat_interleave(times, 1)) * sizes.repeat_interleave(
+        times, 1
+    )
+    assert torch.equal(dequantise(blocks, (5, inputs), torch.float32), expected)
+    beyond = dequantise(blocks, (5, 128), torch.float32)[:, inputs:]
+    assert not beyond.any()
+
+
+def test_halves_of_8_bits_are_4_bits_of_twice_the_inputs() -> None:
+    steps = torch.randint(256, (3, 70), generator=torch.Generator().manual_seed(2)).byte()
+    scales, zeros = torch.rand(3, 1), torch.tensor([[128], [0], [37]]).byte()
+    form = Format("int8", 32, zeros=True, halves=True)
+    blocks = blocks_of(steps, scales, zeros, form)
+    assert [tuple(blocks.part(i).shape) for i in range(3)] == [*form.shapes(3, 70)]
+    high, low = dequantise(blocks, (3, 192), torch.float64).chunk(2, 1)
+    expected = (steps.double() - zeros) * scales.double()
+    torch.testing.assert_close((high + low)[:, :70], expected, rtol=1e-6, atol=0)
+    assert not (high + low)[:, 70:].any()
+
+
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_names_tell_the_format(kind: str, transposed: bool) -> None:
-    form = Format(kind, GROUPS[kind], transposed)  # type: ignore[arg-type]
+def test_names_tell_the_format(kind: str, transposed: bool, zeros: bool) -> None:
+    form = Format(kind, GROUPS[kind], transposed, zeros)  # type: ignore[arg-type]
     names = form.names("decoder.block.0.layer.0.SelfAttention.q.weight")
     for which, name in enumerate(names):
         assert parse(name) == ("decoder.block.0.layer.0.SelfAttention.q.weight", form, which)

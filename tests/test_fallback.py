@@ -100,7 +100,7 @@ def test_options_that_ask_for_it(options: dict[str, Any]) -> None:
     model: Any = copies().fast
     model.engine_options = options
     if "warn_fallback" in options:
-        model.half()
+        model.double()
     with said() as found:
         generate(model)
         logits(model)
@@ -111,7 +111,7 @@ def test_the_environment_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("FASTGEN_ENGINE_OPTIONS", "warn_fallback=false")
     model: Any = copies().fast
     model.engine_options = None
-    model.half()
+    model.double()
     with said() as found:
         generate(model)
     assert not found
@@ -136,7 +136,7 @@ def test_training_is_said_once() -> None:
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_start_fresh(how: Callable[[Any], Any]) -> None:
-    model: Any = copies().fast.half()
+    model: Any = copies().fast.double()
     for module in model.modules():  # recording hooks of other tests cannot be pickled
         module._forward_hooks.clear()
     generate(model)

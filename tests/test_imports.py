@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "fastgen"
 ROOMS: tuple[tuple[str, ...], ...] = (
     # What every room may know
     ("errors", "options", "blockwise", "calibration", "int8"),
-    ("target", "runtime", "fingerprint", "progress", "engine_cache"),
+    ("target", "runtime", "fingerprint", "file_pages", "progress", "engine_cache"),
     ("capturable", "cuda", "cuda_graph", "processes", "fallback", "explain", "registry"),
     ("ops",),
     ("graphs",),

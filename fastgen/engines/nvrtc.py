@@ -15,6 +15,7 @@ from fastgen.errors import EngineError
 
 ELEMENTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 """What the kernels' sources call a dtype."""
+_SHARED_BYTES = 48 * 1024  # that a block may have without being told so
 
 
 def refusal(device: torch.device) -> str | None:
@@ -73,6 +74,9 @@ class Program:
                 driver.cuModuleGetFunction(self._module, name)
             )
         function = self._functions[launch.kernel]
+        if launch.shared_bytes > _SHARED_BYTES:
+            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(function, most, launch.shared_bytes))
         return PreparedLaunch(self, function, launch, self._overlap and launch.overlaps)
 
 
@@ -168,8 +172,38 @@ def version() -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """What to compile for, such as ``sm_90``."""
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    """What to compile for, such as ``sm_89``; ``sm_90a`` has what no later GPU has, too."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
+def tensor_map(matrix: torch.Tensor, rows: int) -> bytes:
+    """What a kernel needs for bulk copies of boxes of a matrix: a CUtensorMap.
+
+    Args:
+        matrix: int8 [N, K], contiguous, on a GPU; K a multiple of 16.
+        rows: of a box, at most 256; it has 128 columns, which come swizzled, as tensor cores read
+            them, and zeros where it reaches beyond the matrix.
+    """
+    from cuda.bindings import driver as api
+
+    long, number = api.cuuint64_t, api.cuuint32_t
+    found = _checked(
+        api.cuTensorMapEncodeTiled(
+            api.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            2,
+            matrix.data_ptr(),
+            [long(matrix.shape[1]), long(matrix.shape[0])],
+            [long(matrix.shape[1])],
+            [number(128), number(rows)],
+            [number(1), number(1)],
+            api.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            api.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            api.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            api.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return ctypes.string_at(found.getPtr(), 128)
 
 
 def _checked(results: tuple[Any, ...], all_values: bool = False) -> Any:

@@ -14,7 +14,9 @@ from fastgen.engine_cache import Artifact
 from fastgen.engines import onnxruntime_tensorrt
 from fastgen.engines.weight_inputs import weights_as_inputs
 from fastgen.errors import EngineError, MissingRuntimeError
+from fastgen.file_pages import FilePages, unwritten
 from fastgen.graphs.graph import Graph
+from fastgen.graphs.shape import LAST_STATE
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 
@@ -93,7 +95,10 @@ class OnnxRuntimeEngine:
         def compile_graph() -> Any:
             return ort.InferenceSession(data, settings, providers=providers)
 
-        with cuda.exclusive(self._device):  # a session that is made works on the engine stream
+        read_once = (parameters[name].detach() for name in self.copied if not is_made(name))
+        from_file = FilePages(unwritten(read_once))
+        with from_file.given_back_meanwhile(), cuda.exclusive(self._device):
+            # a session that is made works on the engine stream
             self._session = _on_device(compile_graph, self._device)
         processes.never_destroy_in_children(self._session)
         for name in filter(is_made, self.copied):  # what was made for the session alone
@@ -174,18 +179,24 @@ def _constants(
 def _prepacked(
     graph: Graph, parameters: Mapping[str, torch.Tensor], share: float
 ) -> tuple[str, ...]:
-    """The matrices to pack within ``share`` of all parameters' bytes: of the graph that runs once
-    a token, those of short rows first, which unpacked are read slowest; with 1, all of all."""
+    """The matrices to pack. Those in pages of a file, which are given back for it; of the others
+    within ``share`` of all parameters' bytes, of the graph that runs once a token, those of short
+    rows first, which unpacked are read slowest. With 1, all of all; with 0, none."""
     if share == 1:
         return tuple(name for name in graph.parameters if not is_made(name))
     outputs = {spec.name for spec in graph.outputs}
-    if "logits" not in outputs or "last_hidden_state" in outputs:  # the latter with hidden states
+    further = LAST_STATE in outputs and len(outputs) > 1  # with hidden states, or without the head
+    if share == 0 or further:
         return ()
     nodes = onnx.load_from_string(graph.onnx).graph.node
     matrices = {n.input[1] for n in nodes if n.op_type == "FusedMatMul"}.intersection(parameters)
-    unique = {p.data_ptr(): p.nbytes for p in parameters.values()}
+    free = {tensor.data_ptr() for tensor in unwritten(parameters[n].detach() for n in matrices)}
+    packed = sorted(name for name in matrices if parameters[name].data_ptr() in free)
+    if "logits" not in outputs:
+        return tuple(packed)
+    matrices.difference_update(packed)
+    unique = {p.data_ptr(): 4 * p.numel() for p in parameters.values()}  # as they are computed with
     left = share * sum(unique.values())
-    packed = []
     for name in sorted(matrices, key=lambda n: (parameters[n].shape[1], parameters[n].nbytes, n)):
         left -= parameters[name].nbytes
         if left < 0:

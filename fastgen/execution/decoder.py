@@ -75,6 +75,8 @@ class Decoder(Capturing):
         self.lock = threading.RLock()
         self.states: dict[Hashable, list[Any]] = {}
         """What decoding loops keep on the device between calls, by kind and size."""
+        self.calls: dict[Hashable, Any] = {}
+        """What ``generate`` made of arguments that were given before, by them."""
         self.not_captured: set[Hashable] = set()
         """Signatures of processors that turned out to wait for the GPU."""
         self._key = object()  # marks this decoder's bindings in buckets that outlive it

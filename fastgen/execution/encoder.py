@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,9 @@ from fastgen.execution.packing import Packing
 from fastgen.graphs.shape import LAST_STATE, state_names
 from fastgen.options import EngineOptions
 from fastgen.target import Target
+
+if TYPE_CHECKING:
+    from functools import _lru_cache_wrapper
 
 _TOKEN_STEP = 256  # of the sizes of graphs of many tokens
 _SEEN_SIZES = 64
@@ -50,7 +53,7 @@ class Encoder(Capturing):
 
     def __init__(
         self,
-        engine: Callable[[], Engine],
+        engine: "_lru_cache_wrapper[Engine]",
         target: Target,
         device: torch.device,
         width: int,
@@ -63,7 +66,7 @@ class Encoder(Capturing):
     ) -> None:
         """
         Args:
-            engine: gives the engine of rows with their padding.
+            engine: gives the engine of rows with their padding, made once.
             layers: how many blocks there are.
             states: gives the engine whose outputs are what they read, too.
             more_ids: names of what the graph reads beside token ids, one for each.
@@ -74,8 +77,8 @@ class Encoder(Capturing):
         self._engine, self._width, self.fused = engine, width, fused
         self._layers, self._states = layers, states
         self._more_ids, self._packed = more_ids, packed
-        # what one engine has packed of weights of fewer bits, another would pack again
-        self._packs_all = target.weights != "full"
+        # what one engine has packed of weights, another would pack again
+        self._packs_all = target.narrow
         self.pooling: Engine | None = None
         """What a family's pooler is, if that has a graph."""
         self._replays: dict[tuple[int, ...], Any] = {}
@@ -102,7 +105,7 @@ class Encoder(Capturing):
             if mask is None and self._packs_all and input_ids.numel():
                 mask = torch.ones_like(input_ids)
             if mask is not None and (self._packs_all or not mask.all()):
-                return self._run_packed(self._packed(), input_ids, mask, more)
+                return self._run_packed(self._without_padding(), input_ids, mask, more)
         batch, sources = input_ids.shape
         hidden, seen = self._empty(batch, sources), source_mask(mask)
         size = batch, self.sources_for(sources)
@@ -126,6 +129,16 @@ class Encoder(Capturing):
         source = self._filled(input_ids, attention_mask=seen, **more)
         self._bound_to(self.engine, source, {LAST_STATE: hidden})()
         return hidden
+
+    def _without_padding(self) -> Engine:
+        """The engine of rows without their padding: once there is one, it serves all calls, if
+        that of rows with their padding has packed weights, too, which are let go."""
+        assert self._packed is not None
+        copied: tuple[str, ...] = getattr(self.engine, "copied", ())
+        if copied and not self._packs_all:
+            self._packs_all = True
+            self._engine.cache_clear()
+        return self._packed()
 
     def run_with_states(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, **more: torch.Tensor | int

@@ -134,10 +134,11 @@ class BeamLoop(Loop):
         behind = bucket.prefix + (places - bucket.prefix) * self.beams
         behind = behind + state.ancestors[:, :, :length]  # [B, N, length]
         slots = torch.where(places < bucket.prefix, places, behind)
-        if self.hidden is None:
-            return unshared(bucket, slots, 0)
         cache: Any = self.call.cache
-        return unshared(bucket, slots, self.hidden.shape[1], len(cache.self_attention_cache.layers))
+        if self.hidden is None:
+            return unshared(bucket, slots, cache.dtype, 0)
+        listed = len(cache.self_attention_cache.layers)
+        return unshared(bucket, slots, cache.dtype, self.hidden.shape[1], listed)
 
 
 def beam_search(call: Call) -> Any:

@@ -45,6 +45,7 @@ class ExplainsGenerate:
 
     engine_options: EngineOptions
     refusal: Any
+    _by_engine: Any
     _prepare_generation_config: Any
     _reads = "decoder_input_ids"
     """The argument of ``forward`` that a loop's tokens go to."""
@@ -66,7 +67,8 @@ class ExplainsGenerate:
             reasons.append(f"{mode.value} decodes in the HF loop")
         reasons += self._slow_reasons(config, model_kwargs)
         path = "HF loop" if reasons else "fast loop"
-        return Explanation(path, reasons, self.engine_options.weights)
+        found: Explanation = self._by_engine(path, reasons)
+        return found
 
     def ran_fused(self) -> bool | None:
         """Whether fastgen's fused kernels ran the steps of the last ``generate`` call on the

@@ -4,13 +4,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
-from fastgen.ops.quantised import lowering
+from fastgen.blockwise import Format
+from fastgen.ops.quantised import FORM, lowering
 from fastgen.target import Target
 
 # Initializers name this file; their data comes by pointer. It must exist and is not read: so it is
@@ -78,6 +80,7 @@ def build(
     call: Callable[..., Mapping[str, ir.Value]],
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
+    held: Mapping[str, Format] = MappingProxyType({}),
 ) -> Graph:
     """Trace ``call(ops, **inputs)``, which uses ``module``'s children, into a Graph.
 
@@ -85,10 +88,11 @@ def build(
         module: tree whose parameter names are those of the HF module.
         parameters: dtype and shape of the HF module's parameters, by name.
         call: builds the computation; returns the graph's outputs by name.
+        held: the formats of parameters that the HF module has in fewer bits.
     """
     opsets = {"": target.opset} | ({"com.microsoft": 1} if target.contrib else {})
     graph = ir.Graph([], [], nodes=[], name="fastgen", opset_imports=opsets)
-    _name_parameters(module, parameters)
+    _name_parameters(module, parameters, held)
     builder = GraphBuilder(graph)
     values = {s.name: builder.input(s.name, IR_DTYPES[s.dtype], list(s.shape)) for s in inputs}
     ops = lowering(builder, target)
@@ -104,12 +108,16 @@ def build(
 
 
 def _name_parameters(
-    module: nn.Module, parameters: Mapping[str, tuple[str, tuple[int, ...]]]
+    module: nn.Module,
+    parameters: Mapping[str, tuple[str, tuple[int, ...]]],
+    held: Mapping[str, Format],
 ) -> None:
     """Give each parameter its full name and type, whichever method of its module uses it."""
     for name, parameter in module.named_parameters():
         dtype, shape = parameters[name]
         parameter.name = name
+        if name in held:
+            parameter.meta[FORM] = held[name]
         parameter.type, parameter.shape = ir.TensorType(IR_DTYPES[dtype]), ir.Shape(shape)
         parameter._realized = True  # onnxscript would name it after the calls that lead to it
 

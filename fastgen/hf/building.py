@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,15 +14,18 @@ from fastgen.calibration import Calibration
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
+from fastgen.file_pages import FilePages
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
 from fastgen.hf import found, stored
+from fastgen.hf.checkpoints import table
+from fastgen.hf.checkpoints.held import Held, Looked
 from fastgen.hf.engine_key import engine_key
 from fastgen.hf.let_go import Gone
-from fastgen.hf.quantised import Key, Made, Weights
+from fastgen.hf.quantised import AnyKey, Made, Weights
 from fastgen.hf.standing import Standing
 from fastgen.hf.stock import stock_class
-from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of
+from fastgen.hf.weights import Fingerprint, changed_part, refuse_adapters, tensors_of, watched
 from fastgen.progress import progress
 from fastgen.target import Target
 
@@ -39,11 +43,14 @@ class BuildsEngines(torch.nn.Module):
 
     config: Any
     device: torch.device
+    dtype: torch.dtype
     engine_options: Any
-    _copies: tuple[Fingerprint, ...] = ()
+    _copies: tuple[FilePages | Fingerprint | Looked, ...] = ()
     """What the weights were that engines hold a second time."""
-    _made: dict[Key, Made]
+    _made: dict[AnyKey, Made]
     """What engines read instead of weights."""
+    _held: Mapping[str, Held] = MappingProxyType({})
+    """Weights that the model has in fewer bits, and that engines read, by their stock names."""
     _calibration: Calibration | None = None
     _gone = 0
     """How many of them there were when torch's weights were let go last."""
@@ -58,13 +65,17 @@ class BuildsEngines(torch.nn.Module):
         return (BuildsEngines,)
 
     def _choose_target(self) -> Target:
-        parameters = tensors_of(self)
+        self._held = table.weights_in(self)
+        parameters = self._own_tensors()
         name, first = next(iter(parameters.items()))
         try:
             target = choose_target(self.engine_options, first.device, first.dtype)
         except NoEngine as error:
             raise self._while_as_it_is(name, first, str(error)) from error
+        target = table.served(target, self._held.values())
         kept = tuple(getattr(self, "_keep_in_fp32_modules", None) or ())
+        if refusal := table.refusal(self):
+            raise refusal
         for name, parameter in parameters.items():
             if isinstance(parameter, Gone):
                 parameter.refuse()
@@ -82,7 +93,7 @@ class BuildsEngines(torch.nn.Module):
                 raise NoEngine(f"{name} is {parameter.dtype}, other weights {first.dtype}")
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
-        if target.dtype == "float16":
+        if target.dtype == "float16" and not target.held:
             target = replace(target, wide=found.recalled(self))
         return replace(target, calibration=self._calibration) if target.integers else target
 
@@ -113,24 +124,21 @@ class BuildsEngines(torch.nn.Module):
             specs: the graph's inputs and outputs.
         """
         own = self._weights()
-        wanted = {n for n, _ in root.named_parameters()}
-        if missing := sorted(wanted - own.keys()):
-            raise NoEngine(f"parameters were replaced: {missing[0]} is gone")
-        types = {n: (str(own[n].dtype).removeprefix("torch."), tuple(own[n].shape)) for n in wanted}
+        types, forms = own.described([n for n, _ in root.named_parameters()])
         options, backend = self.engine_options, choice.backend(target.backend)
         device = next(iter(own.values())).device
         backend.check(device)
 
         def build() -> Artifact:
-            graph = graphs.build(root, target, types, getattr(root, method), *specs)
+            graph = graphs.build(root, target, types, getattr(root, method), *specs, forms)
             return backend.compile(graph, name, options, device)
 
         fast = type(self).__qualname__
 
         def load(artifact: Artifact) -> Engine:
-            if target.weights == "full":
+            if not target.narrow:
                 return backend.load(artifact, target, own, options)
-            title = f"{fast} {name}: {target.weights} weights"
+            title = f"{fast} {name}: {self.narrow_weights() or target.weights} weights"
             with progress(title):
                 if kept and self.device.type == "cpu" and not self._edited:
                     stored.recall(own, artifact.meta["parameters"], kept, title)
@@ -139,6 +147,7 @@ class BuildsEngines(torch.nn.Module):
         if kept := self._engine_cache():
             key = {"graph": name, "parameters": types, **engine_key(fast, self.config, target)}
             key |= {"inputs": [asdict(spec) for spec in specs[0]]}
+            key |= {"held": {name: asdict(form) for name, form in forms.items()}}
             key |= {"backend": backend.key(target, options, device)}
             where = f"({target.backend}, {target.device}, {target.dtype})"
             engine = _kept(kept, key, build, load, title=f"{fast} {name} {where}")
@@ -149,18 +158,47 @@ class BuildsEngines(torch.nn.Module):
 
     def _note(self, engine: Engine, own: Weights) -> None:
         """Remember what an engine reads, and what it holds a second time."""
-        self._plain |= {name for name in engine.weight_pointers() if not is_made(name)}
-        copied = getattr(engine, "copied", ())
+        read, copied = engine.weight_pointers(), getattr(engine, "copied", ())
+        self._plain |= {name for name in read if not is_made(name) and not own.widens(name)}
         own.packed(copied)
-        if left := own.sources(copied):
+        widened = (name for name in read if not is_made(name) and own.widens(name))
+        left = own.sources(dict.fromkeys((*copied, *widened)))
+        self._copies += own.looked_at([*copied, *read])
+        whole = (copy for copy in self._copies if not isinstance(copy, Looked))
+        known = {place for copy in whole for place in copy.places}
+        if left := [part for part in left if (part.data_ptr(), part.nbytes) not in known]:
             threads = self.engine_options.intra_op_threads or processes.threads()
-            self._copies += (Fingerprint(left, threads),)
+            copies = watched(left, threads)
+            for pages in copies:
+                if isinstance(pages, FilePages):
+                    pages.give_back()
+            self._copies += (*copies,)
         if self.device.type == "cpu" and (rounded := own.rounded()):
             self._copies += (Fingerprint(part.detach()[::_LOOKED_AT] for part in rounded),)
 
     def _weights(self) -> Weights:
         """What engines read: parameters, and what is made of them."""
-        return Weights(tensors_of(self), self._made, self._read_whole())
+        wide = self.device.type == "cpu"
+        exact = self.engine_options.weights == "full" and wide
+        forms = {name: weight.form(exact) for name, weight in self._held.items()}
+        own, whole = self._own_tensors(), self._read_whole()
+        return Weights(own, self._made, whole, wide, self._held, forms)
+
+    def _computes_in(self) -> torch.dtype:
+        """What engines compute in: on a CPU float32, else the model's dtype."""
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
+    def _own_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by name, but for what a library holds in place of a weight."""
+        held = {name.rpartition(".")[0] for name in self._held}
+        parts = ((name, *name.rpartition("."), t) for name, t in tensors_of(self).items())
+        return {n: t for n, path, _, leaf, t in parts if path not in held or leaf == "bias"}
+
+    def narrow_weights(self) -> str | None:
+        """What engines read of a checkpoint in fewer bits, in words; None if it is of full ones."""
+        parts = (part for part in self.modules() if isinstance(part, BuildsEngines))
+        kinds = {(s.library, s.kind) for part in parts for s in part._held.values()}
+        return " and ".join(f"{library}'s {kind}" for library, kind in sorted(kinds)) or None
 
     def _read_whole(self) -> set[int] | None:
         """Ids of the parameters that stay with ``keep_torch_weights=False``, as something looks
@@ -195,13 +233,14 @@ class BuildsEngines(torch.nn.Module):
         others = tuple(ignore.split())
         refuse_adapters(self, others)
         known = {name for root in roots for name, _ in root.named_parameters()}
+        others += tuple(name.removesuffix("weight") for name in self._held)
         for name, _ in self.named_parameters(remove_duplicate=False):
             if name not in known and not name.startswith(others):
                 raise NoEngine(f"parameter {name} is not part of the {type(self).__name__} graph")
         for name, module in self.named_modules():
             home = type(module).__module__.partition(".")[0]
             own = home in _KNOWN_LIBRARIES or isinstance(module, self._called())
-            if not own and not name.startswith(others):
+            if not own and not f"{name}.".startswith(others):
                 kind = f"{type(module).__module__}.{type(module).__name__}"
                 raise NoEngine(f"module {name} is a {kind}, which no graph knows")
         if changed := changed_part(self, self._twin(), others):

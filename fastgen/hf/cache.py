@@ -15,11 +15,21 @@ class _Slots:
 
     lease: Lease | None = None
 
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        """Of what the layers give, whatever their bucket holds; None: as that is."""
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Slots":
-        return _Slots()
+        return _Slots(self.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}
+        return {"dtype": self.dtype}
+
+
+_OF_STOCK = {
+    name: value for name, value in vars(DynamicLayer()).items() if name not in ("keys", "values")
+}
+"""Attributes that stock's constructor gives a layer: to ask it, a call would wait for each."""
 
 
 class SlotLayer(DynamicLayer):
@@ -30,11 +40,11 @@ class SlotLayer(DynamicLayer):
     """
 
     def __init__(self, slots: _Slots, index: int, cross: bool) -> None:
+        self.__dict__.update(_OF_STOCK)
         self._slots, self._index, self.cross = slots, index, cross
         self.own = True
         self.length = 0
         self._tensors: dict[str, torch.Tensor | None] = {}
-        super().__init__()
 
     def _view(self, value: int) -> torch.Tensor:
         lease = self._slots.lease
@@ -44,9 +54,23 @@ class SlotLayer(DynamicLayer):
         view._lease = lease  # type: ignore[attr-defined]  # the buffer lives as long as the view
         return view
 
+    def _given(self, name: str) -> torch.Tensor | None:
+        """Keys or values as whoever is no engine gets them. He may edit them: what is cast for him
+        is this layer's content from now on."""
+        dtype = self._slots.dtype
+        if not self.own:
+            view = self._view(("keys", "values").index(name))
+            if dtype in (None, view.dtype):
+                return view
+            self._move_out()
+        tensor = self._tensors.get(name)
+        if tensor is not None and dtype is not None:
+            tensor = self._tensors[name] = tensor.to(dtype)
+        return tensor
+
     @property
     def keys(self) -> torch.Tensor | None:
-        return self._tensors.get("keys") if self.own else self._view(0)
+        return self._given("keys")
 
     @keys.setter
     def keys(self, tensor: torch.Tensor | None) -> None:
@@ -55,7 +79,7 @@ class SlotLayer(DynamicLayer):
 
     @property
     def values(self) -> torch.Tensor | None:
-        return self._tensors.get("values") if self.own else self._view(1)
+        return self._given("values")
 
     @values.setter
     def values(self, tensor: torch.Tensor | None) -> None:
@@ -67,17 +91,25 @@ class SlotLayer(DynamicLayer):
             self._tensors = {"keys": self._view(0).clone(), "values": self._view(1).clone()}
             self.own = True
 
-    def move_in(self, length: int) -> None:
-        """Say that the first ``length`` slots of the bucket are this layer's content."""
+    def move_in(self, bucket: Bucket, length: int) -> None:
+        """Say that the first ``length`` slots of the leased bucket are this layer's content."""
         if self.own:
             self._tensors = {}
             self.own, self.is_initialized = False, True
-            keys = self._view(0)
-            self.dtype, self.device = keys.dtype, keys.device
+            self.dtype, self.device = self._slots.dtype or bucket.dtype, bucket.device
         self.length = length
 
+    def content(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Keys and values as they are held."""
+        if self.own:
+            return self._tensors.get("keys"), self._tensors.get("values")
+        return self._view(0), self._view(1)
+
     def get_seq_length(self) -> int:
-        return super().get_seq_length() if self.own else self.length
+        if not self.own:
+            return self.length
+        keys = self._tensors.get("keys")
+        return 0 if keys is None or not keys.numel() else keys.shape[-2]
 
     def crop(self, tokens_to_remove: int) -> None:
         if self.own:
@@ -116,6 +148,12 @@ class LeasedCache:
 
     _slots: _Slots
     get_seq_length: Any
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the keys and values that it gives."""
+        return self._slots.dtype
+
     source_mask: torch.Tensor | None
     """What the bucket's cross-attention mask is made of; not there before there is a bucket."""
 
@@ -143,10 +181,11 @@ class LeasedCache:
 
     def _copy_into(self, bucket: Bucket, layers: list[SlotLayer]) -> None:
         for i, layer in enumerate(layers):
-            length = layer.get_seq_length()
+            if not layer.is_initialized or not (length := layer.get_seq_length()):
+                continue
             buffers = bucket.cross_kv if layer.cross else bucket.self_kv
-            for value, content in enumerate((layer.keys, layer.values)):
-                if length and content is not None:
+            for value, content in enumerate(layer.content()):
+                if content is not None:
                     bucket.layer(buffers, 2 * i + value, length).copy_(content)
 
     def move_in(self, sources: int) -> None:
@@ -159,11 +198,13 @@ class LeasedCache:
 
     def fill(self, length: int, sources: int | None = None) -> None:
         """Say that the bucket holds ``length`` tokens (and ``sources`` source tokens)."""
+        lease = self._slots.lease
+        assert lease is not None
         for layer in self._own_layers(cross=False):
-            layer.move_in(length)
+            layer.move_in(lease.bucket, length)
         if sources is not None:
             for i, layer in enumerate(self._own_layers(cross=True)):
-                layer.move_in(sources)
+                layer.move_in(lease.bucket, sources)
                 self._note_source(i)
 
     def _note_source(self, layer: int) -> None:
@@ -180,14 +221,15 @@ class LeasedCache:
 class StaticKVCache(LeasedCache, EncoderDecoderCache):
     """A KV cache in engine-owned device buffers that is a Hugging Face cache too."""
 
-    def __init__(self, layers: int, listed: int = 0) -> None:
+    def __init__(self, layers: int, listed: int = 0, dtype: torch.dtype | None = None) -> None:
         """
         Args:
             layers: those of the decoder.
             listed: stock's ``generate`` makes a cache of as many layers as the encoder has: where
                 that is more, those behind stay empty.
+            dtype: of the keys and values that it gives; None: as the engine holds them.
         """
-        self._slots = _Slots()
+        self._slots = _Slots(dtype)
         caches = DynamicCache(), DynamicCache()
         for cross, cache in enumerate(caches):
             cache.layers = [SlotLayer(self._slots, i, bool(cross)) for i in range(layers)]
@@ -205,9 +247,9 @@ class StaticKVCache(LeasedCache, EncoderDecoderCache):
 class StaticDecoderCache(LeasedCache, DynamicCache):
     """The same of a model without an encoder."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self._slots = _Slots()
+        self._slots = _Slots(dtype)
         self.layers = [SlotLayer(self._slots, i, False) for i in range(layers)]
 
     def _own_layers(self, cross: bool) -> list[SlotLayer]:
@@ -215,12 +257,17 @@ class StaticDecoderCache(LeasedCache, DynamicCache):
 
 
 def unshared(
-    bucket: Bucket, slots: torch.Tensor, sources: int, listed: int = 0
+    bucket: Bucket,
+    slots: torch.Tensor,
+    dtype: torch.dtype | None,
+    sources: int,
+    listed: int = 0,
 ) -> StaticKVCache | StaticDecoderCache:
     """Copies of the keys and values of sequences that share rows.
 
     Args:
         slots: [B, N, length] slots of row b that hold sequence n's tokens.
+        dtype: as of ``StaticKVCache``.
         sources: source tokens without padding.
         listed: as of ``StaticKVCache``.
 
@@ -230,9 +277,9 @@ def unshared(
     batch, beams, length = slots.shape
     heads, head_size = bucket.shape.stored_heads, bucket.shape.head_size
     index = slots.view(batch, 1, -1, 1).expand(-1, heads, -1, head_size)
-    cache: StaticKVCache | StaticDecoderCache = StaticDecoderCache(bucket.shape.layers)
+    cache: StaticKVCache | StaticDecoderCache = StaticDecoderCache(bucket.shape.layers, dtype)
     if bucket.shape.source:
-        cache = StaticKVCache(bucket.shape.layers, listed)
+        cache = StaticKVCache(bucket.shape.layers, listed, dtype)
     own, source = cache._own_layers(cross=False), cache._own_layers(cross=True)
     for i in range(2 * bucket.shape.layers):
         rows = bucket.layer(bucket.self_kv, i, bucket.size.slots).gather(2, index)

@@ -126,7 +126,8 @@ RELIANCES: tuple[Reliance, ...] = (
     *_rows(
         "overridden",
         _GENERATION,
-        generate="looks at the weights once a call, and takes DLPack tensors",
+        generate="looks at the weights once a call, takes DLPack tensors, and of calls whose like "
+        "came before skips what it made of them (generation/known.py)",
         _sample="the fast loop in its place (generation/loop.py), token for token",
         _beam_search="the fast loop in its place (generation/beam_loop.py), token for token",
         _prepare_cache_for_generation="the engine's KV cache where it would make a dynamic one",

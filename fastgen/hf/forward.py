@@ -9,6 +9,7 @@ import torch
 
 from fastgen.fallback import report, said
 from fastgen.hf import contract
+from fastgen.hf.outward import outside
 from fastgen.hf.stock import stands_in, stock_class
 
 
@@ -35,8 +36,28 @@ class StockForward:
     def _by_torch(self, **arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().forward(**arguments)  # type: ignore[misc]
-        with said():
+        with said(), outside():
             return super().forward(**arguments)  # type: ignore[misc]
+
+
+class _Kept(inspect.Signature):
+    """A method's signature, whose like without ``self`` is made once: ``inspect.signature`` of a
+    bound method makes it with ``replace``."""
+
+    def __init__(self, parameters: Any = None, **more: Any) -> None:
+        super().__init__(parameters, **more)
+        self._behind_self = tuple(self.parameters.values())[1:]
+        self._bound = self._plain().replace(parameters=self._behind_self)
+
+    def replace(self, **changes: Any) -> Any:
+        """As of every signature."""
+        if changes.keys() == {"parameters"} and changes["parameters"] == self._behind_self:
+            return self._bound
+        return self._plain().replace(**changes)
+
+    def _plain(self) -> inspect.Signature:
+        parameters = tuple(self.parameters.values())
+        return inspect.Signature(parameters, return_annotation=self.return_annotation)
 
 
 def forward_like(stock: Any) -> Any:
@@ -45,7 +66,7 @@ def forward_like(stock: Any) -> Any:
 
     ``generate`` reads the parameters, several times a call: the signature is kept.
     """
-    signature = inspect.signature(stock)
+    signature = _Kept.from_callable(stock)
     names = tuple(signature.parameters)[1:]
 
     @contract.renames_cache

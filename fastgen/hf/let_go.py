@@ -48,7 +48,7 @@ class Gone(torch.Tensor):
         """Raise the error of whoever needs its numbers."""
         raise WeightsGoneError(
             f"{self._named} was let go, as EngineOptions(keep_torch_weights=False) asked: engines "
-            "hold it in fewer bits, and what torch computes, saves or moves needs it whole. "
+            "hold it in another form, and what torch computes, saves or moves needs it whole. "
             "Load the model once more (from_pretrained), or with keep_torch_weights=True."
         )
 

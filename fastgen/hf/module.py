@@ -38,7 +38,6 @@ class EngineModule(Explained, BuildsEngines):
     Subclasses say in ``_build_engine`` what an engine of theirs is.
     """
 
-    dtype: torch.dtype
     _engine: Any = None
     _engine_weights: tuple[Any, ...] | None = None
     _glance: Glance | None = None
@@ -89,6 +88,19 @@ class EngineModule(Explained, BuildsEngines):
         for part in parts:
             part._calibration = calibration
         self.invalidate_engine()
+
+    def calibration_in_use(self) -> tuple[str | None, list[str]]:
+        """How the calibration was found, if the encoder's engine computes by it, and in words of
+        what it is not used for. The engine must be there, or may be built."""
+        for part in self._calibrated_parts():
+            if (known := part._calibration) is not None:
+                used, gaps = part.calibrated_engine()
+                return (known.method or "ranges as given") if used else None, gaps
+        return None, []
+
+    def calibrated_engine(self) -> tuple[bool, list[str]]:
+        """Whether a stack's engine computes by its calibration, and in words of what not."""
+        raise NotImplementedError
 
     def _calibrated_parts(self) -> "list[EngineModule]":
         parts = (part for part in self.modules() if isinstance(part, EngineModule))
@@ -235,12 +247,14 @@ class EngineModule(Explained, BuildsEngines):
     def _drop_engine(self) -> None:
         self._engine = self._refusal = self._standing = None
         self._copies, self._made, self._gone, self._plain = (), {}, 0, frozenset()
+        self._held = {}
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
         options = self.engine_options
+        widens = self._computes_in() != self.dtype
         packs = options.prepack > 0 and self.device.type == "cpu"
-        return packs or options.weights != "full" or self._calibration is not None
+        return widens or packs or options.weights != "full" or self._calibration is not None
 
     # What torch does to a module
 
@@ -267,6 +281,7 @@ class EngineModule(Explained, BuildsEngines):
             "_engine_weights",
             "_copies",
             "_made",
+            "_held",
             "_gone",
             "_plain",
             "_refusal",

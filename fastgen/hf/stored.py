@@ -46,7 +46,7 @@ def recall(weights: Weights, names: Iterable[str], kept: EngineCache, title: str
         NoEngine: a parameter has no such form; nothing is left then.
     """
     keys = weights.unmade(names)
-    if not keys or any(isinstance(weights[name], Gone) for name, _ in keys):
+    if not keys or any(isinstance(weights.parameter(name), Gone) for name, _ in keys):
         return
 
     def write(file: BinaryIO) -> None:
@@ -65,7 +65,7 @@ def _key(weights: Weights, keys: Iterable[Key]) -> dict[str, Any]:
     made: dict[str, list[str]] = {}
     for name, form in keys:
         made.setdefault(name, []).append(form.names(name)[0])
-    of = {name: [sorted(forms), *_contents(weights[name])] for name, forms in made.items()}
+    of = {n: [sorted(forms), *_contents(weights.parameter(n))] for n, forms in made.items()}
     return {"weights": of, "sources": _sources_digest()}
 
 
@@ -86,7 +86,7 @@ def _write(file: BinaryIO, weights: Weights, keys: list[Key]) -> None:
     """Make blocks one after the other, and write each where the header says."""
     places, start = _header(file, weights, keys)
     for name, form in keys:
-        blocks = blocks_of(weights[name], name, form)
+        blocks = blocks_of(weights.computed_with(name), name, form)
         parts = zip(form.names(name), (blocks.values, blocks.scales), strict=True)
         for part, tensor in parts:
             file.seek(start + places[part])
@@ -97,8 +97,9 @@ def _header(file: BinaryIO, weights: Weights, keys: list[Key]) -> tuple[dict[str
     """Write it; gives where each tensor begins behind it, and its own size, in bytes."""
     values, scales = [], []
     for name, form in keys:
-        outputs, inputs = weights[name].shape[:: -1 if form.transposed else 1]
-        dtypes = form.dtypes(weights[name].dtype)
+        computed, sizes = weights.type_of(name)
+        outputs, inputs = sizes[:: -1 if form.transposed else 1]
+        dtypes = form.dtypes(getattr(torch, computed))
         parts = zip(form.names(name), dtypes, form.shapes(outputs, inputs), strict=True)
         values.append(next(parts))
         scales.append(next(parts))

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, repeat
-from operator import contains, is_, itemgetter
+from operator import call, contains, itemgetter
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch.nn.modules import module as modules
 from transformers import PreTrainedModel
 
+from fastgen.file_pages import FilePages, unwritten
 from fastgen.hf.standing import Standing
 
 # transformers leaves these on a model once output_attentions was asked for; they only listen
@@ -47,72 +48,98 @@ def tensors_of(root: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-_LOOKED_AT = itemgetter(
-    "training", "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"
-)
+_CHILDREN, _PARAMETERS = itemgetter("_modules"), itemgetter("_parameters")
+_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
+_TRAINING = itemgetter("training")
+_SHAPE, _STRIDE = torch.Tensor.size, torch.Tensor.stride
 
 
 class Glance:
-    """What a module looks like; tells in a microsecond a layer's part that nothing has changed.
+    """What a module looks like; tells in half a microsecond a part that nothing has changed.
 
-    It looks at all that ``weights_state`` does, but at whole lists instead of module by module. No
-    weight is read: its memory may have moved since.
+    It looks at all that ``weights_state`` does, but at whole lists instead of module by module, by
+    functions that are written in C. No weight is read: its memory may have moved since.
     """
 
     def __init__(self, root: torch.nn.Module, versions: bool) -> None:
         """``root`` itself is not kept: it keeps its Glance. See ``weights_state``."""
         self.descendants = [*_walk(root)][1:]
         self._attributes = [*map(vars, self.descendants)]
-        self._root_plain = _plain_getter(root)
-        plain = ((_plain_getter(module), vars(module)) for module in self.descendants)
-        self._plain = [(getter, attributes) for getter, attributes in plain if getter is not None]
-        self._versions = versions
         modules = [root, *self.descendants]
+        plain = [(_plain_getter(module), vars(module)) for module in self.descendants]
+        plain = [(getter, attributes) for getter, attributes in plain if getter is not None]
+        self._root_plain = _plain_getter(root)
+        self._getters: list[Any] = [getter for getter, _ in plain]
+        self._plain = [attributes for _, attributes in plain]
         self._buffers: list[tuple[dict[str, Any], str]] = [
             (m._buffers, name) for m in modules for name in _computed_with(m)
         ]
-        self._tensors = [*root.parameters(), *(table[name] for table, name in self._buffers)]
+        self._held = [table[name] for table, name in self._buffers]
+        self._tensors = [*root.parameters(), *self._held]
+        self._versioned = [t for t in self._tensors if versions and not t.is_inference()]
         self._places = [tensor.data_ptr() for tensor in self._tensors]
-        self._objects, self._values = self._look(root)
+        tables = [(i, module._parameters) for i, module in enumerate(modules)]
+        self._single = [  # two of one number may be equal; of more, to ask raises an error
+            (i, name, parameter)
+            for i, table in tables
+            for name, parameter in table.items()
+            if parameter is not None and parameter.numel() <= 1
+        ]
+        children, parameters = (
+            [dict(get(vars(module))) for module in modules] for get in (_CHILDREN, _PARAMETERS)
+        )
+        self._modules = self._look_at_modules(root)[:-2], children, parameters
+        self._layout = self._look_at_tensors(root)
 
     def same(self, root: torch.nn.Module) -> bool:
         """Whether everything is as it was when the Glance was made."""
         try:
-            objects, values = self._look(root)
-        except KeyError:  # an attribute is gone
+            *found, children, parameters = self._look_at_modules(root)
+            # what is the same object is equal, whatever it is: modules and parameters are no other
+            return (
+                (found, children, parameters) == self._modules
+                and all(parameters[i][name] is kept for i, name, kept in self._single)
+                and all(
+                    table[name] is t
+                    for (table, name), t in zip(self._buffers, self._held, strict=True)
+                )
+                and self._look_at_tensors(root) == self._layout
+            )
+        except (KeyError, RuntimeError):  # an attribute is gone, or a parameter is another
             return False
-        # identities, as comparing two tensors gives a tensor; the lengths are among the values
-        return values == self._values and all(map(is_, objects, self._objects))
 
     def in_place(self) -> bool:
         """Whether the parameters' memory is where it was: of all things the one that engines must
         know of before each of their runs."""
         return [tensor.data_ptr() for tensor in self._tensors] == self._places
 
-    def _look(self, root: torch.nn.Module) -> tuple[list[Any], list[Any]]:
+    def _look_at_modules(self, root: torch.nn.Module) -> list[Any]:
+        """All but tensors; last the tables of children and of parameters themselves."""
         attributes = [vars(root), *self._attributes]
-        training, children, parameters, *hooks = zip(*map(_LOOKED_AT, attributes), strict=True)
-        buffers = [table[name] for table, name in self._buffers]
-        tensors = [p for p in _entries(parameters) if p is not None] + buffers
-        objects = [*_entries(children), *_entries(parameters), *_entries(chain(*hooks)), *buffers]
-        for getter, part in self._plain:
-            objects += getter(part)
-        if self._root_plain is not None:
-            objects += self._root_plain(vars(root))
-        values = [
-            len(objects),
-            training,
-            *([*map(len, tables)] for tables in (children, parameters)),
-            [type(root), *map(type, self.descendants)],
+        children = [*map(_CHILDREN, attributes)]
+        return [
+            [*map(_TRAINING, attributes)],
             [*map(contains, attributes, repeat("forward"))],
-            [tensor.data_ptr() for tensor in tensors],
-            [tensor.shape for tensor in tensors],
-            [tensor.stride() for tensor in tensors],
+            [type(root), *map(type, self.descendants)],
+            [*_entries(chain.from_iterable(map(get, attributes) for get in _HOOKS))],
+            [*chain.from_iterable(children)],  # their order
+            [*map(call, self._getters, self._plain)],
+            None if self._root_plain is None else self._root_plain(vars(root)),
+            *(_config_fields(root), _global_hooks()),
+            children,
+            [*map(_PARAMETERS, attributes)],
         ]
-        if self._versions:
-            values.append([t._version for t in tensors if not t.is_inference()])
-        values.append((_config_fields(root), _global_hooks()))
-        return objects, values
+
+    def _look_at_tensors(self, root: torch.nn.Module) -> tuple[Any, ...]:
+        """Where they are, and how they lie there: contiguous ones as their shapes say."""
+        tensors = self._tensors
+        regular = all(map(torch.Tensor.is_contiguous, tensors))
+        return (
+            [tensor.data_ptr() for tensor in tensors],
+            [*map(_SHAPE, tensors)],
+            None if regular else [*map(_STRIDE, tensors)],
+            [tensor._version for tensor in self._versioned],
+        )
 
 
 _PIECE = 1 << 20  # bytes: small enough that the second sum finds a core's cache filled
@@ -126,11 +153,13 @@ class Fingerprint:
     """
 
     def __init__(self, matrices: Iterable[torch.Tensor], threads: int = 1) -> None:
-        """``matrices`` are fp32, on the CPU; ``threads`` look at them, at most."""
+        """``matrices`` (or vectors) are on the CPU; ``threads`` look at them, at most."""
         unique = {matrix.data_ptr(): matrix.detach() for matrix in matrices}
         pieces = [piece for matrix in unique.values() for piece in _pieces(matrix)]
         size = sum(piece.nbytes for piece in pieces)
         count = max(1, min(threads, size // _WORTH_A_THREAD))
+        self.places = {(matrix.data_ptr(), matrix.nbytes) for matrix in unique.values()}
+        """Where they begin, and their bytes."""
         self._shares = [pieces[first::count] for first in range(count)]
         self._sums = self._look()
 
@@ -162,11 +191,30 @@ class Fingerprint:
         return [*chain(*sums)]
 
 
+def watched(matrices: Iterable[torch.Tensor], threads: int) -> list[FilePages | Fingerprint]:
+    """What tells of edits of matrices (see ``Fingerprint``): the kernel, where it knows."""
+    matrices = [matrix.detach() for matrix in matrices]
+    from_file = unwritten(matrices)
+    known = {matrix.data_ptr() for matrix in from_file}
+    others = [matrix for matrix in matrices if matrix.data_ptr() not in known]
+    found: list[FilePages | Fingerprint] = []
+    if from_file:
+        found.append(FilePages(from_file))
+    if others:
+        found.append(Fingerprint(others, threads))
+    return found
+
+
 def _pieces(matrix: torch.Tensor) -> list[np.ndarray]:
     """A matrix's bits in groups of rows."""
-    bits = matrix.numpy().view(np.int32 if matrix.shape[-1] % 2 else np.int64)
-    rows = max(1, _PIECE // max(1, bits[:1].nbytes))
-    return [bits[first : first + rows] for first in range(0, len(bits), rows)]
+    rows = matrix if matrix.ndim > 1 else matrix.reshape(1, -1)
+    if rows.element_size() == 2:
+        rows = rows.view(torch.int16)  # NumPy knows no bfloat16
+    width = rows.shape[-1] * rows.element_size()
+    kind = next(kind for kind in (np.int64, np.int32, np.int16) if not width % kind().itemsize)
+    bits = rows.numpy().view(kind)
+    count = max(1, _PIECE // max(1, bits[:1].nbytes))
+    return [bits[first : first + count] for first in range(0, len(bits), count)]
 
 
 def _computed_with(module: torch.nn.Module) -> list[str]:
@@ -231,7 +279,7 @@ def changed_part(
     twins = dict(twin.named_modules())
     for name, part in module.named_modules():
         other = twins.get(name)
-        if other is None or (name and name.startswith(ignore)):
+        if other is None or (name and f"{name}.".startswith(ignore)):
             continue
         if name and not isinstance(part, type(other)):
             kinds = [type(part), type(other)]

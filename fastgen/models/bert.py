@@ -21,6 +21,7 @@ from fastgen.errors import UnsupportedConfigError
 from fastgen.fallback import Asked
 from fastgen.graphs.encoder import POOLED
 from fastgen.hf.loading import FastPreTrained
+from fastgen.hf.outward import given
 from fastgen.models.layers import Embedding, LayerNorm, Linear, Named
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
@@ -230,8 +231,10 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
         return None
 
     def _output(self, hidden: torch.Tensor) -> Any:
-        pooled = self._pooled(hidden)
-        if pooled is None and self.pooler is not None:
+        pooled, hidden = self._pooled(hidden), given(self, hidden)
+        if pooled is not None:
+            pooled = given(self, pooled)
+        elif self.pooler is not None:
             pooled = self.pooler(hidden)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden, pooler_output=pooled

@@ -22,6 +22,7 @@ from fastgen.graphs.decoder import DecoderRoot, Step
 from fastgen.graphs.encoder import WholeRows
 from fastgen.graphs.shape import LAST_STATE, Shape
 from fastgen.hf.loading import FastPreTrained
+from fastgen.hf.outward import given
 from fastgen.models.layers import Conv1D, Embedding, LayerNorm, Linear
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
@@ -181,7 +182,7 @@ class FastGPT2Model(FastEncoder, FastPreTrained, GPT2Model):
         return empty_row_refusal(mask)
 
     def _output(self, hidden: torch.Tensor) -> Any:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=given(self, hidden))
 
 
 class _Task(FastTask):

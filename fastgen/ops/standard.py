@@ -109,8 +109,7 @@ class Ops(Heads, Calibrated):
         """As ``_product``; of a float16 weight in float32, and beyond what fits float16."""
         if weight.dtype != ir.DataType.FLOAT16:
             return self._product(x, weight, bias, scale, transposed)
-        full = self.target.weights == "full"
-        if full and names.product(names.of_parameter(weight)) in self.choice:
+        if not self.target.narrow and names.product(names.of_parameter(weight)) in self.choice:
             weight = self.cast(weight, ir.DataType.FLOAT)
             bias = None if bias is None else self.cast(bias, ir.DataType.FLOAT)
             return self._product(x, weight, bias, scale, transposed)

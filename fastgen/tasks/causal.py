@@ -11,7 +11,7 @@ from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder, row_starts
 from fastgen.fallback import Asked
 from fastgen.generation.mixin import FastGenerationMixin
-from fastgen.hf import contract
+from fastgen.hf import contract, outward
 from fastgen.hf.cache import LeasedCache, StaticDecoderCache
 from fastgen.hf.forward import StockForward
 from fastgen.hf.loading import FastPreTrained
@@ -64,7 +64,7 @@ class FastCausalLM(StockForward, FastPreTrained, FastGenerationMixin):
         return int(table.weight.shape[0])
 
     def _new_cache(self) -> StaticDecoderCache:
-        return StaticDecoderCache(self.config.num_hidden_layers)
+        return StaticDecoderCache(self.config.num_hidden_layers, self.dtype)
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a forward with these arguments goes to torch; None if the engine serves it."""
@@ -158,7 +158,7 @@ class FastCausalLM(StockForward, FastPreTrained, FastGenerationMixin):
         keep = self.config.use_cache if use_cache is None else use_cache
         output = self._output(
             loss=loss,
-            logits=logits,
+            logits=outward.given(self, logits),
             hidden_states=as_stock(self, states) if wanted else None,
             **{contract.CACHE: past if keep else None},
         )

@@ -18,7 +18,7 @@ from fastgen.fallback import Asked
 from fastgen.graphs.decoder import DecoderRoot, decoder_specs
 from fastgen.graphs.shape import Shape
 from fastgen.graphs.source import cross_specs
-from fastgen.hf import contract
+from fastgen.hf import contract, outward
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import StockForward
 from fastgen.hf.module import EngineModule
@@ -139,12 +139,14 @@ class FastDecoder(StockForward, EngineModule):
         # refusal() has looked; unless another thread dropped the engine since
         decoder: Decoder = self._engine or self._current_engine()
         given, wanted = contract.given_cache(kwargs), states_wanted(self, kwargs)
-        past = StaticKVCache(decoder.shape.layers) if given is None else given
+        past = given
+        if past is None:
+            past = StaticKVCache(decoder.shape.layers, dtype=self.dtype)
         keep = self.config.use_cache if use_cache is None else use_cache
         source = encoder_hidden_states, encoder_attention_mask
         hidden, states = decode(decoder, input_ids, *source, past, wanted)
         output = BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden,
+            last_hidden_state=outward.given(self, hidden),
             hidden_states=as_stock(self, states) if wanted else None,
             **{contract.CACHE: past if keep or given is not None else None},
         )
@@ -185,7 +187,7 @@ def build_decoder(module: Any, target: Target, shape: Shape, name: str) -> Decod
 
 def _fused_engine(module: Any, target: Target, shape: Shape) -> FusedEngine | None:
     """What runs most steps on a GPU, and prompts of a decoder without a source."""
-    if target.device != "cuda":
+    if target.device != "cuda" or target.held:  # no kernels for zeros, nor for all group sizes
         return None
     step, own = module._decoder_root(), module._weights()
     fused = FusedEngine(step, target, own, module._engine_cache())

@@ -2,6 +2,7 @@
 
 import weakref
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastgen.graphs.encoder import POOLED, encoder_specs, packed_specs, pooler_s
 from fastgen.graphs.shape import LAST_STATE
 from fastgen.hf.forward import StockForward
 from fastgen.hf.module import EngineModule
+from fastgen.hf.outward import given
 from fastgen.target import Target
 from fastgen.tasks.outputs import as_stock, introduce, wants_dict
 from fastgen.tasks.refusals import (
@@ -42,6 +44,8 @@ class FastEncoder(StockForward, EngineModule):
     families that pack, too."""
     reads_padding = False
     """Whether a head reads the hidden states of padding, which are computed then."""
+    _unfused: str | None = None
+    """Why no fused kernels run where there are some."""
     _beside = ""
     """Prefixes of the parameters that no graph knows: of stock code beside it."""
 
@@ -93,7 +97,7 @@ class FastEncoder(StockForward, EngineModule):
         fused = self._fused_engine(target, padding=not skips)
         by_packed = packs and target.device == "cpu"
         if fused is None:  # else it serves hidden states of all layers only, and can wait
-            (packed if by_packed and target.weights != "full" else engine)()
+            (packed if by_packed and target.narrow else engine)()
         encoder = Encoder(
             *(engine, target, self.device, width, options, layers, states, more),
             packed if by_packed else None,
@@ -106,14 +110,36 @@ class FastEncoder(StockForward, EngineModule):
             encoder.pooling = self._engine_for("pooler", pooler, target, "pool", specs)
         return encoder
 
+    def calibrated_engine(self) -> tuple[bool, list[str]]:
+        """Whether the engine computes by the calibration, and in words of what not."""
+        try:
+            encoder: Encoder = self._current_engine()
+        except NoEngine:
+            return False, ["the calibration is not used: torch computes in the model's own dtype"]
+        if encoder.target.calibration is not None:
+            return True, []
+        if encoder.fused is None:
+            why = self._unfused or "EngineOptions(fused_kernels=False)"
+            return False, [f"the calibration is not used: ONNX Runtime's kernels compute ({why})"]
+        known = self._calibration
+        if known is None or not (known.attention or known.residuals):
+            return True, []
+        return True, ["on a GPU the calibration is of linear layers: attention and sums are floats"]
+
     def _fused_engine(self, target: Target, padding: bool) -> PackedEngine | None:
+        self._unfused = None
         served = target.device == "cuda" and target.contrib
         if not served or not self.engine_options.fused_kernels:
             return None
         root, own, kept = self._encoder_root(), self._weights(), self._engine_cache()
-        with suppress(NotFused):  # T5 in float32, say, or another dtype of some weight
-            return PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
-        return None
+        target = replace(target, calibration=self._calibration)
+        try:
+            fused = PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
+        except NotFused as error:  # T5 in float32, say, or another dtype of some weight
+            self._unfused = str(error)
+            return None
+        self._plain |= fused.weight_pointers().keys()
+        return fused
 
     def refusal(self, **kwargs: Any) -> str | None:
         """Why a call with these arguments goes to torch; None if the engine serves it."""
@@ -173,8 +199,8 @@ class FastEncoder(StockForward, EngineModule):
         more = {name: 0 if value is None else value for name, value in given.items()}
         if not states_wanted(self, arguments):
             return encoder.run(ids, mask, **more), None
-        states = as_stock(self, encoder.run_with_states(ids, mask, **more))
-        return states[-1], states
+        states = encoder.run_with_states(ids, mask, **more)
+        return states[-1], as_stock(self, states)
 
     def _given(self, found: tuple[torch.Tensor, Any], arguments: dict[str, Any]) -> Any:
         output = self._output(found[0])
@@ -191,5 +217,5 @@ class FastEncoder(StockForward, EngineModule):
         return pooled[:, 0]
 
     def _output(self, hidden: torch.Tensor) -> Any:
-        """The stock stack's output of these hidden states [B, S, E]."""
-        return BaseModelOutput(last_hidden_state=hidden)
+        """The stock stack's output of these hidden states [B, S, E], as the engine gives them."""
+        return BaseModelOutput(last_hidden_state=given(self, hidden))

@@ -11,13 +11,12 @@ from fastgen.hf.module import EngineModule
 def as_stock(module: EngineModule, states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Hidden states in the dtypes that the stock stack gives: from the first layer on, float32
     where it keeps some weights so."""
-    first, *others = states
-    if not others:
-        return (first,)
-    *inner, last = others
+    own = next(module.parameters()).dtype
+    first, *inner = states
+    last = [_cast(inner.pop(), own)] if inner else []
     kept = any(p.dtype == torch.float32 for p in module.parameters())
-    wide = torch.float32 if kept else last.dtype
-    return _cast(first, last.dtype), *(_cast(state, wide) for state in inner), last
+    wide = torch.float32 if kept else own
+    return _cast(first, own), *(_cast(state, wide) for state in inner), *last
 
 
 def _cast(state: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

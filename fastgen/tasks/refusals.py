@@ -10,6 +10,7 @@ from fastgen.fallback import AUTOCAST, Asked
 from fastgen.generation.explain import ANY_LOOP
 from fastgen.hf import contract
 from fastgen.hf.module import EngineModule
+from fastgen.hf.outward import reads
 from fastgen.hf.weights import asks_for_gradients
 
 _IDS = (torch.int32, torch.int64)
@@ -121,7 +122,7 @@ def hidden_refusal(what: str, source: Any, module: Any) -> str | None:
     width = module.config.d_model
     if not isinstance(source, torch.Tensor):
         return Asked(f"{what} hold a {type(source).__name__}, not a tensor")
-    if source.ndim != 3 or source.shape[2] != width or source.dtype != module.dtype:
+    if source.ndim != 3 or source.shape[2] != width or not reads(module, source):
         made = f"{list(source.shape)} of {source.dtype}"
         return Asked(f"{what} are {made}, not [B, S, {width}] of {module.dtype}")
     if not source.numel():

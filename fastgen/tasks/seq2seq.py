@@ -11,9 +11,10 @@ from fastgen.engines import NoEngine, too_large
 from fastgen.execution.bucket import Bucket
 from fastgen.execution.decoder import Decoder
 from fastgen.fallback import Asked
+from fastgen.generation.explain import OPTIONAL_OUTPUTS
 from fastgen.generation.mixin import FastGenerationMixin
 from fastgen.graphs.decoder import DecoderRoot
-from fastgen.hf import contract
+from fastgen.hf import contract, outward
 from fastgen.hf.cache import StaticKVCache
 from fastgen.hf.forward import StockForward
 from fastgen.target import Target
@@ -71,7 +72,13 @@ class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
         return build_decoder(self, target, shape, "decoder")
 
     def _new_cache(self) -> StaticKVCache:
-        return StaticKVCache(*contract.cache_layers(self.config))
+        return StaticKVCache(*contract.cache_layers(self.config), dtype=self.dtype)
+
+    def _encoded(self, ids: torch.Tensor, mask: torch.Tensor | None, config: Any) -> torch.Tensor:
+        given = {} if mask is None else {"attention_mask": mask}
+        outputs = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
+        hidden: torch.Tensor = self._encoder(input_ids=ids, return_dict=True, **given, **outputs)[0]
+        return hidden
 
     def _called(self) -> tuple[type, ...]:
         return FastEncoder, FastWhole  # the decoder stack is part of the graph
@@ -150,6 +157,14 @@ class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
         decoder: Decoder | None = self._engine
         return None if decoder is None else bucket_refusal(decoder, bucket)
 
+    def _by_torch(self, **arguments: Any) -> Any:
+        if isinstance(encoded := arguments.get("encoder_outputs"), BaseModelOutput):
+            hidden = outward.as_torch_reads(self, encoded.last_hidden_state)
+            arguments["encoder_outputs"] = BaseModelOutput(
+                **{**encoded, "last_hidden_state": hidden}
+            )
+        return super()._by_torch(**arguments)
+
     def _run(
         self,
         decoder_input_ids: torch.Tensor | None = None,
@@ -167,23 +182,26 @@ class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
         asked = {k: value for k, value in kwargs.items() if k == "output_hidden_states"}
         if encoder_outputs is None:
             source = {"input_ids": input_ids, "attention_mask": attention_mask}
-            encoder_outputs = self._encoder(**source, **asked)
+            with outward.within(self._encoder):
+                encoder_outputs = self._encoder(**source, **asked)
         if not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
         hidden = encoder_outputs.last_hidden_state
         if use_cache is None:
             use_cache = self.config.use_cache
         given = contract.given_cache(kwargs)
-        past = StaticKVCache(decoder.shape.layers) if given is None else given
+        past = given
+        if past is None:
+            past = StaticKVCache(decoder.shape.layers, dtype=self.dtype)
         wanted = states_wanted(self._decoder, asked)
         tokens = {"decoder_input_ids": decoder_input_ids, "labels": labels, "input_ids": input_ids}
         ids = self._decoder_ids(tokens)
         logits, states = decode(decoder, ids, hidden, attention_mask, past, wanted)
         output = Seq2SeqLMOutput(
-            loss=None if labels is None else _loss(logits, labels),
-            logits=logits,
+            loss=None if labels is None else outward.given(self, _loss(logits, labels)),
+            logits=outward.given(self, logits),
             decoder_hidden_states=as_stock(self._decoder, states) if wanted else None,
-            encoder_last_hidden_state=hidden,
+            encoder_last_hidden_state=outward.rounded(self, hidden),
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
             **{contract.CACHE: past if use_cache or given is not None else None},

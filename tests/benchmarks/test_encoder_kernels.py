@@ -29,7 +29,7 @@ def test_all_launches_have_a_kind_and_a_floor() -> None:
     assert {name: count for name, (count, _) in numbers.items()} == {
         "cuBLAS<32, 32, STORE>": 4 * LAYERS,
         "attention<4, 8>": LAYERS,
-        "norm_rows<32, 8, 32, true>": 2 * LAYERS,
+        "norm_rows<32, 8, 32, true, PLAIN>": 2 * LAYERS,
         "cuBLAS<32, 48, STORE>": LAYERS,
         "activate_rows<GELU_ERF, 8, false>": LAYERS,
         "cuBLAS<48, 32, STORE>": LAYERS,
@@ -37,7 +37,7 @@ def test_all_launches_have_a_kind_and_a_floor() -> None:
     wide = numbers["cuBLAS<32, 48, STORE>"][1]
     assert (wide.bytes, wide.flops) == (4 * (tokens * (E + F) + E * F + F), 2 * tokens * E * F)
     assert numbers["attention<4, 8>"][1].flops == 4 * E * (25 + 4)
-    assert numbers["norm_rows<32, 8, 32, true>"][1].bytes == 4 * 3 * tokens * E
+    assert numbers["norm_rows<32, 8, 32, true, PLAIN>"][1].bytes == 4 * 3 * tokens * E
     assert numbers["activate_rows<GELU_ERF, 8, false>"][1].bytes == 4 * 2 * tokens * F
     for kind in found.values():
         kind.runs[0](0)

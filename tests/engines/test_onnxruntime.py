@@ -1,5 +1,6 @@
 """The ONNX Runtime engine: which weights it holds a second time on a CPU, and what it refuses."""
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from fastgen import runtime
 from fastgen.engines.onnxruntime import OnnxRuntime, _on_device, _prepacked
 from fastgen.errors import EngineError, MissingRuntimeError
+from fastgen.file_pages import _told
 from fastgen.graphs.graph import Graph
 from tests.configs import build_pair
 
@@ -20,9 +22,10 @@ def graph_of(engine: Any) -> Graph:
     return graph
 
 
-def decoder(name: str) -> tuple[Graph, dict[str, torch.nn.Parameter]]:
-    """A variant's decoder graph and its parameters."""
+def decoder(name: str, from_file: bool = False) -> tuple[Graph, dict[str, torch.nn.Parameter]]:
+    """A variant's decoder graph and its parameters, from a file or in memory of their own."""
     model: Any = build_pair(name).fast
+    model = model if from_file else copy.deepcopy(model)
     engine = model._current_engine().decoder(False, model.engine_options.min_bucket)
     return graph_of(engine), dict(model.named_parameters(remove_duplicate=False))
 
@@ -54,11 +57,28 @@ def test_matrices_of_short_rows_are_packed_first(name: str) -> None:
 
 
 def test_graphs_that_run_once_a_call_are_packed_only_with_all_weights() -> None:
-    model: Any = build_pair("t5-1.1").fast
+    model: Any = copy.deepcopy(build_pair("t5-1.1").fast)
     graph = graph_of(model.encoder._current_engine().engine)
     own = dict(model.encoder.named_parameters())
     assert _prepacked(graph, own, 0.999) == ()
     assert _prepacked(graph, own, 1) == graph.parameters
+
+
+@pytest.mark.skipif(not _told(), reason="the kernel does not tell of writes to pages")
+def test_matrices_that_lie_in_a_file_are_packed_whatever_the_share() -> None:
+    graph, own = decoder("t5-1.1", from_file=True)
+    wanted = {*_prepacked(*decoder("t5-1.1"), 0.999)}
+    assert {*_prepacked(graph, own, 0.01)} == wanted
+    assert _prepacked(graph, own, 0) == ()
+    model: Any = build_pair("t5-1.1").fast
+    encoder = model.encoder._current_engine()
+    own = dict(model.encoder.named_parameters())
+    packed = _prepacked(graph_of(encoder.engine), own, 0.01)
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in packed} == {
+        *("q", "k", "v", "o", "wi_0", "wi_1", "wo")
+    }
+    with_states = encoder._states()
+    assert _prepacked(graph_of(with_states), own, 0.01) == ()
 
 
 def test_a_build_without_cuda_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,11 +111,11 @@ def test_an_edited_weight_is_seen() -> None:
     assert engine_of(pair.fast) is engine
 
 
-def test_fp8_is_of_decoders_and_integers_are_another_engines() -> None:
+def test_fp8_is_of_decoders_and_int4_is_another_engines() -> None:
     """Full weights serve the encoder of a model whose decoder multiplies by 8-bit floats."""
     stack = encoders_of("t5-1.1").fast
     root, own = stack._encoder_root(), dict(stack.named_parameters(remove_duplicate=False))
-    for weights in ("fp8", "int8", "int4"):
+    for weights in ("fp8", "int4"):
         target = replace(TARGET, weights=weights)
         served = pytest.raises(NotFused, match=weights) if weights != "fp8" else nullcontext()
         with served:

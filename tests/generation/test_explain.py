@@ -99,7 +99,7 @@ def use_mish(model: Any) -> None:
     ("change", "reason"),
     [
         (lambda model: model.train(), "model.eval()"),
-        (lambda model: model.half(), "float16"),
+        (lambda model: model.double(), "float64"),
         (lambda model: setattr(model, "engine_options", {"backend": "torch"}), "backend='torch'"),
         (lambda model: model.lm_head.register_forward_hook(lambda *_: None), "hooks"),
         (lambda model: model.register_parameter("lora", torch.nn.Parameter(torch.ones(1))), "lora"),

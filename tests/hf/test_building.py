@@ -80,8 +80,6 @@ def drop_decoder_layer(model: Any) -> None:
 
 
 LEFT_TO_TORCH: dict[str, tuple[Change, str]] = {
-    "half": (lambda model: model.half(), "float16"),
-    "bfloat16": (lambda model: model.to(torch.bfloat16), "bfloat16"),
     "double": (lambda model: model.double(), "float64"),
     "activation replaced": (replace_activation, "Tripled"),
     "adapter": (adapt, "SelfAttention.q"),

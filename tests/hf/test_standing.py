@@ -6,7 +6,6 @@ import weakref
 from typing import Any
 
 import pytest
-import torch
 
 from fastgen.hf import module
 from tests.configs import build_pair
@@ -43,7 +42,7 @@ def test_a_refusal_that_stands_is_not_looked_for_again(
 def test_generate_on_torch_is_the_stock_method_over_the_stock_cache() -> None:
     pair = copies()
     outputs = [
-        m.to(torch.bfloat16).generate(sources(), max_new_tokens=4, return_dict_in_generate=True)
+        m.double().generate(sources(), max_new_tokens=4, return_dict_in_generate=True)
         for m in (pair.stock, pair.fast)
     ]
     assert outputs[0].sequences.tolist() == outputs[1].sequences.tolist()
@@ -57,7 +56,7 @@ def test_a_refusal_ends_with_its_cause() -> None:
     attention = fast.decoder.block[0].layer[0].SelfAttention
     plain = attention.q
     for change, undo in (
-        (lambda: fast.half(), lambda: fast.float().load_state_dict(pair.stock.state_dict())),
+        (lambda: fast.double(), lambda: fast.float().load_state_dict(pair.stock.state_dict())),
         (
             lambda: setattr(attention, "q", Adapted(plain).eval()),
             lambda: setattr(attention, "q", plain),
@@ -74,7 +73,7 @@ def test_a_refusal_ends_with_its_cause() -> None:
 
 
 def test_nothing_keeps_a_refused_model_alive() -> None:
-    model: Any = copy.deepcopy(build_pair("t5-1.1").fast).half()
+    model: Any = copy.deepcopy(build_pair("t5-1.1").fast).double()
     logits(model)
     generate(model)
     gc.collect()

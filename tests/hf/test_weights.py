@@ -3,12 +3,11 @@
 import copy
 import functools
 import math
-import threading
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,10 +19,10 @@ from transformers import T5Config
 
 import fastgen
 from fastgen.engines import NoEngine
-from fastgen.hf import weights
+from fastgen.file_pages import FilePages, _told
 from fastgen.hf.module import EngineModule
-from fastgen.hf.weights import Fingerprint, Glance, weights_state
-from tests.configs import TINY, Pair
+from fastgen.hf.weights import Glance, weights_state
+from tests.configs import TINY, Pair, build_stock, fast_class, stock_class
 from tests.helpers import assert_left_to_torch, assert_served, copies, sources, targets
 
 
@@ -42,6 +41,18 @@ def reshape(model: Any) -> None:
 
 def replace_table_of_parameters(model: Any) -> None:
     attention(model).o._parameters = {"weight": torch.nn.Parameter(torch.ones(2, 2))}
+
+
+def replace_tables_one_after_the_other(model: Any) -> None:
+    """By one that is equal, and only then edited."""
+    module = attention(model).o
+    module._parameters = dict(module._parameters)
+    module._parameters["weight"] = torch.nn.Parameter(module.weight.detach().clone())
+
+
+def turn_layers_around(model: Any) -> None:
+    layers = model.decoder.block._modules
+    layers["0"] = layers.pop("0")
 
 
 def swap_layers(model: Any) -> None:
@@ -63,7 +74,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "module more": lambda m: m.encoder.add_module("extra", torch.nn.Identity().eval()),
     "module gone": lambda m: m.decoder.block.pop(1),
     "module gone from within": lambda m: setattr(m.encoder, "dropout", None),
+    "table of parameters, equal at first": replace_tables_one_after_the_other,
     "modules in another order": swap_layers,
+    "names in another order": turn_layers_around,
     "class": lambda m: setattr(m.lm_head, "__class__", type("Mine", (torch.nn.Linear,), {})),
     "class of the whole": lambda m: setattr(m, "__class__", type("Mine", (type(m),), {})),
     "dtype": lambda m: m.half(),
@@ -107,6 +120,15 @@ def test_an_edit_in_place_is_seen_by_engines_that_copy_weights() -> None:
         attention(model).q.weight.mul_(2)
     assert glances[False].same(model)
     assert not glances[True].same(model)
+
+
+def test_a_parameter_of_one_number_in_place_of_an_equal_one_is_seen() -> None:
+    model: Any = copies().fast
+    model.scale = torch.nn.Parameter(torch.ones(1))
+    glance = Glance(model, versions=False)
+    assert glance.same(model)
+    model.scale = torch.nn.Parameter(torch.ones(1))
+    assert not glance.same(model)
 
 
 def test_a_hook_in_place_of_another_is_seen() -> None:
@@ -160,37 +182,22 @@ def test_an_edit_of_one_row_through_data_is_seen(prepack: float) -> None:
     assert pair.fast._engine is engine
 
 
-@pytest.fixture(params=["one thread", "three threads", "no thread to be had"])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Threads that look at a matrix of a few rows, two rows at a time."""
-    if request.param == "one thread":
-        return 1
-    if request.param == "no thread to be had":
-        monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError))
-    monkeypatch.setattr(weights, "_PIECE", 64)
-    monkeypatch.setattr(weights, "_WORTH_A_THREAD", 32)
-    return 3
-
-
-@pytest.mark.parametrize("columns", [7, 8])
-def test_fingerprints_tell_what_changed(columns: int, threads: int) -> None:
-    matrix = torch.randn(5, columns)
-    whole = torch.nn.Parameter(matrix)
-    fingerprint = Fingerprint([whole, whole], threads)
-    assert len(fingerprint._shares) == threads
-    assert fingerprint.same()
-    edits: list[Callable[[torch.Tensor], Any]] = [
-        lambda m: m[2:3].mul_(2),
-        lambda m: m[:, 3:4].neg_(),
-        lambda m: m.copy_(m[[1, 0, 2, 3, 4]]),
-        lambda m: m.copy_(m[:, [1, 0, *range(2, columns)]]),
-        lambda m: m[4, 2].add_(1e-6),
-        lambda m: m[0, 0].fill_(torch.nan),
-    ]
-    for edit in edits:
-        fingerprint = Fingerprint([whole], threads)
-        edit(whole.data)
-        assert not fingerprint.same()
+@pytest.mark.skipif(not _told(), reason="the kernel does not tell of writes to pages")
+@pytest.mark.parametrize("part", ["lm_head", "encoder.block.0.layer.0.SelfAttention.q"])
+def test_an_edit_of_what_lies_in_a_file_is_seen(part: str, tmp_path: Path) -> None:
+    """Such weights are packed without a pass over them in each call."""
+    build_stock("t5-1.1").save_pretrained(tmp_path)
+    made = (cls("t5-1.1").from_pretrained(tmp_path).eval() for cls in (stock_class, fast_class))
+    pair = Pair(*made)
+    assert_served(pair)
+    assert all(isinstance(copy, FilePages) for copy in pair.fast._copies)
+    engine = pair.fast._engine
+    assert_served(pair)
+    assert pair.fast._engine is engine
+    for model in (pair.fast, pair.stock):
+        numbers = model.get_submodule(part).weight.detach().numpy()
+        numbers[3] *= -2
+    assert_served(pair)
 
 
 def share_storages(model: Any) -> None:

@@ -16,6 +16,7 @@ import transformers
 from transformers import BertConfig, BertModel
 
 import fastgen
+from fastgen.file_pages import _told
 from fastgen.hf import trial
 from fastgen.models.bert import faster_on_torch
 from tests.configs import Pair
@@ -192,6 +193,23 @@ def test_padding_is_zeros_and_costs_no_product() -> None:
         computed = hidden.any(-1)
         assert int(computed.sum()) == tokens
         assert bool((computed | ~arguments["attention_mask"].bool()).all())
+
+
+@pytest.mark.skipif(not _told(), reason="the kernel does not tell of writes to pages")
+def test_matrices_are_packed_by_one_engine_at_a_time() -> None:
+    """Those that lie in a file are packed whole, by each engine that there is."""
+    pair = build.__wrapped__("Model")
+    encoder = pair.fast._current_engine()
+    for padding in ("full", None, "right", "full", None):
+        assert_same(pair, "Model", call("Model", padding))
+        packs = [made.cache_info().currsize for made in (encoder._engine, encoder._packed)]
+        assert packs == ([1, 0] if not encoder._packs_all else [0, 1])
+    assert encoder._packs_all
+    assert pair.fast._current_engine() is encoder
+    pair = copy.deepcopy(pair)  # in memory of its own, where none is packed
+    for padding in ("full", "right"):
+        assert_same(pair, "Model", call("Model", padding))
+    assert not pair.fast._engine._packs_all
 
 
 @pytest.mark.parametrize("padding", ["right", "left", "holes"])

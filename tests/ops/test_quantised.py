@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen.blockwise import Format, dequantise, quantise
+from fastgen.blockwise import Format, blocks_of, dequantise, quantise
 from fastgen.ops.standard import Ops
 from fastgen.target import Target, onnxruntime_cpu, onnxruntime_cuda
 from tests.ops.test_standard import Call, assert_sound, build, random, run
@@ -66,6 +66,65 @@ def test_linear(kind: str, group: int, transposed: bool, inputs: int) -> None:
         close(found, exact)
         found = compute(call, x, exact, quantised(CPU, kind, group), weights, **parts)
         close(found, rounded(0.3 * x, group) @ whole.T + bias)
+
+
+#: What a checkpoint may have: values around a middle or not, and the halves that a CPU takes.
+HELD = [
+    Format("int4", 32),
+    Format("int4", 32, zeros=True),
+    Format("int8", 32, zeros=True),
+    Format("int8", 32, zeros=True, halves=True),
+]
+
+
+def of_a_checkpoint(form: Format, inputs: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """As ``given``, of a weight [40, inputs] with a scale and a zero of each row."""
+    levels, generator = 16 if form.kind == "int4" else 256, torch.Generator().manual_seed(inputs)
+    steps = torch.randint(levels, (40, inputs), generator=generator).byte()
+    scales = torch.rand(40, 1, generator=generator) / levels
+    zeros = torch.randint(levels, (40, 1), generator=generator).byte() if form.zeros else None
+    blocks = blocks_of(steps, scales, zeros, form)
+    whole = (steps.float() - (levels // 2 if zeros is None else zeros)) * scales
+    return {name: blocks.part(i) for i, name in enumerate(form.names("weight"))}, whole
+
+
+@pytest.mark.parametrize("inputs", [256, 200, 24])
+@pytest.mark.parametrize("form", HELD)
+def test_linear_of_a_checkpoints_own(form: Format, inputs: int) -> None:
+    """Values of a checkpoint are multiplied as they are, unless fewer bits are asked for, too; the
+    other weights of the graph are what the Target says."""
+    weights, whole = of_a_checkpoint(form, inputs)
+    bias, other = random(40, seed=2), random(12, 40, seed=3)
+
+    def call(op: Ops, w: Any, x: Any) -> Any:
+        return op.linear(op.linear(x, w.weight, w.bias, 0.3), w.other)
+
+    parts = {"weight": torch.empty(40, inputs), "bias": bias, "other": other}
+    form8 = Format("int8", 128)
+    made = quantise(other, "int8", 128)
+    asked = {n: made.part(i) for i, n in enumerate(form8.names("other"))}
+    for rows in (1, 7):
+        x = random(2, rows, inputs)
+        exact = (0.3 * x @ whole.T + bias) @ other.T
+        for target in (CPU, STANDARD):
+            if target is STANDARD and form.halves:
+                continue
+            target = replace(target, held=True)
+            graph = build(call, {"x": x}, {"y": exact}, parts, target, {"weight": form})
+            assert {*graph.parameters} == {"bias", "other", *weights}
+            found = torch.full_like(exact, torch.nan)
+            run(graph, {"x": x, "y": found}, weights | {"bias": bias, "other": other}, target)
+            close(found, exact)
+        if form.halves:
+            continue
+        target = replace(CPU, held=True, weights="int8", group=128)
+        graph = build(call, {"x": x}, {"y": exact}, parts, target, {"weight": form})
+        found = torch.full_like(exact, torch.nan)
+        run(graph, {"x": x, "y": found}, weights | {"bias": bias} | asked, target)
+        inner = rounded(0.3 * x, form.group) @ whole.T + bias
+        expected = rounded(inner, 128) @ dequantise(made, (12, 40), torch.float32).T
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
+        assert (found - exact).norm() >= 1e-4 * exact.norm()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

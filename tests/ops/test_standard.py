@@ -2,6 +2,7 @@
 and in standard ones, lowered for the GPU."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from onnxscript import nn
 from transformers.activations import ACT2FN
 
+from fastgen.blockwise import Format
 from fastgen.engines.onnxruntime import OnnxRuntimeEngine
 from fastgen.errors import UnsupportedConfigError
 from fastgen.graphs import graph as graphs
@@ -47,6 +49,7 @@ def build(
     outputs: Mapping[str, torch.Tensor],
     weights: Mapping[str, torch.Tensor],
     target: Target = CPU,
+    held: Mapping[str, Format] = MappingProxyType({}),
 ) -> Graph:
     """The graph of one operation; floats take the target's dtype, all axes are free."""
 
@@ -62,7 +65,7 @@ def build(
 
     types = {name: (target.dtype, tuple(weight.shape)) for name, weight in weights.items()}
     specs = [[spec(*item) for item in tensors.items()] for tensors in (inputs, outputs)]
-    return graphs.build(module, target, types, traced, *specs)
+    return graphs.build(module, target, types, traced, *specs, held)
 
 
 def check(

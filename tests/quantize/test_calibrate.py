@@ -82,6 +82,8 @@ def test_it_computes_in_integers_and_near_the_stock_model(head: str, padding: st
         right, found = right[kept], found[kept]
     assert 1e-5 < error(found, right) < 0.1
     assert fast.refusal(**given) is None
+    calibrated_by = "engine, 8-bit integers by calibration (percentile 99.99)"
+    assert str(fast.explain(**given)) == calibrated_by
     assert products(fast) == {INTEGERS: 18, "com.microsoft.FusedMatMul": 0}
 
 

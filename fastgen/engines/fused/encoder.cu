@@ -1,105 +1,7 @@
 // Kernels of an encoder over packed rows: all but its products and its attention.
 //
-// Behind common.cu, of which it takes the types, Pack, the two functions of programmatic dependent
-// launch and the activations. A row is one token, K elements of T: a block holds one in registers,
-// VEC neighbouring elements a load (8, or 1 where some width or address forbids it), and loops over
-// the columns. Every kernel waits for its inputs before it reads any.
-
-// Sum of one number of each thread over the block.
-template <int THREADS> INLINE float block_sum(float x) {
-    __shared__ float parts[THREADS / 32];
-#pragma unroll
-    for (int o = 16; o; o /= 2) x += __shfl_xor_sync(~0u, x, o);
-    if constexpr (THREADS == 32) return x;
-    __syncthreads();  // an earlier sum was read
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = 0.f;
-#pragma unroll
-    for (int w = 0; w < THREADS / 32; w++) x += parts[w];
-    return x;
-}
-
-template <int THREADS> INLINE int block_count(int x) {
-    return (int)block_sum<THREADS>((float)x);  // exact up to 2^24
-}
-
-// One row of K columns in the block's registers: thread t has the packs t, t + THREADS, ...
-template <int K, int VEC, int THREADS> struct Row {
-    static constexpr int PACKS = (K + VEC * THREADS - 1) / (VEC * THREADS);
-    float x[PACKS][VEC];
-
-    static INLINE int column(int pack) { return ((int)threadIdx.x + pack * THREADS) * VEC; }
-
-    INLINE void clear() {
-#pragma unroll
-        for (int p = 0; p < PACKS; p++)
-#pragma unroll
-            for (int e = 0; e < VEC; e++) x[p][e] = 0.f;
-    }
-    template <class E> INLINE void add(const E* from, float scale = 1.f) {
-#pragma unroll
-        for (int p = 0; p < PACKS; p++) {
-            if (column(p) >= K) continue;
-            const Pack<E, VEC> values = *(const Pack<E, VEC>*)(from + column(p));
-#pragma unroll
-            for (int e = 0; e < VEC; e++) x[p][e] += scale * to_float(values.element[e]);
-        }
-    }
-    template <class E> INLINE void store(E* to) const {
-#pragma unroll
-        for (int p = 0; p < PACKS; p++) {
-            if (column(p) >= K) continue;
-            Pack<E, VEC> values;
-#pragma unroll
-            for (int e = 0; e < VEC; e++) from_float(x[p][e], values.element[e]);
-            *(Pack<E, VEC>*)(to + column(p)) = values;
-        }
-    }
-    // Root-mean-square norm in float.
-    INLINE void normalize(const T* weight, float eps) {
-        float squares = 0.f;
-#pragma unroll
-        for (int p = 0; p < PACKS; p++)
-#pragma unroll
-            for (int e = 0; e < VEC; e++) squares += x[p][e] * x[p][e];
-        const float factor = rsqrtf(block_sum<THREADS>(squares) / K + eps);
-#pragma unroll
-        for (int p = 0; p < PACKS; p++) {
-            if (column(p) >= K) continue;
-            const Pack<T, VEC> w = *(const Pack<T, VEC>*)(weight + column(p));
-#pragma unroll
-            for (int e = 0; e < VEC; e++) x[p][e] = x[p][e] * factor * to_float(w.element[e]);
-        }
-    }
-    // Layer norm in float, of the deviations from the mean.
-    INLINE void normalize(const T* weight, const T* bias, float eps) {
-        float sum = 0.f;
-#pragma unroll
-        for (int p = 0; p < PACKS; p++)
-#pragma unroll
-            for (int e = 0; e < VEC; e++) sum += x[p][e];
-        const float mean = block_sum<THREADS>(sum) / K;
-        float squares = 0.f;
-#pragma unroll
-        for (int p = 0; p < PACKS; p++)
-#pragma unroll
-            for (int e = 0; e < VEC; e++) {
-                x[p][e] = column(p) < K ? x[p][e] - mean : 0.f;
-                squares += x[p][e] * x[p][e];
-            }
-        const float factor = rsqrtf(block_sum<THREADS>(squares) / K + eps);
-#pragma unroll
-        for (int p = 0; p < PACKS; p++) {
-            if (column(p) >= K) continue;
-            const Pack<T, VEC> w = *(const Pack<T, VEC>*)(weight + column(p));
-            const Pack<T, VEC> b = *(const Pack<T, VEC>*)(bias + column(p));
-#pragma unroll
-            for (int e = 0; e < VEC; e++)
-                x[p][e] = x[p][e] * factor * to_float(w.element[e]) + to_float(b.element[e]);
-        }
-    }
-};
+// Behind common.cu and encoder_rows.cu. A row is one token. Every kernel waits for its inputs before it
+// reads any.
 
 // ---------------------------------------------------------------------------------------------
 // Packing: tokens of all rows one after the other. Each row's visible tokens come first, in their
@@ -191,7 +93,7 @@ struct EmbedArgs {
     Term term[4];
     const int* tokens;  // [T]
     const int* total;   // T
-    T* y;               // [T, K]
+    Out out;
     float* stream;      // [T, K] that takes the sum as it was before its norm, of RMS
     const T *weight, *bias;  // bias: of LAYER
     float eps;
@@ -199,7 +101,8 @@ struct EmbedArgs {
 };
 
 // One block a token.
-template <int K, int VEC, int THREADS, int TERMS, int NORM> INLINE void embed(const EmbedArgs& args) {
+template <int K, int VEC, int THREADS, int TERMS, int NORM, int STORE>
+INLINE void embed(const EmbedArgs& args) {
     launch_dependents();
     wait_for_inputs();
     if ((int)blockIdx.x >= *args.total) return;
@@ -219,7 +122,7 @@ template <int K, int VEC, int THREADS, int TERMS, int NORM> INLINE void embed(co
     } else {
         row.normalize(args.weight, args.bias, args.eps);
     }
-    row.store(args.y + (long long)blockIdx.x * K);
+    row.template leave<STORE>(args.out, blockIdx.x);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -228,12 +131,13 @@ template <int K, int VEC, int THREADS, int TERMS, int NORM> INLINE void embed(co
 struct NormArguments {
     const T *x, *residual;  // [T, K]; residual: with ADD
     const T *weight, *bias;
-    T* y;
+    Out out;
     float eps;
 };
 
-// y = norm(x + residual), one block a token.
-template <int K, int VEC, int THREADS, bool ADD> INLINE void norm_rows(const NormArguments& args) {
+// out = norm(x + residual), one block a token.
+template <int K, int VEC, int THREADS, bool ADD, int STORE>
+INLINE void norm_rows(const NormArguments& args) {
     launch_dependents();
     wait_for_inputs();
     const long long first = (long long)blockIdx.x * K;
@@ -242,18 +146,18 @@ template <int K, int VEC, int THREADS, bool ADD> INLINE void norm_rows(const Nor
     row.add(args.x + first);
     if constexpr (ADD) row.add(args.residual + first);
     row.normalize(args.weight, args.bias, args.eps);
-    row.store(args.y + first);
+    row.template leave<STORE>(args.out, blockIdx.x);
 }
 
 struct StreamArgs {
     const float* x;  // [T, K], a residual stream
     const T* weight;
-    T* y;  // [T, K]
+    Out out;
     float eps;
 };
 
-// y = the root-mean-square norm of x, one block a token.
-template <int K, int VEC, int THREADS> INLINE void norm_stream(const StreamArgs& args) {
+// out = the root-mean-square norm of x, one block a token.
+template <int K, int VEC, int THREADS, int STORE> INLINE void norm_stream(const StreamArgs& args) {
     launch_dependents();
     wait_for_inputs();
     const long long first = (long long)blockIdx.x * K;
@@ -261,7 +165,7 @@ template <int K, int VEC, int THREADS> INLINE void norm_stream(const StreamArgs&
     row.clear();
     row.add(args.x + first);
     row.normalize(args.weight, args.eps);
-    row.store(args.y + first);
+    row.template leave<STORE>(args.out, blockIdx.x);
 }
 
 struct ActivationArgs {

@@ -11,17 +11,20 @@ import torch
 from fastgen import cuda
 from fastgen.engine_cache import EngineCache
 from fastgen.engines import NotFused, nvrtc
+from fastgen.engines.fused.packed_int8 import Int8Product
+from fastgen.engines.fused.packed_integers import LEAST_ROWS
 from fastgen.engines.fused.packed_kernels import Kernel
 from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
 from fastgen.engines.fused.packed_places import Count, Place, Spread
 from fastgen.engines.fused.packed_plan import allocate, fetch_ahead
+from fastgen.engines.fused.packed_products import Together
 from fastgen.engines.fused.packed_values import Buffer, Call, Size
 from fastgen.target import Target
 
 MOST_TOKENS = 16384
 """Tokens of one run: enough to fill a GPU, and all that buffers must hold."""
 SIDE_TOKENS, FETCHED_TOKENS = 2048, 512
-_SOURCES = ("common.cu", "encoder.cu")
+_SOURCES = ("common.cu", "encoder_rows.cu", "encoder.cu")
 
 
 class PackedEngine:
@@ -40,7 +43,8 @@ class PackedEngine:
         """
         Args:
             root: the family's graph module with a method ``encode``.
-            parameters: the model's parameters by name; they must stay alive and in place.
+            parameters: the model's by name, which must stay alive and in place, and what is made
+                of them by the names of ``blockwise.Format``.
             padding: whether tokens that the mask hides are computed.
             more_ids: names of what the family reads beside token ids, one for each.
             engine_cache: where compiled kernels are kept; None compiles them in every process.
@@ -51,24 +55,26 @@ class PackedEngine:
         # on a CPU torch computes what the kernels would
         if device.type == "cuda" and (reason := nvrtc.refusal(device)):
             raise NotFused(reason)
-        if target.weights in ("int8", "int4"):  # fp8 is of decoders, encoders read full weights
-            raise NotFused(f"no products of packed tokens by {target.weights} weights")
+        if target.held:
+            raise NotFused("no products of packed tokens by a checkpoint's weights of fewer bits")
+        if target.weights == "int4":  # fp8 is of decoders, encoders read full weights
+            raise NotFused("no products of packed tokens by int4 weights")
         self.target, self.device, self._padding = target, device, padding
         self._root, self._more_ids, self._engine_cache = root, more_ids, engine_cache
         self._dtype = getattr(torch, target.dtype)
-        self._parameters = {}
         for name, parameter in root.named_parameters():
             parameter.name, parameter._realized = name, True  # onnxscript would rename it
             if name not in parameters:
                 raise NotFused(f"{name} is gone")
-            self._parameters[name] = parameters[name].detach()
+        self._parameters = parameters
         self._scratch: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
-        self._record()  # so that what is not served is known by now
+        self._read = self._record()[0].read  # what is not served is known by now, too
         self._count, self._place = Count(), Place()
         compile_kernels((self._count, self._place), self._dtype, device, engine_cache)
 
     def weight_pointers(self) -> dict[str, int]:
-        return {name: p.data_ptr() for name, p in self._parameters.items()}
+        """Of the parameters that are read as they are."""
+        return {name: p.data_ptr() for name, p in self._read.items()}
 
     def call(
         self,
@@ -109,17 +115,18 @@ class PackedEngine:
         share their scratch: they run one after the other."""
         ops, result = self._record()
         taken: Counter[tuple[int, torch.dtype]] = Counter()
+        least = max(tokens, LEAST_ROWS)
 
         def make(width: int, dtype: torch.dtype | None) -> torch.Tensor:
             kind = width, dtype or self._dtype
             place = *kind, taken[kind]
             taken[kind] += 1
             found = self._scratch.get(place)
-            if found is None or len(found) < tokens:
-                axes = 1 << (tokens - 1).bit_length(), width
+            if found is None or len(found) < least:
+                axes = 1 << (least - 1).bit_length(), width
                 found = torch.zeros(axes, dtype=kind[1], device=self.device)
                 self._scratch[place] = found
-            return found[:tokens]
+            return found[:least]
 
         binding = PackedBinding(ops, result, self._place, make, tokens, rows)
         compile_kernels(binding.kernels(), self._dtype, self.device, self._engine_cache)
@@ -160,7 +167,7 @@ def compile_kernels(
         if body not in names:
             names[body] = f"{body.split('<')[0]}_{len(names)}"
             parameter = f"const __grid_constant__ {type(kernel.arguments).__name__} args"
-            bounds = f"__launch_bounds__({kernel.threads})"
+            bounds = f"__launch_bounds__({kernel.threads}{', 1' if kernel.alone else ''})"
             head = f'extern "C" __global__ void {bounds} {names[body]}({parameter})'
             lines.append(f"{head} {{ {body}(args); }}")
     program = nvrtc.program("\n".join(lines), device, engine_cache)
@@ -197,8 +204,14 @@ class PackedBinding:
 
     def kernels(self) -> list[Kernel]:
         """All of its own that have to be compiled."""
-        kernels: list[Kernel] = [self._embed, self._spread]
-        return kernels + [*self._fetches] + [e for e in self._launches if isinstance(e, Kernel)]
+        kernels: list[Kernel] = [self._embed, self._spread, *self._fetches]
+        for each in self._launches:
+            for launch in each.launches if isinstance(each, Together) else [each]:
+                if isinstance(launch, Int8Product):
+                    kernels += launch.kernels.values()
+                elif isinstance(launch, Kernel):
+                    kernels.append(launch)
+        return kernels
 
     def size(self, tokens: int, rows: int, longest: int, even: bool = False) -> Size:
         """So many tokens in so many rows, of which no row has more than the longest, and if

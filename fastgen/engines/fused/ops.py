@@ -119,11 +119,11 @@ class FusedOps(Rotary):
         )
 
     def _splits(self, slots: int, heads: int) -> int:
-        """Blocks that share out a row's slots: each at least 64, and not three a processor."""
+        """Blocks that share out a row's slots: each at least 128, and not three a processor."""
         if torch.cuda.get_device_capability(self.device) < (9, 0):
             return 1  # clusters begin there
         for splits in (8, 4, 2):
-            if slots >= 64 * splits and heads * self._rows * splits <= 2 * self._processors:
+            if slots >= 128 * splits and heads * self._rows * splits <= 2 * self._processors:
                 return splits
         return 1
 

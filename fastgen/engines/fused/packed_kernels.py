@@ -5,6 +5,7 @@ reference of its kernel, too.
 """
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from fastgen.engines.nvrtc import Launch, PreparedLaunch, Program
 
 _POINTER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 _LONG = ctypes.c_longlong
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "RELU": relu,
     "GELU_TANH": partial(gelu, approximate="tanh"),
     "GELU_ERF": gelu,
@@ -43,6 +44,9 @@ class Kernel:
     threads = THREADS
     overlaps = True
     """Whether it may start while the launch before it runs: it then waits for its inputs itself."""
+    shared_bytes, cluster = 0, 1
+    alone = False
+    """Whether a processor has one block of it, whose warps share out its registers themselves."""
 
     def __init__(self) -> None:
         self._prepared: PreparedLaunch | None = None
@@ -53,7 +57,15 @@ class Kernel:
         raise NotImplementedError
 
     def prepare(self, program: Program, name: str) -> None:
-        launch = Launch(name, (1, 1), self.threads, self.arguments, overlaps=self.overlaps)
+        launch = Launch(
+            name,
+            (1, 1),
+            self.threads,
+            self.arguments,
+            self.shared_bytes,
+            self.cluster,
+            self.overlaps,
+        )
         self._prepared = program.prepare(launch)
 
     def launch(self, blocks: int) -> None:
@@ -66,6 +78,53 @@ class Kernel:
         return self._prepared is not None
 
 
+class OutArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("y", "values", "rest", "steps", "rest_steps")),
+        ("factor", _FLOAT),
+    ]
+
+
+class LeavesRows(Kernel):
+    """A kernel that leaves rows as they are, as 8-bit integers, or both: what somebody reads."""
+
+    y: Buffer
+    vector: int
+    """Elements of one load."""
+
+    @property
+    def left(self) -> list[Buffer]:
+        """What it writes of these."""
+        rounded = self.y.rounded
+        return [self.y] * self.y.plain + ([] if rounded is None else rounded.buffers)
+
+    @property
+    def store(self) -> str:
+        if self.y.rounded is None:
+            return "PLAIN"
+        if self.y.rounded.rest is not None:
+            return "SPLIT"
+        return "BOTH" if self.y.plain else "ROUNDED"
+
+    def _point(self, out: OutArgs) -> None:
+        out.y = self.y.tensor.data_ptr() if self.y.plain else None
+        if (rounded := self.y.rounded) is None:
+            return
+        out.values, out.factor = rounded.values.tensor.data_ptr(), 1 / (rounded.step or math.inf)
+        if rounded.step is None:
+            out.steps = rounded.steps.tensor.data_ptr()
+        if rounded.rest is not None:
+            out.rest = rounded.rest.values.tensor.data_ptr()
+            out.rest_steps = rounded.rest.steps.tensor.data_ptr()
+
+    def _leave(self, x: torch.Tensor) -> None:
+        """Its reference, of the first rows in float32."""
+        if self.y.plain:
+            self.y.tensor[: len(x)] = x.to(self.y.tensor.dtype)
+        if self.y.rounded is not None:
+            self.y.rounded.fill(x)
+
+
 class TermArgs(ctypes.Structure):
     _fields_ = [
         *(("table", _POINTER), ("ids", _POINTER)),
@@ -76,12 +135,12 @@ class TermArgs(ctypes.Structure):
 class EmbedArgs(ctypes.Structure):
     _fields_ = [
         *(("term", TermArgs * MAX_TERMS), ("tokens", _POINTER), ("total", _POINTER)),
-        *(("y", _POINTER), ("stream", _POINTER), ("weight", _POINTER), ("bias", _POINTER)),
+        *(("out", OutArgs), ("stream", _POINTER), ("weight", _POINTER), ("bias", _POINTER)),
         *(("eps", _FLOAT), ("sources", _INT)),
     ]
 
 
-class Embed(Kernel):
+class Embed(LeavesRows):
     """A sum of embeddings, normed; of a root-mean-square norm the sum itself, too."""
 
     def __init__(
@@ -95,8 +154,8 @@ class Embed(Kernel):
         self.terms, self.norm, self.y, self.stream = terms, norm, y, stream
         self.arguments = EmbedArgs(weight=norm.weight.data_ptr(), bias=pointer(norm.bias))
         self.arguments.eps = norm.eps
-        self._vector = min(norm.vector, *(vector(term.table) for term in terms))
-        self.threads = norm.threads(self._vector)
+        self.vector = min(norm.vector, *(vector(term.table) for term in terms))
+        self.threads = norm.threads(self.vector)
         for term, args in zip(terms, self.arguments.term, strict=False):
             args.table, args.count, args.offset = (
                 term.table.data_ptr(),
@@ -107,12 +166,12 @@ class Embed(Kernel):
 
     @property
     def body(self) -> str:
-        sizes = f"{self.y.width}, {self._vector}, {self.threads}"
-        return f"embed<{sizes}, {len(self.terms)}, {self.norm.kind}>"
+        sizes = f"{self.y.width}, {self.vector}, {self.threads}"
+        return f"embed<{sizes}, {len(self.terms)}, {self.norm.kind}, {self.store}>"
 
     @property
     def writes(self) -> Sequence[Buffer]:
-        return [self.y] if self.stream is None else [self.y, self.stream]
+        return self.left if self.stream is None else [*self.left, self.stream]
 
     def __call__(self, call: Call, size: Size) -> None:
         if not self.on_gpu:
@@ -122,7 +181,8 @@ class Embed(Kernel):
         for term, each in zip(self.terms, args.term, strict=False):
             each.ids = pointer(None if term.ids is None else call.ids[term.ids])
             each.one_id = term.ids is not None
-        args.tokens, args.y = call.tokens.data_ptr(), self.y.tensor.data_ptr()
+        args.tokens = call.tokens.data_ptr()
+        self._point(args.out)
         args.stream = None if self.stream is None else self.stream.tensor.data_ptr()
         args.total, args.sources = size.starts[-1:].data_ptr(), call.sources
         self.launch(len(call.tokens))
@@ -138,7 +198,7 @@ class Embed(Kernel):
                 ids = torch.zeros_like(tokens) if given is None else given.reshape(-1)[tokens]
             ids = (ids + term.offset).clamp(0, len(term.table) - 1)
             total = total + term.scale * term.table[ids].float()
-        self.y.tensor[: len(tokens)] = self.norm(total).to(self.y.tensor.dtype)
+        self._leave(self.norm(total))
         if self.stream is not None:
             self.stream.tensor[: len(tokens)] = total
 
@@ -146,33 +206,38 @@ class Embed(Kernel):
 class NormArguments(ctypes.Structure):
     _fields_ = [
         *(("x", _POINTER), ("residual", _POINTER), ("weight", _POINTER), ("bias", _POINTER)),
-        *(("y", _POINTER), ("eps", _FLOAT)),
+        *(("out", OutArgs), ("eps", _FLOAT)),
     ]
 
 
-class NormRows(Kernel):
+class NormRows(LeavesRows):
     """``norm(x + residual)``, a layer norm in float32."""
 
     def __init__(self, x: Buffer, residual: Buffer | None, norm: Norm, y: Buffer) -> None:
         super().__init__()
         self.x, self.residual, self.norm, self.y = x, residual, norm, y
         self.reads = [x] if residual is None else [x, residual]
-        self.writes = [y]
-        self.threads = norm.threads(norm.vector)
+        self.vector, self.threads = norm.vector, norm.threads(norm.vector)
         self.arguments = NormArguments(weight=norm.weight.data_ptr(), bias=pointer(norm.bias))
         self.arguments.eps = norm.eps
 
     @property
     def body(self) -> str:
         added = str(self.residual is not None).lower()
-        return f"norm_rows<{self.y.width}, {self.norm.vector}, {self.threads}, {added}>"
+        sizes = f"{self.y.width}, {self.vector}, {self.threads}"
+        return f"norm_rows<{sizes}, {added}, {self.store}>"
+
+    @property
+    def writes(self) -> Sequence[Buffer]:
+        return self.left
 
     def __call__(self, size: Size) -> None:
         if not self.on_gpu:
             self.reference(size)
             return
         args = self.arguments
-        args.x, args.y = self.x.tensor.data_ptr(), self.y.tensor.data_ptr()
+        args.x = self.x.tensor.data_ptr()
+        self._point(args.out)
         args.residual = None if self.residual is None else self.residual.tensor.data_ptr()
         self.launch(size.tokens)
 
@@ -180,37 +245,41 @@ class NormRows(Kernel):
         total = self.x.tensor[: size.tokens].float()
         if self.residual is not None:
             total = total + self.residual.tensor[: size.tokens].float()
-        self.y.tensor[: size.tokens] = self.norm(total).to(self.y.tensor.dtype)
+        self._leave(self.norm(total))
 
 
 class StreamArgs(ctypes.Structure):
-    _fields_ = [("x", _POINTER), ("weight", _POINTER), ("y", _POINTER), ("eps", _FLOAT)]
+    _fields_ = [("x", _POINTER), ("weight", _POINTER), ("out", OutArgs), ("eps", _FLOAT)]
 
 
-class NormStream(Kernel):
+class NormStream(LeavesRows):
     """The root-mean-square norm of a residual stream, which is float32."""
 
     def __init__(self, x: Buffer, norm: Norm, y: Buffer) -> None:
         super().__init__()
         self.x, self.norm, self.y = x, norm, y
-        self.reads, self.writes = [x], [y]
-        self.threads = norm.threads(norm.vector)
+        self.reads = [x]
+        self.vector, self.threads = norm.vector, norm.threads(norm.vector)
         self.arguments = StreamArgs(weight=norm.weight.data_ptr(), eps=norm.eps)
 
     @property
     def body(self) -> str:
-        return f"norm_stream<{self.y.width}, {self.norm.vector}, {self.threads}>"
+        return f"norm_stream<{self.y.width}, {self.vector}, {self.threads}, {self.store}>"
+
+    @property
+    def writes(self) -> Sequence[Buffer]:
+        return self.left
 
     def __call__(self, size: Size) -> None:
         if not self.on_gpu:
             self.reference(size)
             return
-        self.arguments.x, self.arguments.y = self.x.tensor.data_ptr(), self.y.tensor.data_ptr()
+        self.arguments.x = self.x.tensor.data_ptr()
+        self._point(self.arguments.out)
         self.launch(size.tokens)
 
     def reference(self, size: Size) -> None:
-        normed = self.norm(self.x.tensor[: size.tokens])
-        self.y.tensor[: size.tokens] = normed.to(self.y.tensor.dtype)
+        self._leave(self.norm(self.x.tensor[: size.tokens]))
 
 
 class ActivationArgs(ctypes.Structure):
@@ -243,7 +312,7 @@ class Activate(Kernel):
 
     def reference(self, size: Size) -> None:
         x = self.x.tensor[: size.tokens]
-        y = _ACTIVATIONS[self.kind](x.float())
+        y = ACTIVATIONS[self.kind](x.float())
         x.copy_(y if self.gate is None else y * self.gate.tensor[: size.tokens].float())
 
 

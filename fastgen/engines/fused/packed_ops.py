@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastgen.blockwise import Format
 from fastgen.engines import NotFused
 from fastgen.engines.fused.packed_attention import (
     MAX_HEAD_SIZE,
@@ -19,9 +20,16 @@ from fastgen.engines.fused.packed_attention import (
     BiasedAttention,
     Table,
 )
-from fastgen.engines.fused.packed_kernels import Activate, Embed, NormRows, NormStream
-from fastgen.engines.fused.packed_products import Product, Products, Recorded
-from fastgen.engines.fused.packed_values import MAX_TERMS, Buffer, Norm, Term
+from fastgen.engines.fused.packed_integers import Round, are_integers, integer_product
+from fastgen.engines.fused.packed_kernels import (
+    Activate,
+    Embed,
+    LeavesRows,
+    NormRows,
+    NormStream,
+)
+from fastgen.engines.fused.packed_products import Product, Products, Recorded, Together
+from fastgen.engines.fused.packed_values import MAX_TERMS, VECTOR, Buffer, Norm, Rounded, Term
 from fastgen.engines.fused.products import ACTIVATIONS
 from fastgen.engines.fused.recorder import narrow_results
 from fastgen.ops import names
@@ -81,7 +89,12 @@ class PackedOps:
         self.launches: list[Recorded] = []
         self.reads_columns = False
         """Whether some launch asks for tokens' columns."""
-        self._parameters = parameters
+        self.read: dict[str, torch.Tensor] = {}
+        """Parameters that launches read as they are."""
+        self._parameters, self._target = parameters, target
+        self._leaving: dict[Buffer, LeavesRows] = {}
+        """What leaves rows that somebody may read as integers."""
+        self._rounded: dict[tuple[Buffer, float | None, bool], Rounded] = {}
         self._dtype = getattr(torch, target.dtype)
         self._rounds = narrow_results(target)
         self._zeros: dict[int, torch.Tensor] = {}
@@ -94,7 +107,7 @@ class PackedOps:
     # Values
 
     def _weight(self, value: Any, width: int | None = None) -> torch.Tensor:
-        weight = self._parameters[value.name]
+        weight = self.read[value.name] = self._parameters[value.name].detach()
         if weight.dtype != self._dtype:
             raise NotFused(f"{value.name} in {weight.dtype}, activations in {self._dtype}")
         if not weight.is_contiguous():
@@ -107,13 +120,33 @@ class PackedOps:
         self.launches.append(launch)
         return [*launch.writes]
 
+    def _products(self, *products: Product) -> list[Buffer]:
+        """The results of products that do not depend on each other."""
+        if all(product.steps is None for product in products):
+            return self._record(Products(products))
+        launches = [
+            Products([each]) if each.steps is None else integer_product(each, self._dtype)
+            for each in products
+        ]
+        self._record(launches[0] if len(launches) == 1 else Together(products, launches))
+        return [launch.writes[0] for launch in launches]
+
+    def _of_integers(
+        self, product: Product, gate: Product | None = None, leaves: Rounded | None = None
+    ) -> Buffer:
+        """The result of a product of integers (see ``IntegerProduct``)."""
+        if self._dtype != torch.float32 and product.activation == "GELU_ERF":
+            product = replace(product, activation="GELU_TANH")  # see ``_activated``
+        return self._record(integer_product(product, self._dtype, gate, leaves))[0]
+
     def rows(self, x: Any) -> Buffer:
         """The numbers of a value."""
         if isinstance(x, Buffer):
+            x.plain = True
             return x
         if isinstance(x, Product):
             self._rounds(x.name)
-            return self._record(Products([x]))[0]
+            return self._products(x)[0]
         if isinstance(x, Activated):
             return self._activated(x.product, x.kind, x.gate)
         raise NotFused(f"{type(x).__name__.lower()} values as rows")
@@ -126,8 +159,10 @@ class PackedOps:
         it is off by 1.7e-3 in bfloat16 and 2.3e-4 to 2.9e-4 in float16, where erf of the rounded
         sums is off by 1.9e-3 to 2.7e-3 and 2.4e-4 to 3.3e-4.
         """
+        if are_integers(product, gate):
+            return self._of_integers(replace(product, activation=kind), gate)
         if gate is not None:
-            y, factor = self._record(Products([product, gate]))
+            y, factor = self._products(product, gate)
             self._record(Activate(y, kind, factor))
             return y
         narrow = self._dtype != torch.float32 and kind in ("GELU_TANH", "GELU_ERF")
@@ -169,17 +204,23 @@ class PackedOps:
             if self.embed is not None or any(t.table.shape[1] != y.width for t in x.terms):
                 raise NotFused("a second norm of embeddings, or one of another width")
             self.embed = Embed(x.terms, norm, y)
-        else:
-            self._record(NormRows(self._of_width(x, y.width), None, norm, y))
-        return y
+            return self._left_by(self.embed)
+        return self._left_by(NormRows(self._of_width(x, y.width), None, norm, y))
 
     def add_layer_norm(
         self, residual: Any, x: Any, weight: Any, bias: Any, eps: float
     ) -> tuple[Total, Buffer]:
         norm = self._norm(weight, bias, eps)
         y, before = Buffer(len(norm.weight)), self._of_width(residual, len(norm.weight))
-        self._record(NormRows(self._of_width(x, y.width), before, norm, y))
-        return Total(), y
+        return Total(), self._left_by(NormRows(self._of_width(x, y.width), before, norm, y))
+
+    def _left_by(self, kernel: Embed | NormRows | NormStream) -> Buffer:
+        """The rows that a norm leaves: in what form, those who read them say."""
+        if not isinstance(kernel, Embed):
+            self._record(kernel)
+        kernel.y.plain = False
+        self._leaving[kernel.y] = kernel
+        return kernel.y
 
     def rms_norm(self, x: Any, weight: Any, eps: float) -> Buffer:
         norm = self._norm(weight, None, eps)
@@ -189,12 +230,11 @@ class PackedOps:
                 raise NotFused("a second norm of embeddings, or one of another width")
             stream = self._streams[x] = ResidualStream(Buffer(y.width, dtype=torch.float32))
             self.embed = Embed(x.terms, norm, y, stream.buffer)
-            return y
+            return self._left_by(self.embed)
         stream = self._stream(x)
         if stream.buffer.width != y.width:
             raise NotFused(f"a norm of {y.width} columns of a stream of {stream.buffer.width}")
-        self._record(NormStream(stream.buffer, norm, y))
-        return y
+        return self._left_by(NormStream(stream.buffer, norm, y))
 
     def add_rms_norm(
         self, residual: Any, x: Any, weight: Any, eps: float
@@ -204,7 +244,10 @@ class PackedOps:
             raise NotFused("what is added to a residual stream is no product, or has a bias")
         if x.matrix.shape[1] != stream.buffer.width:
             raise NotFused(f"{x.matrix.shape[1]} columns onto a stream of {stream.buffer.width}")
-        self._record(Products([replace(x, onto=stream.buffer)]))
+        x = replace(x, onto=stream.buffer)
+        self._products(x)
+        if isinstance(x.x, Rounded) and x.x.rest is not None:
+            self._products(replace(x, x=x.x.rest))
         self._additions += 1
         total = ResidualStream(stream.buffer, self._additions)
         return total, self.rms_norm(total, weight, eps)
@@ -240,14 +283,56 @@ class PackedOps:
         scale: float = 1.0,
         transposed: bool = False,
     ) -> Product:
-        matrix = self._weight(weight) if transposed else self._weight(weight).T
-        addend = None if bias is None else self._weight(bias, matrix.shape[1])
-        name = names.of_parameter(weight)
-        self._rounds(names.product(name))
-        return Product(self.rows(x), matrix, addend, scale, name=name)
+        return self._linear(x, weight, bias, scale, transposed)
 
     def wide_linear(self, x: Any, weight: Any) -> Product:
-        return self.linear(x, weight)  # its sums stay float32 on a residual stream
+        """Its sums stay float32 on a residual stream. Gates and activations have few large numbers
+        among many small ones, which 127 steps do not hold: as integers they are split in two."""
+        return self._linear(x, weight, split=isinstance(x, Activated))
+
+    def _linear(
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        scale: float = 1.0,
+        transposed: bool = False,
+        split: bool = False,
+    ) -> Product:
+        name, known = names.of_parameter(weight), self._target.calibration
+        self._rounds(names.product(name))
+        found = None if known is None else known.inputs.get(name)
+        outputs, inputs = self._parameters[weight.name].shape[:: -1 if transposed else 1]
+        addend = None if bias is None else self._weight(bias, outputs)
+        if found is None and self._target.weights != "int8":
+            matrix = self._weight(weight) if transposed else self._weight(weight).T
+            return Product(self.rows(x), matrix, addend, scale, name=name)
+        if scale != 1.0 or inputs % 16 or outputs % 16:
+            raise NotFused(f"{name}: scaled, or of {inputs} x {outputs}: 16 must divide both")
+        made = Format("int8", 0, transposed).names(weight.name)
+        values, steps = (self._parameters[n] for n in made)
+        step = None if found is None else found.symmetric()
+        of = self._as_integers(x, step, split and step is None, values.device)
+        return Product(of, values.T, addend, steps=steps, name=name)
+
+    def _as_integers(
+        self, x: Any, step: float | None, split: bool, device: torch.device
+    ) -> Rounded:
+        """The numbers of a value as 8-bit integers, rounded by what leaves them where that can."""
+        if isinstance(x, Activated) and step is not None and are_integers(x.product, x.gate):
+            rounded = Rounded.on(device, x.product.matrix.shape[1], step)
+            self._of_integers(replace(x.product, activation=x.kind), x.gate, rounded)
+            return rounded
+        rows = x if isinstance(x, Buffer) else self.rows(x)
+        if (key := (rows, step, split)) in self._rounded:
+            return self._rounded[key]
+        rounded = self._rounded[key] = Rounded.on(device, rows.width, step, split)
+        kernel = self._leaving.get(rows)
+        if kernel is not None and kernel.vector == VECTOR and rows.rounded is None:
+            rows.rounded = rounded
+        else:
+            self._record(Round(self.rows(rows), rounded))
+        return rounded
 
     def multiply(self, x: Activated, y: Product) -> Activated:
         pair = isinstance(x, Activated) and isinstance(y, Product) and x.gate is None
@@ -303,10 +388,10 @@ class PackedOps:
         if isinstance(bias, Table):
             BiasedAttention.check(bias, heads, head_size)
             self.reads_columns = True
-            query, key, value = self._record(Products([q, k, v]))
+            query, key, value = self._products(q, k, v)
             biased = BiasedAttention(query, key, value, heads, scale, bias)
             return self._record(biased)[0]
         if head_size % step or head_size > MAX_HEAD_SIZE:
             raise NotFused(f"head size {head_size}: multiples of {step} up to {MAX_HEAD_SIZE}")
-        query, key, value = self._record(Products([q, k, v]))
+        query, key, value = self._products(q, k, v)
         return self._record(Attention(query, key, value, heads, scale))[0]

@@ -12,6 +12,8 @@ from fastgen import cuda
 VECTOR = 8  # elements of one load, where widths and addresses allow it
 THREADS = 256
 MAX_TERMS = 4
+LARGEST = 127.0  # of 8-bit integers, as they are used
+FINER = 254.0  # times as fine are the steps of what rounding takes away
 
 
 @dataclass(eq=False)
@@ -24,6 +26,10 @@ class Buffer:
     """Whether the launch that writes it makes its memory, too."""
     dtype: torch.dtype | None = None
     """None: that of activations."""
+    plain: bool = True
+    """Whether somebody reads its rows as they are."""
+    rounded: "Rounded | None" = None
+    """The same rows as 8-bit integers, where somebody reads those."""
     _rows: Any = None
 
     def rows(self, count: int) -> torch.Tensor:
@@ -35,6 +41,53 @@ class Buffer:
             self._rows = self.tensor[:count]
         found = self._rows
         return found
+
+
+class Rounded:
+    """Rows as 8-bit integers, which stand for themselves times a step of each row."""
+
+    def __init__(self, width: int, step: float | None = None, split: bool = False) -> None:
+        """
+        Args:
+            step: of all rows, known beforehand; None: each has its own.
+            split: keep what rounding takes away, as integers of finer steps.
+        """
+        self.width, self.step = width, step
+        self.values = Buffer(width, dtype=torch.int8)
+        self.steps = Buffer(1, dtype=torch.float32)
+        self.rest = Rounded(width) if split else None
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """What a kernel leaves."""
+        own = [self.values] if self.step is not None else [self.values, self.steps]
+        return own if self.rest is None else [*own, *self.rest.buffers]
+
+    @classmethod
+    def on(
+        cls, device: torch.device, width: int, step: float | None = None, split: bool = False
+    ) -> "Rounded":
+        """The same, with a step that is known beforehand where kernels read it."""
+        rounded = cls(width, step, split)
+        if step is not None:
+            rounded.steps.tensor = torch.full((1, 1), step, device=device)
+        return rounded
+
+    def fill(self, x: torch.Tensor) -> None:
+        """What the kernels compute of rows in float32: the first ones."""
+        if self.step is None:
+            most = x.abs().amax(1, keepdim=True)
+            factor = torch.where(most > 0, LARGEST / most, 0.0)
+            self.steps.tensor[: len(x)] = most / LARGEST
+        else:
+            factor = torch.full((1, 1), 1 / self.step, device=x.device)
+        scaled = x * factor
+        values = scaled.round().clamp(-LARGEST, LARGEST)
+        self.values.tensor[: len(x)] = values.to(torch.int8)
+        if self.rest is not None:
+            finer = ((scaled - values) * FINER).round().clamp(-LARGEST, LARGEST)
+            self.rest.values.tensor[: len(x)] = finer.to(torch.int8)
+            self.rest.steps.tensor[: len(x)] = self.steps.tensor[: len(x)] / FINER
 
 
 @dataclass(frozen=True, eq=False)

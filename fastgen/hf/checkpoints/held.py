@@ -1,0 +1,114 @@
+"""A Linear's weight in fewer bits: what all libraries' have in common, and what tells of edits."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastgen.blockwise import GROUPS, Blocks, Format, Kind, blocks_of
+from fastgen.hf.let_go import Gone
+
+_LEAST_GROUP = 16  # of ONNX Runtime's kernels
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A weight [N, K] as a library's own numbers say it: ``(steps - zeros) * scales``.
+
+    Each scale and zero is of K / S inputs.
+    """
+
+    steps: torch.Tensor
+    """uint8 [N, K], of int4 up to 15."""
+    scales: torch.Tensor
+    """[N, S], of a floating dtype."""
+    zeros: torch.Tensor | None
+    """uint8 [N, S]; None: the step in the middle, 128 or 8."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """The weight of one module in fewer bits. It keeps neither the module nor the weight alive."""
+
+    library: str
+    kind: Kind
+    group: int
+    """Inputs that share a scale, as the library has it."""
+    zeros: bool
+    """Whether the value that means zero is not the one in the middle."""
+    shape: tuple[int, int]
+    """Outputs and inputs."""
+    part: "weakref.ref[torch.nn.Module]"
+    leaf: str
+    """Name of the module's tensor that holds the values, which may be let go."""
+    unpack: Callable[[torch.nn.Module], Integers]
+    inside: Callable[[torch.nn.Module], Sequence[torch.Tensor]]
+    """The plain tensors that it is made of."""
+    rounds: str | None = None
+    """What the library rounds beside the weight, in words: its results are then its own."""
+
+    @property
+    def holder(self) -> torch.Tensor:
+        """The tensor that holds the values, or what is left of it."""
+        part = self.part()
+        assert part is not None, "the module is gone"
+        tensors: dict[str, torch.Tensor | None] = {**part._buffers, **part._parameters}
+        found = tensors[self.leaf]
+        assert found is not None
+        return found
+
+    def form(self, exact: bool) -> Format:
+        """How engines read it.
+
+        Args:
+            exact: on a CPU, by inputs in float32 as they are.
+        """
+        halves = exact and self.kind == "int8"
+        group = _power_within(self.group) or GROUPS[self.kind]
+        return Format(self.kind, group, zeros=self.zeros or halves, halves=halves)
+
+    def blocks(self, form: Format, dtype: torch.dtype) -> Blocks:
+        """What engines read, the very same values in their own layout.
+
+        Args:
+            dtype: of the scales.
+        """
+        part = self.part()
+        assert part is not None, "the module is gone"
+        with torch.inference_mode(False), torch.no_grad():
+            known = self.unpack(part)
+            return blocks_of(known.steps, known.scales.to(dtype), known.zeros, form)
+
+
+def group_refusal(group: int, inputs: int) -> str | None:
+    """Why no engine takes so many inputs to a scale; a whole row may be of any size."""
+    if group == inputs or (inputs % group == 0 and _power_within(group)):
+        return None
+    return f"groups of {group} inputs, where {inputs} in multiples of {_LEAST_GROUP} are served"
+
+
+def _power_within(group: int) -> int | None:
+    """The largest power of two that divides a group, up to 128; None if that is too small."""
+    power = min(group & -group, 128)
+    return power if power >= _LEAST_GROUP else None
+
+
+class Looked:
+    """What a held weight was when it was looked at."""
+
+    def __init__(self, held: Held) -> None:
+        self._of, self._kind = held, type(held.holder)
+        self._places = self._look()
+
+    def same(self) -> bool:
+        """Whether its tensors are where they were, without an edit that torch counts."""
+        holder = self._of.holder
+        if isinstance(holder, Gone):
+            return True
+        return type(holder) is self._kind and self._look() == self._places
+
+    def _look(self) -> list[tuple[int, int]]:
+        part = self._of.part()
+        tensors = [] if part is None else self._of.inside(part)
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
