@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import fastgen
 from fastgen.errors import WeightsGoneError
+from fastgen.file_pages import FilePages, unwritten
 from fastgen.hf.contract import CACHE
 from fastgen.hf.stock import stock_class
 from fastgen.registry import FAMILIES, Family
@@ -315,6 +316,14 @@ def test_checkpoints_keep_their_dtype(tmp_path: Path) -> None:
     loaded = type(fast).from_pretrained(tmp_path).eval()
     assert loaded.dtype == torch.bfloat16
     assert torch.equal(logits(loaded), before)
+    weight = loaded.decoder.block[0].layer[0].SelfAttention.q.weight
+    if unwritten([weight.detach()]):  # the kernel tells of edits
+        kinds = {type(copy) for copy in loaded._copies}
+        assert FilePages in kinds
+    weight.data[3] *= -2
+    found = logits(loaded)
+    assert not torch.equal(found, before)
+    assert torch.equal(found, logits(widened(loaded)).bfloat16())
 
 
 def test_half_with_some_weights_in_float32(tmp_path: Path) -> None:
