@@ -64,11 +64,6 @@ def served(target: Target, held: Collection[Held]) -> Target:
             f"{target.backend} is given weights as they are, and {library}'s are {kinds[0]}: take "
             "EngineOptions(backend='onnxruntime')"
         )
-    if target.device == "cpu" and target.dtype != "float32":
-        raise NoEngine(
-            f"{library}'s weights are multiplied by float32 on the CPU, the model is in "
-            f"{target.dtype}: load it with dtype=torch.float32"
-        )
     if target.weights not in ("full", *kinds):
         raise NoEngine(
             f"EngineOptions(weights={target.weights!r}), where {library} has made them "
