@@ -5,7 +5,8 @@
 A line for each kind of launch between the embeddings and the result: how many a call has, the bytes
 and operations of one, its time among its like (those of all layers, one after the other, as a
 captured graph), and the share of its floor: the time that a copy of its bytes, or a product of all
-its operations, takes at best. Below, their sum beside the whole graph, in which launches overlap.
+its operations in the dtype, takes at best (8-bit integers take half of that). Below, their sum
+beside the whole graph, in which launches overlap.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from benchmarks.kernels import seconds
 from fastgen.bench.floor import Floor, Machine, measure_machine
 from fastgen.bench.shapes import SUFFIX, shape_config, shape_of
 from fastgen.engines.fused.packed_attention import Attention, BiasedAttention
+from fastgen.engines.fused.packed_int8 import Int8Product
 from fastgen.engines.fused.packed_integers import Round
 from fastgen.engines.fused.packed_kernels import Activate, NormRows, NormStream
 from fastgen.engines.fused.packed_products import Product, Products
@@ -53,6 +55,8 @@ def kinds(launches: Sequence[Any], size: Size, lengths: Sequence[int]) -> dict[s
         if isinstance(launch, Products):
             for product, y in zip(launch.products, launch.writes, strict=True):
                 note(*_of_product(product, size), _bound(product.into, y, size))
+        elif isinstance(launch, Int8Product):
+            note(*_of_int8_product(launch, size), _bound(launch, size))
         elif isinstance(launch, Attention | BiasedAttention):
             note(*_of_attention(launch, size, lengths), _bound(launch, size))
         elif isinstance(launch, NormRows | NormStream | Activate | Round):
@@ -77,6 +81,15 @@ def _of_product(product: Product, size: Size) -> tuple[str, Floor]:
     numbers += 0 if product.bias is None else outputs
     floor = Floor(numbers * product.matrix.element_size(), 2 * size.tokens * inputs * outputs)
     return f"cuBLAS<{inputs}, {outputs}, {product.activation or 'STORE'}>", floor
+
+
+def _of_int8_product(launch: Int8Product, size: Size) -> tuple[str, Floor]:
+    weights = [w for w in (launch.weight, launch.gate) if w is not None]
+    outputs, inputs = launch.weight.values.shape
+    moved = size.tokens * (inputs + outputs * _bytes(launch.y)) + len(weights) * inputs * outputs
+    kind = "ONTO" if launch.onto else launch.activation or "STORED"
+    flops = 2 * size.tokens * inputs * outputs * len(weights)
+    return f"int8<{inputs}, {outputs}, {kind}>{' * int8' * (len(weights) - 1)}", Floor(moved, flops)
 
 
 def _of_attention(

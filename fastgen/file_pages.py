@@ -20,7 +20,7 @@ _PAGE = mmap.PAGESIZE
 _SECONDS = 0.005  # in which a session packs some 10 MB
 
 # Bits of an entry of /proc/self/pagemap (the kernel's Documentation/admin-guide/mm/pagemap.rst)
-_PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
+_THERE, _OF_FILE = np.uint64(1 << 63 | 1 << 62), np.uint64(1 << 61)  # in memory or swapped
 
 _DELETED = " (deleted)"  # as the kernel says of a file whose name is gone: nobody writes to it
 
@@ -157,8 +157,8 @@ def _unwritten(span: _Span, pagemap: int) -> bool:
     """Whether no page of a span in a file has been copied, as the first write to it does."""
     first, end = span[0] // _PAGE, -(-span[1] // _PAGE)
     pages = np.frombuffer(os.pread(pagemap, 8 * (end - first), 8 * first), np.uint64)
-    copied = (pages & (_PRESENT | _OF_FILE)) == _PRESENT
-    return len(pages) == end - first and not (copied.any() or (pages & _SWAPPED).any())
+    copied = (pages & _THERE != 0) & (pages & _OF_FILE == 0)
+    return len(pages) == end - first and not copied.any()
 
 
 @functools.cache

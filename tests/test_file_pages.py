@@ -60,9 +60,10 @@ def test_a_write_is_seen(weights: dict[str, torch.Tensor], edit: str) -> None:
 
 def test_what_is_given_back_is_read_from_the_file_again(weights: dict[str, torch.Tensor]) -> None:
     pages = FilePages(unwritten(weights.values()))
+    weights["a"].sum()  # or not all were in memory
     before = resident(weights["a"])
     pages.give_back()
-    assert resident(weights["a"]) < before == ROWS
+    assert resident(weights["a"]) < before
     assert pages.same()
     assert torch.equal(weights["a"], numbers())
     assert torch.equal(weights["b"], -numbers())

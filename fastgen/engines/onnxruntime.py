@@ -20,6 +20,8 @@ from fastgen.graphs.shape import LAST_STATE
 from fastgen.options import EngineOptions
 from fastgen.target import Target
 
+_SPIN_US = "50"  # longer than the operators of a step keep a thread waiting
+
 
 class OnnxRuntime:
     """ONNX Runtime, with its TensorRT provider or without (see ``Backend``)."""
@@ -218,8 +220,10 @@ def _session_options(target: Target, options: EngineOptions) -> Any:
     )
     if target.device == "cpu":
         settings.intra_op_num_threads = options.intra_op_threads or processes.threads()
-        # Between two runs its threads must not spin on the cores that torch's threads need
+        # Between two runs its threads must not spin on the cores that torch's threads need; within
+        # one, not for long on those that another program needs, or one of their own number
         settings.add_session_config_entry("session.force_spinning_stop", "1")
+        settings.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
     return settings
 
 

@@ -134,10 +134,11 @@ class Encoder(Capturing):
         """The engine of rows without their padding: once there is one, it serves all calls, if
         that of rows with their padding has packed weights, too, which are let go."""
         assert self._packed is not None
-        copied: tuple[str, ...] = getattr(self.engine, "copied", ())
-        if copied and not self._packs_all:
-            self._packs_all = True
-            self._engine.cache_clear()
+        if not self._packs_all:  # else a look at the other would build it anew
+            copied: tuple[str, ...] = getattr(self.engine, "copied", ())
+            if copied:
+                self._packs_all = True
+                self._engine.cache_clear()
         return self._packed()
 
     def run_with_states(

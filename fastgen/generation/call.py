@@ -1,6 +1,6 @@
 """A call of a decoding method: what transformers hands to it, and the engine that serves it."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class Call:
     mask: torch.Tensor | None
     """Of the encoder's tokens [B, S], or without one of the prompt's."""
     cache: LeasedCache
+    look: Callable[[], None] | None = None
+    """Called once, behind the first launches: raises an error if they must not count."""
 
     def __post_init__(self) -> None:
         self.prompt = self.input_ids.shape[1]

@@ -235,11 +235,14 @@ def _follows(model: Any, call: Call, given: Given) -> bool:
     return len(given.ids) == 1 and (config.pad_token_id is None or config.pad_token_id in ends)
 
 
-def again(model: Any, decoder: Decoder, given: Given) -> Call | None:
+def found(model: Any, decoder: Decoder, given: Given) -> Known | None:
     """What ``generate`` comes down to, if a call like this one is known."""
     known: Known | None = decoder.calls.get(given.key)
-    if known is None or not known.holds(model, given):
-        return None
+    return known if known is not None and known.holds(model, given) else None
+
+
+def again(model: Any, decoder: Decoder, given: Given, known: Known) -> Call | None:
+    """The call that ``generate`` comes down to, after its encoder; None if it has to be asked."""
     ids, hidden, mask, rows = given.ids, None, given.mask, known.expand
     if decoder.shape.source:
         hidden = model._encoded(ids, mask, known.call.config)

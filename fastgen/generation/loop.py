@@ -61,11 +61,18 @@ class Loop:
             self._prefill()
             while not self._finished() and self.rows.fit(self.length, self._stopped):
                 self._record(self._choose())
+                self._look()
             output = self._output()
             self.call.decoder.hand_over(*_tensors(output))
             return output
         finally:
             self.state.busy = False
+
+    def _look(self) -> None:
+        """Look whether what was launched may count, while a GPU runs it."""
+        look, self.call.look = self.call.look, None
+        if look is not None:
+            look()
 
     def _make_state(self, batch: int, capacity: int) -> Any:
         raise NotImplementedError

@@ -20,6 +20,10 @@ from fastgen.hf.forward import as_torch
 from fastgen.hf.outward import within
 
 
+class _ChangedError(Exception):
+    """Weights have changed since the last look at them."""
+
+
 class FastGenerationMixin(ExplainsGenerate, GenerationMixin):
     """Mixin before a Hugging Face generation class: its ``generate`` runs on the engine."""
 
@@ -97,25 +101,59 @@ class FastGenerationMixin(ExplainsGenerate, GenerationMixin):
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock ``generate``; DLPack tensors (of CuPy, say) are taken as torch tensors."""
         kwargs, inputs = {name: as_torch(value) for name, value in kwargs.items()}, as_torch(inputs)
+        given = None if args else known.given(self, inputs, kwargs)
+        if given is not None and (found := self._ahead(given)) is not None:
+            return found
         with self.steady(), within(self, getattr(self, "_encoder", self)):
             if reason := self.standing_refusal():
                 report(self, "torch", reason)
-            given = None if args or reason else known.given(self, inputs, kwargs)
-            if given is None:
+            if given is None or reason:
                 return super().generate(inputs, *args, **kwargs)
-            with torch.no_grad():
-                if (call := self._known_call(given)) is not None:
-                    beams = call.config.num_beams > 1
-                    return self._decode(call, beam_loop.beam_search if beams else loop.sample)
+            if (call := self._known_call(given)) is not None:
+                return self._decode_known(call)
             with known.noting() as note:
                 result = super().generate(inputs, **kwargs)
             known.remember(self, given, note)
             return result
 
+    @torch.no_grad()
     def _known_call(self, given: known.Given) -> Call | None:
         try:
-            return known.again(self, self._current_engine(), given)
+            decoder = self._current_engine()
         except NoEngine:
+            return None
+        found = known.found(self, decoder, given)
+        return None if found is None else known.again(self, decoder, given, found)
+
+    @torch.no_grad()
+    def _decode_known(self, call: Call) -> Any:
+        beams = call.config.num_beams > 1
+        return self._decode(call, beam_loop.beam_search if beams else loop.sample)
+
+    def _ahead(self, given: known.Given) -> Any:
+        """What a known call gives, launched before the look at the weights, so that a GPU computes
+        meanwhile; None if it must begin anew, or nothing would be gained."""
+        decoder, glance = self._engine, self._glance
+        if decoder is None or not decoder.captures or not self._looks_later():
+            return None
+        of_call = known.found(self, decoder, given)
+        if of_call is None or of_call.call.config.do_sample:  # numbers must not be drawn in vain
+            return None
+
+        def look() -> None:
+            if self._glance is not glance or not glance.same(self):
+                raise _ChangedError
+
+        try:
+            with self.unseen(), torch.no_grad():
+                call = known.again(self, decoder, given, of_call)
+                if call is None:
+                    return None
+                call.look = look
+                return self._decode_known(call)
+        except Exception:
+            if self._glance is glance and glance.same(self):
+                raise
             return None
 
     def _encoded(self, ids: torch.Tensor, mask: torch.Tensor | None, config: Any) -> torch.Tensor:

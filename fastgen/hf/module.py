@@ -109,8 +109,9 @@ class EngineModule(Explained, BuildsEngines):
     def invalidate_engine(self) -> None:
         """Drop compiled engines, KV buckets and captured graphs; the next call builds anew.
 
-        No call needs it: moving, casting, loading, resizing and edits are noticed, those through
-        ``.data`` too.
+        Few calls need it: moving, casting, loading, resizing and edits are noticed, those through
+        ``.data`` too, but on a GPU not those of numbers within a weight that
+        ``EngineOptions.weights`` has made fewer bits of, which torch keeps no count of.
         """
         for module in self.modules():
             if isinstance(module, EngineModule):
@@ -157,11 +158,23 @@ class EngineModule(Explained, BuildsEngines):
     @contextmanager
     def unseen(self) -> Iterator[None]:
         """Take the weights as unchanged until the end of the body; a look at them must follow."""
-        outer, _steady.modules = _steady.modules, _steady.modules | {id(self)}
+        parts = self._parts if self._glance is self._parts_glance else ()
+        outer, _steady.modules = _steady.modules, _steady.modules | {id(self), *map(id, parts)}
         try:
             yield
         finally:
             _steady.modules = outer
+
+    def _looks_later(self) -> bool:
+        """Whether engines may run before a look at the weights: it looks at nothing but a Glance,
+        that of the parts is the same, and all memory is where it was."""
+        glance = self._glance
+        return (
+            glance is not None
+            and glance is self._parts_glance
+            and not any(part._copies for part in (self, *self._parts))
+            and glance.in_place()
+        )
 
     def standing_refusal(self) -> str | None:
         """Why no engine serves the model, where that takes no look at all its weights."""

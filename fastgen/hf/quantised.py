@@ -14,6 +14,7 @@ from fastgen.blockwise import Blocks, Format, parse, quantise
 from fastgen.engines import NoEngine
 from fastgen.hf.checkpoints.held import Held, Looked
 from fastgen.hf.let_go import Gone, let_go
+from fastgen.hf.mapped import give_back
 from fastgen.hf.weights import Fingerprint
 
 Key = tuple[str, Format]
@@ -177,14 +178,18 @@ class Weights(Mapping[str, torch.Tensor]):
         for (name, form), made in self.made.items():
             if id(self._holder(name)) in going:
                 self.made[name, form] = replace(made, source=Fingerprint([]))
+        places = []
         for name in going.values():
             parameter = self._holder(name)
+            places.append((parameter.data_ptr(), parameter.nbytes))
             others = _all_made.pop(parameter, None)  # nobody may refer to it meanwhile
             let_go(parameter, name)
             if others is not None:
                 kept = ((n, form) for n, form in self.made if self._holder(n) is parameter)
                 others.update({form: self.made[n, form] for n, form in kept})
                 _all_made[parameter] = others
+        if places:
+            give_back(places)  # what stays of the same file keeps all of it mapped
 
     def _holder(self, name: str) -> torch.Tensor:
         """What is let go of a weight."""

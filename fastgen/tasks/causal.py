@@ -22,6 +22,7 @@ from fastgen.tasks.refusals import (
     CAUSAL_ARGUMENTS,
     bucket_refusal,
     common_refusal,
+    foreign_refusal,
     ids_refusal,
     left_mask_refusal,
     positions_refusal,
@@ -75,9 +76,8 @@ class FastCausalLM(StockForward, FastPreTrained, FastGenerationMixin):
         ids, past = kwargs.get("input_ids"), contract.given_cache(kwargs)
         if ids is None:
             return Asked("no input_ids: torch reports what is missing")
-        if past is not None and not isinstance(past, LeasedCache):
-            kind = f"{contract.CACHE} is a {type(past).__name__}, not the engine's own KV cache"
-            return f"{kind}: leave it (and cache_implementation) out"
+        if reason := foreign_refusal(past, LeasedCache):
+            return reason
         last = kwargs.get("logits_to_keep", 0)
         if not isinstance(last, int) or last < 0:
             return "logits_to_keep is no number of last tokens"

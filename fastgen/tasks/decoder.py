@@ -29,6 +29,7 @@ from fastgen.tasks.refusals import (
     bucket_refusal,
     common_refusal,
     decoder_mask_refusal,
+    foreign_refusal,
     hidden_refusal,
     ids_refusal,
     mask_refusal,
@@ -84,8 +85,8 @@ class FastDecoder(StockForward, EngineModule):
         if source is None:
             return Asked("no encoder_hidden_states to attend to")
         past = contract.given_cache(kwargs)
-        if past is not None and not isinstance(past, StaticKVCache):
-            return f"{contract.CACHE} is a {type(past).__name__}, not the engine's own KV cache"
+        if reason := foreign_refusal(past, StaticKVCache):
+            return reason
         if reason := decoder_mask_refusal(kwargs.get("attention_mask"), ids, past):
             return reason
         if reason := length_refusal(self, ids, past):

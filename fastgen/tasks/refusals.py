@@ -150,6 +150,14 @@ def empty_row_refusal(mask: torch.Tensor | None) -> str | None:
     return "attention_mask hides all of a row, which only torch serves"
 
 
+def foreign_refusal(past: Any, own: type) -> str | None:
+    """A KV cache that is not of the engine's kind."""
+    if past is None or isinstance(past, own):
+        return None
+    kind = f"{contract.CACHE} is a {type(past).__name__}, not the engine's own KV cache"
+    return f"{kind}: leave it (and cache_implementation) out"
+
+
 def decoder_mask_refusal(mask: Any, ids: Any, past: Any) -> str | None:
     """A decoder_attention_mask that hides anything of the tokens so far: ``past`` and ``ids``."""
     if mask is None:

@@ -27,6 +27,7 @@ from fastgen.tasks.refusals import (
     bucket_refusal,
     common_refusal,
     decoder_mask_refusal,
+    foreign_refusal,
     form_refusal,
     hidden_refusal,
     ids_refusal,
@@ -97,9 +98,8 @@ class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
         ids, past = self._decoder_ids(kwargs), contract.given_cache(kwargs)
         if ids is None:
             return Asked("no decoder_input_ids: torch reports what is missing")
-        if past is not None and not isinstance(past, StaticKVCache):
-            kind = f"{contract.CACHE} is a {type(past).__name__}, not the engine's own KV cache"
-            return f"{kind}: leave it (and cache_implementation) out"
+        if reason := foreign_refusal(past, StaticKVCache):
+            return reason
         if reason := decoder_mask_refusal(kwargs.get("decoder_attention_mask"), ids, past):
             return reason
         if reason := length_refusal(self._decoder, ids, past):

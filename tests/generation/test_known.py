@@ -14,7 +14,10 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from fastgen.generation import known
+from fastgen.generation.loop import Loop
+from fastgen.hf.weights import Glance
 from tests.configs import Pair, build_pair, prompts
+from tests.generation.emulate import gpu_paths
 
 NAMES = ("t5-1.1", "bart", "gpt2")
 LENGTH = {"max_new_tokens": 6}
@@ -242,3 +245,86 @@ def test_what_is_remembered_keeps_no_call_alive() -> None:
         model.generate(prompts("t5-1.1"), **LENGTH)
     (found,) = model._engine.calls.values()
     assert (found.call.decoder, found.call.hidden, found.call.mask, found.call.cache) == (None,) * 4
+
+
+def add_hook(model: Any) -> None:
+    def forward(module: Any, arguments: Any, output: Any) -> Any:
+        return output * 0
+
+    model.decoder.block[0].layer[2].DenseReluDense.wo.register_forward_hook(forward)
+
+
+def replace_parameter(model: Any) -> None:
+    old = model.encoder.block[0].layer[0].SelfAttention.q
+    old.weight = torch.nn.Parameter(-2 * old.weight.detach())
+
+
+def edit_data(model: Any) -> None:
+    old = model.decoder.block[1].layer[0].SelfAttention.q
+    old.weight.data = -2 * old.weight.data
+
+
+def edit_in_place(model: Any) -> None:
+    with torch.no_grad():
+        model.decoder.block[1].layer[0].SelfAttention.q.weight.mul_(-2)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams", "sample"])
+@pytest.mark.parametrize("change", [add_hook, replace_parameter, edit_data, edit_in_place, None])
+def test_a_gpu_computes_before_the_look_at_the_weights(
+    change: Callable[[Any], None] | None, mode: str
+) -> None:
+    pair, ids = fresh("t5-1.1"), prompts("t5-1.1")
+    pair.fast.engine_options = {"prepack": 0}
+    call, looks = LENGTH | MODES[mode], []
+    choose, same = Loop._choose, Glance.same
+
+    def chooses(self: Any) -> Any:
+        looks.append("launch")
+        return choose(self)
+
+    def looked(self: Any, root: Any) -> bool:
+        looks.append("look")
+        return same(self, root)
+
+    with gpu_paths(), counted() as count:
+        for _ in range(2):
+            assert_same(pair, ids, **call)
+        assert count == [1]
+        with (
+            mock.patch.object(Loop, "_choose", chooses),
+            mock.patch.object(Glance, "same", looked),
+        ):
+            assert_same(pair, ids, **call)
+        ahead = mode != "sample"
+        assert looks[:2] == (["launch", "look"] if ahead else ["look", "launch"])
+        if change is not None:
+            for model in (pair.stock, pair.fast):
+                change(model)
+            for _ in range(2):
+                assert_same(pair, ids, **call)
+
+
+def test_an_error_before_the_look_is_that_of_the_model_as_it_is() -> None:
+    """Whatever fails in a launch that must not count is forgotten with it."""
+    pair, ids = fresh("t5-1.1"), prompts("t5-1.1")
+    pair.fast.engine_options = {"prepack": 0}
+    choose, left = Loop._choose, [1]
+
+    def fails(self: Any) -> Any:
+        if left:
+            left.pop()
+            raise RuntimeError("launch")
+        return choose(self)
+
+    with gpu_paths():
+        for _ in range(2):
+            assert_same(pair, ids, **LENGTH)
+        with mock.patch.object(Loop, "_choose", fails):
+            with pytest.raises(RuntimeError, match="launch"):
+                pair.fast.generate(ids, **LENGTH)
+            left.append(1)
+            for model in (pair.stock, pair.fast):
+                replace_parameter(model)
+            assert_same(pair, ids, **LENGTH)
+    assert not left

@@ -198,6 +198,23 @@ def light(name: str, kind: str = "int8") -> Pair:
     return pair
 
 
+def test_an_encoder_without_padding_needs_none_of_them() -> None:
+    options = {"weights": "int8", "keep_torch_weights": False}
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
+    config.intermediate_size = 64
+    model = fastgen.FastBertModel(config).eval()
+    model.engine_options = options
+    ids = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    with torch.no_grad():
+        first = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        for _ in range(2):
+            assert torch.equal(model(input_ids=ids, attention_mask=mask).last_hidden_state, first)
+            assert model(input_ids=ids).last_hidden_state.shape == first.shape
+    assert any(isinstance(p, Gone) for p in model.parameters())
+
+
 @pytest.mark.parametrize("name", ["t5-1.1", "t5-1.0", "bart", "gpt2"])
 def test_without_torchs_weights_results_are_the_same(name: str) -> None:
     kept, pair, ids = with_weights(name, "int8"), light(name), prompts(name)

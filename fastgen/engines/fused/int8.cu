@@ -4,11 +4,12 @@
 // Behind common.cu, of which it takes the types, the activations' names and the two functions of
 // programmatic dependent launch. Compiled for sm_90a.
 //
-// A block has 128 rows and BN columns of W: one warp asks for tiles of both (bulk tensor copies,
-// STAGES of them ahead), two warp groups multiply 64 rows each, and store. Blocks are as many as
-// there are processors; each walks over tiles. Those of a cluster of CM x CN tiles load a part each
-// of what their rows or columns share, for all of them. What lies behind M, N or K is read as
-// zeros, and not stored.
+// A block computes tiles of 128 x BN outputs (with GATED half of BN, of two weights). One warp asks
+// for tiles of x and W, by bulk tensor copies that run STAGES ahead; two warp groups multiply and
+// store. With TURNS they have every other tile each, so that one multiplies while the other stores;
+// else they share each tile's rows. Blocks are as many as there are processors, and each walks over
+// tiles. What lies behind M, N or K is read as zeros, and not stored; K is a multiple of 16 and N of 8,
+// as 16 bytes are read and stored at once.
 
 struct alignas(64) TensorMap { unsigned long long opaque[16]; };  // CUtensorMap
 
@@ -18,30 +19,24 @@ struct Int8Args {
     const float* column_scale[2];  // [N], of each weight
     const T* bias[2];              // [N]; null: none
     void* y;                       // T [M, N], or with ONTO float [M, N] that it is added to, or
-                                   // with INTEGERS int8 [M, N], of one step: N a multiple of 8
+                                   // with INTEGERS int8 [M, N], of one step
     const int* count;              // how many of the rows there are; null: all
     int rows, columns, inputs, row_step;  // M, N, K
     float factor;                  // of INTEGERS: these a unit
 };
 
 constexpr int STORED = -1;  // in place of an activation
-constexpr int INT8_ROWS = 128, INT8_INPUTS = 128;  // of a tile; a block has 384 threads
-constexpr int INT8_GROUP = 16;  // tiles of rows that are walked over together, for the L2 cache
-constexpr int INT8_LAG = 2;     // stages between the warp groups: one multiplies while the other stores
-
-INLINE unsigned shared_address(const void* pointer) {
-    return (unsigned)__cvta_generic_to_shared(pointer);
-}
+constexpr int INT8_ROWS = 128, INT8_INPUTS = 128;  // of a tile: rows of 128 bytes
+constexpr int INT8_GROUP = 2048;  // rows whose tiles are walked over together, for the L2 cache
 
 // ---------------------------------------------------------------------------------------------
-// Barriers in shared memory, clusters, and bulk tensor copies
+// Barriers in shared memory, and bulk tensor copies
 
 INLINE void barrier_make(unsigned barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 INLINE void barrier_expect(unsigned barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                 : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 INLINE void barrier_wait(unsigned barrier, unsigned parity) {
     unsigned done;
@@ -55,40 +50,12 @@ INLINE void barrier_wait(unsigned barrier, unsigned parity) {
 INLINE void barrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-INLINE void barrier_arrive(unsigned barrier, unsigned block) {  // at that of a block of the cluster
-    asm volatile("{\n.reg .b32 remote;\n"
-                 "mapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}"
-                 ::"r"(barrier), "r"(block) : "memory");
-}
-template <int BLOCKS> INLINE void cluster_sync() {
-    if constexpr (BLOCKS > 1) {
-        __syncwarp();
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    } else {
-        __syncthreads();
-    }
-}
-template <int BLOCKS> INLINE unsigned rank_in_cluster() {
-    unsigned rank = 0;
-    if constexpr (BLOCKS > 1) asm("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
 
-// A box of a matrix to the same place of all blocks of a mask, or with ALONE of this one.
-template <bool ALONE>
-INLINE void copy_box(unsigned to, const TensorMap& map, int column, int row, unsigned barrier,
-                     unsigned blocks) {
-    if constexpr (ALONE)
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                     " [%0], [%1, {%2, %3}], [%4];"
-                     ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
-    else
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                     ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-                     ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier),
-                     "h"((unsigned short)blocks) : "memory");
+// A box of a matrix to a place in shared memory.
+INLINE void copy_box(unsigned to, const TensorMap& map, int column, int row, unsigned barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -99,9 +66,9 @@ INLINE unsigned long long matrix_at(unsigned place) {
     return (unsigned long long)((place & 0x3ffff) >> 4) | 1ull << 16 | (1024ull >> 4) << 32 | 1ull << 62;
 }
 
-#define INT8_C8(i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3]), "+r"(c[i + 4]), \
-                   "+r"(c[i + 5]), "+r"(c[i + 6]), "+r"(c[i + 7])
-#define INT8_C32(i) INT8_C8(i), INT8_C8(i + 8), INT8_C8(i + 16), INT8_C8(i + 24)
+#define INT8_C4(i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3])
+#define INT8_C16(i) INT8_C4(i), INT8_C4(i + 4), INT8_C4(i + 8), INT8_C4(i + 12)
+#define INT8_C32(i) INT8_C16(i), INT8_C16(i + 16)
 #define INT8_N0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
     "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define INT8_N1 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -125,10 +92,6 @@ INLINE void multiply(int (&c)[32], unsigned long long x, unsigned long long w, i
 INLINE void multiply(int (&c)[64], unsigned long long x, unsigned long long w, int add) {
     INT8_MULTIPLY("128", INT8_N0 ", " INT8_N1, "64", "65", "66", INT8_C32(0), INT8_C32(32));
 }
-INLINE void multiply(int (&c)[96], unsigned long long x, unsigned long long w, int add) {
-    INT8_MULTIPLY("192", INT8_N0 ", " INT8_N1 ", " INT8_N2, "96", "97", "98", INT8_C32(0),
-                  INT8_C32(32), INT8_C32(64));
-}
 INLINE void multiply(int (&c)[128], unsigned long long x, unsigned long long w, int add) {
     INT8_MULTIPLY("256", INT8_N0 ", " INT8_N1 ", " INT8_N2 ", " INT8_N3, "128", "129", "130",
                   INT8_C32(0), INT8_C32(32), INT8_C32(64), INT8_C32(96));
@@ -138,20 +101,25 @@ INLINE void multiply_queued() { asm volatile("wgmma.commit_group.sync.aligned;" 
 template <int LATER> INLINE void multiply_done() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
 }
-template <int COUNT> INLINE void multiply_done(int (&c)[COUNT]) {  // c may be read behind it
-    multiply_done<0>();
+template <int COUNT> INLINE void multiplied(int (&c)[COUNT]) {  // c is read behind this only
 #pragma unroll
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(c[i])::"memory");
 }
 
 // ---------------------------------------------------------------------------------------------
-// Activations, by the hardware's exponential: they are as long as a short product
+// Activations, by the hardware's exponential and reciprocal: there are as many as a short product takes
+
+INLINE float sigmoid_of(float power) {  // 1 / (1 + 2^-power)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(-power));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.f + y));
+    return y;
+}
 
 template <int ACT> INLINE float quick(float x) {
-    if constexpr (ACT == GELU_TANH)
-        return __fdividef(x, 1.f + __expf(-1.5957691f * (x + 0.044715f * x * x * x)));
-    else if constexpr (ACT == SILU) return __fdividef(x, 1.f + __expf(-x));
-    else if constexpr (ACT == STORED) return x;
+    if constexpr (ACT == STORED) return x;
+    else if constexpr (ACT == GELU_TANH) return x * sigmoid_of(x * (2.3022082f + 0.10294324f * x * x));
+    else if constexpr (ACT == SILU) return x * sigmoid_of(x * 1.442695f);
     else return activate<ACT>(x);
 }
 
@@ -181,30 +149,31 @@ INLINE void transpose(unsigned (&w)[4]) {
 
 // ---------------------------------------------------------------------------------------------
 
-template <int BN, int CM, int CN, int ACT, bool GATED, bool ONTO, bool INTEGERS>
-struct Int8Product {
-    static constexpr int BLOCKS = CM * CN, OUT = GATED ? BN / 2 : BN;  // columns of y a tile
-    static constexpr int X_BYTES = INT8_ROWS * INT8_INPUTS, W_BYTES = BN * INT8_INPUTS;
-    static constexpr int STAGE = X_BYTES + W_BYTES, STAGES = 200 * 1024 / STAGE;
-    static constexpr int PARTS = CM > 2 ? CM : 2;  // of a tile of W, each one copy
-    static constexpr int COLUMN_BYTES = BN * 8;    // scales and biases of a tile, for a warp group
+template <int BN, bool TURNS, int ACT, bool GATED, bool ONTO, bool INTEGERS> struct Int8Product {
+    static constexpr int OUT = GATED ? BN / 2 : BN;  // columns of y
+    static constexpr int PARTS = TURNS ? 2 : 1;      // of 64 rows that a warp group has
+    static constexpr int WARPS = TURNS ? 4 : 8;      // that read a tile
+    static constexpr int X_BYTES = INT8_ROWS * INT8_INPUTS, STAGE = X_BYTES + BN * INT8_INPUTS;
+    static constexpr int STAGES = 200 * 1024 / STAGE;
+    static constexpr int COLUMN_BYTES = BN * 8;  // scales and biases of a tile, for a warp group
     static constexpr int BARRIERS = STAGES * STAGE + 4 * COLUMN_BYTES;
 
     const Int8Args& args;
-    unsigned base;
-    int rank, rows, k_steps, row_tiles, column_tiles;  // tiles of a whole cluster
+    char* shared;
+    unsigned base;  // its address
+    int k_steps, column_tiles, rows = 0, row_tiles = 0;
 
-    // The first row and column of this block's part of a tile of the cluster.
+    // The first row and column of a tile.
     INLINE void place(int tile, int& row, int& column) const {
-        constexpr int GROUP = INT8_GROUP / CM;
+        constexpr int GROUP = INT8_GROUP / INT8_ROWS;
         const int before = tile / (GROUP * column_tiles) * GROUP;
         const int size = min(GROUP, row_tiles - before), among = tile % (GROUP * column_tiles);
-        row = ((before + among % size) * CM + rank % CM) * INT8_ROWS;
-        column = (among / size * CN + rank / CM) * OUT;
+        row = (before + among % size) * INT8_ROWS;
+        column = among / size * OUT;
     }
     INLINE void count_tiles() {
         rows = args.count ? min(*args.count, args.rows) : args.rows;
-        row_tiles = (rows + INT8_ROWS * CM - 1) / (INT8_ROWS * CM);
+        row_tiles = (rows + INT8_ROWS - 1) / INT8_ROWS;
     }
     INLINE unsigned filled(int stage) const { return base + BARRIERS + 8 * stage; }
     INLINE unsigned emptied(int stage) const { return base + BARRIERS + 8 * (STAGES + stage); }
@@ -212,25 +181,11 @@ struct Int8Product {
     // Loads
 
     INLINE void load_weights(int stage, int k, int column) const {
-        const unsigned to = base + stage * STAGE + X_BYTES;
-        constexpr int SIZE = BN / PARTS;
 #pragma unroll
-        for (int i = 0; i < PARTS / CM; i++) {
-            const int part = rank % CM * (PARTS / CM) + i, at = part * SIZE;
-            const bool second = GATED && at >= OUT;
-            copy_box<CM == 1>(to + part * SIZE * INT8_INPUTS, args.weight[second], k * INT8_INPUTS,
-                              column + at - (second ? OUT : 0), filled(stage),
-                              ((1u << CM) - 1) << rank / CM * CM);
-        }
-    }
-    INLINE void load_rows(int stage, int k, int row) const {
-        constexpr int SIZE = INT8_ROWS / CN;
-        unsigned blocks = 0;
-#pragma unroll
-        for (int i = 0; i < CN; i++) blocks |= 1u << (i * CM);
-        const int part = rank / CM * SIZE;
-        copy_box<CN == 1>(base + stage * STAGE + part * INT8_INPUTS, args.x, k * INT8_INPUTS,
-                          row + part, filled(stage), blocks << rank % CM);
+        for (int half = 0; half < 2; half++)
+            copy_box(base + stage * STAGE + X_BYTES + half * (BN / 2 * INT8_INPUTS),
+                     args.weight[GATED ? half : 0], k * INT8_INPUTS,
+                     column + (GATED ? 0 : half * (BN / 2)), filled(stage));
     }
 
     // One thread. The first weights are fetched before the launch in front has ended, if it is known
@@ -240,7 +195,7 @@ struct Int8Product {
         if (!args.count) {
             count_tiles();
             early = min(STAGES, k_steps);
-            place(blockIdx.x / BLOCKS, row, column);
+            place(blockIdx.x, row, column);
             for (int k = 0; k < early; k++) {
                 barrier_expect(filled(k), STAGE);
                 load_weights(k, k, column);
@@ -250,8 +205,7 @@ struct Int8Product {
         count_tiles();
         int stage = 0;
         unsigned parity = 1;
-        for (int tile = blockIdx.x / BLOCKS; tile < row_tiles * column_tiles;
-             tile += gridDim.x / BLOCKS) {
+        for (int tile = blockIdx.x; tile < row_tiles * column_tiles; tile += gridDim.x) {
             place(tile, row, column);
             for (int k = 0; k < k_steps; k++) {
                 if (early > 0) {
@@ -261,7 +215,7 @@ struct Int8Product {
                     barrier_expect(filled(stage), STAGE);
                     load_weights(stage, k, column);
                 }
-                load_rows(stage, k, row);
+                copy_box(base + stage * STAGE, args.x, k * INT8_INPUTS, row, filled(stage));
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
         }
@@ -269,29 +223,24 @@ struct Int8Product {
 
     // Results
 
-    static INLINE float4 columns_at(unsigned place) {
-        float4 v;
-        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(place) : "memory");
-        return v;
-    }
     // Scales and biases of two columns: of this thread's place in the tile.
     INLINE float4 two_columns(int column) const {
         const int at = threadIdx.x % 128 * 2;
         const bool second = GATED && at >= OUT;
-        float v[4] = {};
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int n = column + at + e - (second ? OUT : 0);
-            if (at >= BN || n >= args.columns) continue;
-            v[e] = args.column_scale[second][n];
-            if (args.bias[second]) v[2 + e] = to_float(args.bias[second][n]);
+        const int n = column + at - (second ? OUT : 0);
+        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (at >= BN || n >= args.columns) return v;
+        const float2 scales = *(const float2*)(args.column_scale[second] + n);
+        v.x = scales.x, v.y = scales.y;
+        if (args.bias[second]) {
+            const Pack<T, 2> bias = *(const Pack<T, 2>*)(args.bias[second] + n);
+            v.z = to_float(bias.element[0]), v.w = to_float(bias.element[1]);
         }
-        return make_float4(v[0], v[1], v[2], v[3]);
+        return v;
     }
     INLINE void store(const int (&c)[BN / 2], const float (&row_scale)[2], int row, int column,
-                      unsigned columns) const {
-        const int lane = threadIdx.x % 32, quad = lane % 4;
+                      const float4* columns) const {
+        const int quad = threadIdx.x % 4;
         const auto result = [&](int group, int h, float4 scales, float4 gates, float (&y)[2]) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
@@ -309,9 +258,8 @@ struct Int8Product {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int group = block * 4 + i;
-                const float4 scales = columns_at(columns + (group * 4 + quad) * 16);
-                float4 gates = scales;
-                if constexpr (GATED) gates = columns_at(columns + ((group + OUT / 8) * 4 + quad) * 16);
+                const float4 scales = columns[group * 4 + quad];
+                const float4 gates = columns[(GATED ? group + OUT / 8 : group) * 4 + quad];
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float y[2];
@@ -330,14 +278,10 @@ struct Int8Product {
         }
     }
     INLINE void add(const float (&y)[2], int row, int column) const {
+        if (row >= rows || column >= args.columns) return;
         float* to = (float*)args.y + (long long)row * args.columns + column;
-        if (row >= rows) return;
-        if (column + 1 < args.columns && args.columns % 2 == 0)
-            asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};"
-                         ::"l"(to), "f"(y[0]), "f"(y[1]) : "memory");
-        else
-            for (int e = 0; e < 2; e++)
-                if (column + e < args.columns) to[e] += y[e];
+        asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};"
+                     ::"l"(to), "f"(y[0]), "f"(y[1]) : "memory");
     }
     INLINE unsigned two_integers(float low, float high) const {
         unsigned y;
@@ -349,108 +293,107 @@ struct Int8Product {
         return __float2int_rn(fminf(fmaxf(y * args.factor, -127.f), 127.f));
     }
     INLINE void put(const unsigned (&words)[4], int row, int column) const {
-        T* to = (T*)args.y + (long long)row * args.columns + column;
         if (row >= rows || column >= args.columns) return;
         if constexpr (INTEGERS) {
             signed char* integers = (signed char*)args.y + (long long)row * args.columns + column;
             *(uint2*)integers = make_uint2(words[0] | words[1] << 16, words[2] | words[3] << 16);
-        } else if (args.columns % 8 == 0) {
-            *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
         } else {
-#pragma unroll
-            for (int e = 0; e < 8; e++)
-                if (column + e < args.columns) to[e].bits = words[e / 2] >> e % 2 * 16;
+            T* to = (T*)args.y + (long long)row * args.columns + column;
+            *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
         }
     }
 
     // A warp group
 
+    // Where the next load is, so many stages further on: 2 stage + the parity of its phase.
+    static INLINE unsigned after(unsigned at, int stages) {
+        const unsigned stage = at / 2 + stages;
+        return stage % STAGES * 2 + ((at ^ stage / STAGES) & 1);
+    }
+    INLINE void release(unsigned at) const {
+        if (threadIdx.x % 32 == 0) barrier_arrive(emptied(at / 2));
+    }
+    INLINE void sum_up(int (&c)[PARTS][BN / 2], int group, unsigned at) const {
+        unsigned last = at;
+        for (int k = 0; k < k_steps; k++, last = at, at = after(at, 1)) {
+            barrier_wait(filled(at / 2), at & 1);
+            const unsigned place = base + at / 2 * STAGE;
+            const auto x = matrix_at(place + (TURNS ? 0 : group * 64 * INT8_INPUTS));
+            const auto w = matrix_at(place + X_BYTES);
+            multiply_begin();
+#pragma unroll
+            for (int i = 0; i < INT8_INPUTS / 32; i++)  // 32 bytes further on, of 16 each
+#pragma unroll
+                for (int part = 0; part < PARTS; part++)
+                    multiply(c[part], x + part * (64 * INT8_INPUTS / 16) + 2 * i, w + 2 * i, k + i > 0);
+            multiply_queued();
+            if (k > 0) multiply_done<1>(), release(last);
+        }
+    }
     INLINE void multiply_tiles(int group) {
         wait_for_inputs();
         count_tiles();
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-        unsigned columns = base + STAGES * STAGE + 2 * group * COLUMN_BYTES;
-        int stage = 0;
-        unsigned parity = 0;
-        const auto release = [&](int s) {  // to all whose copies reach this block
-            if constexpr (BLOCKS == 1) {
-                if (lane == 0) barrier_arrive(emptied(s));
-            } else {
-                if (lane < BLOCKS && (lane % CM == rank % CM || lane / CM == rank / CM))
-                    barrier_arrive(emptied(s), lane);
-            }
-        };
-        bool first = true;
-        for (int tile = blockIdx.x / BLOCKS; tile < row_tiles * column_tiles;
-             tile += gridDim.x / BLOCKS) {
+        const int thread = threadIdx.x % 128, tiles = row_tiles * column_tiles;
+        const int skipped = TURNS ? group : 0, step = gridDim.x * PARTS;
+        unsigned at = after(0, skipped * k_steps);
+        float4* columns = (float4*)(shared + STAGES * STAGE + 2 * group * COLUMN_BYTES);
+        for (int n = skipped, tile = blockIdx.x + skipped * gridDim.x; tile < tiles; n++, tile += step) {
             int row, column;
             place(tile, row, column);
-            row += group * 64 + warp * 16 + lane / 4;
+            row += (TURNS ? 0 : group * 64) + thread / 32 * 16 + thread % 32 / 4;
             const float4 two = two_columns(column);
-            float row_scale[2];
+            float row_scale[PARTS][2];
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-                row_scale[h] = args.row_scale[min(row + 8 * h, rows - 1) * args.row_step];
-            if (first && group == 1 && k_steps > INT8_LAG) asm volatile("bar.sync 3, 256;" ::: "memory");
-            int c[BN / 2];
-            int last = stage;
-            for (int k = 0; k < k_steps; k++) {
-                barrier_wait(filled(stage), parity);
-                const unsigned at = base + stage * STAGE;
-                const auto x = matrix_at(at + group * 64 * INT8_INPUTS), w = matrix_at(at + X_BYTES);
-                multiply_begin();
-#pragma unroll
-                for (int i = 0; i < INT8_INPUTS / 32; i++)  // 32 bytes further on
-                    multiply(c, x + 2 * i, w + 2 * i, k + i > 0);
-                multiply_queued();
-                if (k > 0) {
-                    multiply_done<1>();
-                    release(last);
-                }
-                if (first && group == 0 && k == INT8_LAG) asm volatile("bar.arrive 3, 256;" ::: "memory");
-                last = stage;
-                if (++stage == STAGES) stage = 0, parity ^= 1;
-            }
-            multiply_done(c);
-            release(last);
-            first = false;
-            const unsigned at = columns + threadIdx.x % 128 * 16;
-            if (threadIdx.x % 128 < BN / 2)
-                asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                             ::"r"(at), "f"(two.x), "f"(two.y), "f"(two.z), "f"(two.w) : "memory");
+            for (int i = 0; i < 2 * PARTS; i++)
+                row_scale[i / 2][i % 2] =
+                    args.row_scale[min(row + i / 2 * 64 + i % 2 * 8, rows - 1) * args.row_step];
+            // One after the other: a barrier tells its last phase only from the one before
+            if (TURNS && n > 0) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
+            int c[PARTS][BN / 2];
+            sum_up(c, group, at);
+            if (TURNS && tile + (int)gridDim.x < tiles)
+                asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory");
+            multiply_done<0>();
+            release(after(at, k_steps - 1));
+            at = after(at, k_steps * PARTS);
+            float4* own = columns + (n & 1) * (COLUMN_BYTES / 16);
+            if (thread < BN / 2) own[thread] = two;
             asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-            store(c, row_scale, row, column, columns);
-            columns = base + STAGES * STAGE + 2 * group * COLUMN_BYTES +
-                      (columns == base + STAGES * STAGE + 2 * group * COLUMN_BYTES) * COLUMN_BYTES;
+#pragma unroll
+            for (int part = 0; part < PARTS; part++, row += 64) {
+                multiplied(c[part]);
+                asm volatile("" : "+r"(row), "+r"(column));  // no addresses are kept in registers
+                store(c[part], row_scale[part], row, column, own);
+            }
         }
     }
 };
 
-template <int BN, int CM, int CN, int ACT, bool GATED, bool ONTO, bool INTEGERS = false>
+template <int BN, bool TURNS, int ACT, bool GATED, bool ONTO, bool INTEGERS>
 INLINE void int8_product(const Int8Args& args) {
-    typedef Int8Product<BN, CM, CN, ACT, GATED, ONTO, INTEGERS> Product;
+    typedef Int8Product<BN, TURNS, ACT, GATED, ONTO, INTEGERS> Product;
     extern __shared__ char int8_shared[];
     launch_dependents();
-    Product product = {args, (shared_address(int8_shared) + 1023) & ~1023u,
-                       (int)rank_in_cluster<CM * CN>()};
-    product.k_steps = (args.inputs + INT8_INPUTS - 1) / INT8_INPUTS;
-    product.column_tiles = (args.columns + Product::OUT * CN - 1) / (Product::OUT * CN);
+    const unsigned start = (unsigned)__cvta_generic_to_shared(int8_shared);
+    const unsigned base = (start + 1023) & ~1023u;
+    Product product = {args, int8_shared + (base - start), base,
+                       (args.inputs + INT8_INPUTS - 1) / INT8_INPUTS,
+                       (args.columns + Product::OUT - 1) / Product::OUT};
     if (threadIdx.x == 0) {
+        asm volatile("prefetch.tensormap [%0];" ::"l"(&args.x) : "memory");
         for (int s = 0; s < Product::STAGES; s++) {
             barrier_make(product.filled(s), 1);
-            barrier_make(product.emptied(s), 8 * (CM + CN - 1));  // a warp of each block that reads it
+            barrier_make(product.emptied(s), Product::WARPS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
-    cluster_sync<CM * CN>();
+    __syncthreads();
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 0) product.load();
-        __syncwarp();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         product.multiply_tiles(threadIdx.x / 128 - 1);
     }
-    if constexpr (CM * CN > 1) cluster_sync<CM * CN>();  // nobody leaves whom others still copy to
 }

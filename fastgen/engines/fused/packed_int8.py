@@ -31,16 +31,17 @@ class Int8Weight:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block computes at a time: 128 rows of x by so many columns of weights; and the blocks
-    of a cluster, which share what they load."""
+    """What a block computes at a time: 128 rows of x by columns of weights; and what that takes."""
 
     columns: int
-    row_blocks: int = 1
-    column_blocks: int = 1
-
-    @property
-    def blocks(self) -> int:
-        return self.row_blocks * self.column_blocks
+    turns: bool
+    """Whether the two warp groups have a tile each, and one multiplies while the other stores."""
+    step: float
+    """Microseconds for 128 columns of x, on an H100; these are what tiles are chosen by."""
+    each: float
+    """Microseconds of a tile beside these."""
+    once: float = 0.0
+    """Microseconds of the last tile that no other hides."""
 
     @property
     def stages(self) -> int:
@@ -52,11 +53,19 @@ class Tile:
         stage = (ROWS + self.columns) * INPUTS + 16  # with its two barriers
         return self.stages * stage + 4 * self.columns * 8 + 1024  # scales; for its first address
 
+    def count(self, rows: int, outputs: int, gated: bool) -> int:
+        columns = self.columns // 2 if gated else self.columns
+        return -(-rows // ROWS) * -(-outputs // columns)
+
+    def __str__(self) -> str:
+        return f"{self.columns}{' in turns' * self.turns}"
+
 
 TILES = (
-    Tile(256, 2),
-    Tile(128, 2),
-    Tile(128),
+    Tile(64, False, 0.27, 1.0),
+    Tile(128, False, 0.36, 1.7),
+    Tile(128, True, 0.38, 0.5, 1.2),
+    Tile(256, False, 0.69, 2.5),
 )
 
 
@@ -70,17 +79,17 @@ class Int8Args(ctypes.Structure):
     ]
 
 
-def check(device: torch.device, dtype: torch.dtype, inputs: int) -> None:
+def check(device: torch.device, dtype: torch.dtype, inputs: int, outputs: int) -> None:
     """
     Raises:
-        NotFused: this GPU, activations of this dtype or rows of so many columns are not served.
+        NotFused: this GPU, activations of this dtype or a weight of this size are not served.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
         raise NotFused("8-bit products of many rows need compute capability 9.0")
     if dtype not in (torch.float16, torch.bfloat16):
         raise NotFused(f"8-bit products in {dtype}: float16 or bfloat16")
-    if inputs % 16:
-        raise NotFused(f"8-bit products of {inputs} columns: a multiple of 16")
+    if inputs % 16 or outputs % 8:
+        raise NotFused(f"8-bit products of {inputs} to {outputs} columns: multiples of 16 and 8")
 
 
 class Int8Product:
@@ -116,13 +125,14 @@ class Int8Product:
         self.kernels = {tile: TiledProduct(self, tile) for tile in TILES}
 
     def __call__(self, size: Size) -> None:
-        outputs, processors = self.y.width, _processors(self.weight.values.device)
-        tile = best_tile(size.tokens, outputs, self.gate is not None, processors)
-        kernel = self.kernels[tile]
-        if kernel.on_gpu:
-            kernel(size, processors)
-        else:
+        device = self.weight.values.device
+        if device.type != "cuda":
             self.reference(size)
+            return
+        outputs, inputs = self.weight.values.shape
+        processors, gated = _processors(device), self.gate is not None
+        tile = best_tile(size.tokens, inputs, outputs, gated, processors)
+        self.kernels[tile](size, processors)
 
     def reference(self, size: Size) -> None:
         x, scale = self.x.rows(size.tokens).double(), self.row_scale
@@ -151,7 +161,7 @@ class TiledProduct(Kernel):
     def __init__(self, product: Int8Product, tile: Tile) -> None:
         super().__init__()
         self._product, self._tile = product, tile
-        self.shared_bytes, self.cluster = tile.shared_bytes, tile.blocks
+        self.shared_bytes = tile.shared_bytes
         weights = [w for w in (product.weight, product.gate) if w is not None]
         outputs, inputs = product.weight.values.shape
         self.arguments = args = Int8Args(columns=outputs, inputs=inputs)
@@ -165,23 +175,22 @@ class TiledProduct(Kernel):
         tile, product = self._tile, self._product
         flags = f"{product.activation or 'STORED'}, {_word(product.gate)}, {_word(product.onto)}"
         flags += f", {_word(product.step)}"
-        return f"int8_product<{tile.columns}, {tile.row_blocks}, {tile.column_blocks}, {flags}>"
+        return f"int8_product<{tile.columns}, {_word(tile.turns)}, {flags}>"
 
     def __call__(self, size: Size, processors: int) -> None:
         args, product, tile = self.arguments, self._product, self._tile
         x, scale = product.x.tensor, product.row_scale
         if self._mapped != x.data_ptr():
-            parts = max(2, tile.row_blocks)
             for i, weight in enumerate(self._weights):
-                each = tile.columns // parts
-                _fill(args.weight[i], nvrtc.tensor_map(weight.values, each))
-            _fill(args.x, nvrtc.tensor_map(x, ROWS // tile.column_blocks))
+                _fill(args.weight[i], nvrtc.tensor_map(weight.values, tile.columns // 2))
+            _fill(args.x, nvrtc.tensor_map(x, ROWS))
             self._mapped = x.data_ptr()
         rows = scale.tensor if isinstance(scale, Buffer) else scale
         args.row_scale, args.row_step = rows.data_ptr(), int(isinstance(scale, Buffer))
         args.y, args.rows = product.y.tensor.data_ptr(), size.tokens
-        clusters = _clusters(tile, size.tokens, args.columns, product.gate is not None)
-        self.launch(min(clusters, processors // tile.blocks) * tile.blocks)
+        args.count = None if size.even else size.starts[-1:].data_ptr()
+        tiles = tile.count(size.tokens, args.columns, product.gate is not None)
+        self.launch(min(tiles, processors))
 
 
 def _fill(field: ctypes.Array[ctypes.c_uint64], tensor_map: bytes) -> None:
@@ -192,24 +201,16 @@ def _word(flag: object) -> str:
     return str(flag is not None and flag is not False).lower()
 
 
-def _clusters(tile: Tile, rows: int, outputs: int, gated: bool) -> int:
-    columns = (tile.columns // 2 if gated else tile.columns) * tile.column_blocks
-    return -(-rows // (ROWS * tile.row_blocks)) * -(-outputs // columns)
-
-
-def best_tile(rows: int, outputs: int, gated: bool, processors: int) -> Tile:
+def best_tile(rows: int, inputs: int, outputs: int, gated: bool, processors: int) -> Tile:
     """The tile by which all processors are done first."""
 
-    def rounds(tile: Tile) -> int:
-        clusters = _clusters(tile, rows, outputs, gated)
-        return -(-clusters // (processors // tile.blocks)) * tile.columns
+    def time(tile: Tile) -> float:
+        rounds = -(-tile.count(rows, outputs, gated) // processors)
+        return rounds * (-(-inputs // INPUTS) * tile.step + tile.each) + tile.once
 
-    return min(TILES, key=rounds)
+    return min(TILES, key=time)
 
 
 @cache
 def _processors(device: torch.device) -> int:
-    """Of a GPU; on a CPU one."""
-    if device.type != "cuda":
-        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

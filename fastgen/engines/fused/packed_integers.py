@@ -80,7 +80,7 @@ def integer_product(
 ) -> "IntegerProduct | Int8Product":
     """What computes it (see ``IntegerProduct``): a kernel of our own where it runs."""
     try:
-        check(product.matrix.device, dtype, product.matrix.shape[0])
+        check(product.matrix.device, dtype, *product.matrix.shape)
     except NotFused:
         return IntegerProduct(product, gate, leaves)
     assert isinstance(product.x, Rounded)

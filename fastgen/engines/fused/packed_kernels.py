@@ -44,7 +44,7 @@ class Kernel:
     threads = THREADS
     overlaps = True
     """Whether it may start while the launch before it runs: it then waits for its inputs itself."""
-    shared_bytes, cluster = 0, 1
+    shared_bytes = 0
     alone = False
     """Whether a processor has one block of it, whose warps share out its registers themselves."""
 
@@ -57,15 +57,8 @@ class Kernel:
         raise NotImplementedError
 
     def prepare(self, program: Program, name: str) -> None:
-        launch = Launch(
-            name,
-            (1, 1),
-            self.threads,
-            self.arguments,
-            self.shared_bytes,
-            self.cluster,
-            self.overlaps,
-        )
+        given = name, (1, 1), self.threads, self.arguments, self.shared_bytes
+        launch = Launch(*given, overlaps=self.overlaps)
         self._prepared = program.prepare(launch)
 
     def launch(self, blocks: int) -> None:
