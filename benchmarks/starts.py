@@ -92,13 +92,13 @@ def measure(folder: Path, kind: str, threads: int) -> Start:
         small.generate(ids, max_new_tokens=4)
     files = status("RssFile")
     model = model_of(folder / "model", stock, kind, folder / "cache")
-    before, peak = memory(), Peak()
+    before, peak = memory("cpu"), Peak()
     peak.start()
     start = time.perf_counter()
     model.compile_engine()
     ready = time.perf_counter() - start
     model.generate(ids, max_new_tokens=64, min_new_tokens=64)
-    most, resting = peak.end() - before, memory() - before
+    most, resting = peak.end() - before, memory("cpu") - before
     entries = EngineCache(folder / "cache").entries()
     quantised = sum(e.size for e in entries if e.title.endswith(" weights")) / 2**20
     return Start(ready, most, resting, status("RssFile") - files, quantised)
