@@ -123,7 +123,7 @@ class BuildsEngines(torch.nn.Module):
             method: name of the method of ``root`` that builds the computation.
             specs: the graph's inputs and outputs.
         """
-        own = self._weights()
+        own = self._weights(target)
         types, forms = own.described([n for n, _ in root.named_parameters()])
         options, backend = self.engine_options, choice.backend(target.backend)
         device = next(iter(own.values())).device
@@ -176,10 +176,11 @@ class BuildsEngines(torch.nn.Module):
         if self.device.type == "cpu" and (rounded := own.rounded()):
             self._copies += (Fingerprint(part.detach()[::_LOOKED_AT] for part in rounded),)
 
-    def _weights(self) -> Weights:
-        """What engines read: parameters, and what is made of them."""
-        wide = self.device.type == "cpu"
-        exact = self.engine_options.weights == "full" and wide
+    def _weights(self, target: Target | None = None) -> Weights:
+        """What engines of a target read: parameters, and what is made of them; without one, what is
+        to be let go."""
+        exact = self.engine_options.weights == "full" and self.device.type == "cpu"
+        wide = target is not None and target.dtype == "float32"
         forms = {name: weight.form(exact) for name, weight in self._held.items()}
         own, whole = self._own_tensors(), self._read_whole()
         return Weights(own, self._made, whole, wide, self._held, forms)

@@ -190,7 +190,7 @@ def _fused_engine(module: Any, target: Target, shape: Shape) -> FusedEngine | No
     """What runs most steps on a GPU, and prompts of a decoder without a source."""
     if target.device != "cuda" or target.held:  # no kernels for zeros, nor for all group sizes
         return None
-    step, own = module._decoder_root(), module._weights()
+    step, own = module._decoder_root(), module._weights(target)
     fused = FusedEngine(step, target, own, module._engine_cache())
     if target.weights != "full" and not module.engine_options.keep_torch_weights:
         size = BucketSize(1, 1, module.engine_options.min_bucket, 1 if shape.source else 0)

@@ -131,7 +131,7 @@ class FastEncoder(StockForward, EngineModule):
         served = target.device == "cuda" and target.contrib
         if not served or not self.engine_options.fused_kernels:
             return None
-        root, own, kept = self._encoder_root(), self._weights(), self._engine_cache()
+        root, own, kept = self._encoder_root(), self._weights(target), self._engine_cache()
         target = replace(target, calibration=self._calibration)
         try:
             fused = PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
