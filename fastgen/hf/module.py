@@ -293,6 +293,7 @@ class EngineModule(Explained, BuildsEngines):
             "_engine",
             "_engine_weights",
             "_copies",
+            "_edited",
             "_made",
             "_held",
             "_gone",

@@ -201,3 +201,14 @@ def test_the_record_names_no_place(tmp_path: Path) -> None:
     for path in weights_in(tmp_path):
         record = json.loads(path.with_suffix(".json").read_text())
         assert str(tmp_path) not in json.dumps(record["key"])
+
+
+def test_a_copy_of_an_edited_model_leaves_its_weights(tmp_path: Path) -> None:
+    model, ids = started("gpt2", tmp_path), prompts("gpt2")
+    model.generate(ids, max_new_tokens=2)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.mul_(2)
+    model.generate(ids, max_new_tokens=2)
+    before = len(weights_in(tmp_path))
+    copy.deepcopy(model).generate(ids, max_new_tokens=2)
+    assert len(weights_in(tmp_path)) > before
