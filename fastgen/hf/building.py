@@ -65,7 +65,8 @@ class BuildsEngines(torch.nn.Module):
         return (BuildsEngines,)
 
     def _choose_target(self) -> Target:
-        self._held = table.weights_in(self)
+        known = table.known_in(self)
+        self._held = table.weights_in(known)
         parameters = self._own_tensors()
         name, first = next(iter(parameters.items()))
         try:
@@ -74,7 +75,7 @@ class BuildsEngines(torch.nn.Module):
             raise self._while_as_it_is(name, first, str(error)) from error
         target = table.served(target, self._held.values())
         kept = tuple(getattr(self, "_keep_in_fp32_modules", None) or ())
-        if refusal := table.refusal(self):
+        if refusal := table.refusal(known):
             raise refusal
         for name, parameter in parameters.items():
             if isinstance(parameter, Gone):

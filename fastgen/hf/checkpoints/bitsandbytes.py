@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastgen.hf.checkpoints.held import Held, Integers
+from fastgen.hf.checkpoints.held import Held, Integers, around
 
 
 def read(module: torch.nn.Module) -> Held | str | None:
@@ -37,7 +37,7 @@ def read(module: torch.nn.Module) -> Held | str | None:
 
 def _unpack(module: torch.nn.Module) -> Integers:
     values, largest = _inside(module)
-    return Integers(values.view(torch.uint8) + 128, largest.float()[:, None] / 127, None)
+    return Integers(around(values, 128), largest.float()[:, None] / 127, None)
 
 
 def _inside(module: torch.nn.Module) -> list[torch.Tensor]:

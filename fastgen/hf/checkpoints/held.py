@@ -27,6 +27,11 @@ class Integers:
     """uint8 [N, S]; None: the step in the middle, 128 or 8."""
 
 
+def around(values: torch.Tensor, middle: int) -> torch.Tensor:
+    """int8 as uint8 around another number than zero."""
+    return (values.view(torch.uint8) + middle).contiguous()  # modulo 256
+
+
 @dataclass(frozen=True, eq=False)
 class Held:
     """The weight of one module in fewer bits. It keeps neither the module nor the weight alive."""
@@ -48,11 +53,15 @@ class Held:
     rounds: str | None = None
     """What the library rounds beside the weight, in words: its results are then its own."""
 
+    def _module(self) -> torch.nn.Module:
+        part = self.part()
+        assert part is not None, "the module is gone"
+        return part
+
     @property
     def holder(self) -> torch.Tensor:
         """The tensor that holds the values, or what is left of it."""
-        part = self.part()
-        assert part is not None, "the module is gone"
+        part = self._module()
         tensors: dict[str, torch.Tensor | None] = {**part._buffers, **part._parameters}
         found = tensors[self.leaf]
         assert found is not None
@@ -74,10 +83,8 @@ class Held:
         Args:
             dtype: of the scales.
         """
-        part = self.part()
-        assert part is not None, "the module is gone"
         with torch.inference_mode(False), torch.no_grad():
-            known = self.unpack(part)
+            known = self.unpack(self._module())
             return blocks_of(known.steps, known.scales.to(dtype), known.zeros, form)
 
 

@@ -1,6 +1,6 @@
 """The libraries that are known, and what a model has of theirs."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -18,25 +18,31 @@ READERS: tuple[Callable[[torch.nn.Module], Held | str | None], ...] = (
 """Each says what it knows of a module's weight, or why only torch runs the module."""
 
 
-def _known(root: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, Held | str]]:
-    for name, module in root.named_modules(remove_duplicate=False):
-        for read in READERS:
-            if (found := read(module)) is not None:
-                yield name, module, found
-                break
+Known = list[tuple[str, torch.nn.Module, Held | str]]
+"""What the readers say of a model's modules, with their names."""
 
 
-def weights_in(root: torch.nn.Module) -> dict[str, Held]:
+def known_in(root: torch.nn.Module) -> Known:
+    """What is known of the modules of a model, each by the first reader that knows it."""
+    modules = root.named_modules(remove_duplicate=False)
+    read = ((name, module, _read(module)) for name, module in modules)
+    return [(name, module, found) for name, module, found in read if found is not None]
+
+
+def _read(module: torch.nn.Module) -> Held | str | None:
+    return next((found for read in READERS if (found := read(module)) is not None), None)
+
+
+def weights_in(known: Known) -> dict[str, Held]:
     """The weights in fewer bits that engines may read, by their names in stock modules."""
-    found = ((name, known) for name, _, known in _known(root))
-    return {f"{name}.weight": known for name, known in found if isinstance(known, Held)}
+    return {f"{name}.weight": found for name, _, found in known if isinstance(found, Held)}
 
 
-def refusal(root: torch.nn.Module) -> Standing | None:
+def refusal(known: Known) -> Standing | None:
     """Why only torch runs a model: a part has weights in a form that engines do not read."""
-    for name, module, known in _known(root):
-        if isinstance(known, str):
-            return Standing(f"{known} ({name})", module, _as_now(module))
+    for name, module, found in known:
+        if isinstance(found, str):
+            return Standing(f"{found} ({name})", module, _as_now(module))
     return None
 
 
