@@ -282,21 +282,6 @@ class PackedOps:
         bias: Any = None,
         scale: float = 1.0,
         transposed: bool = False,
-    ) -> Product:
-        return self._linear(x, weight, bias, scale, transposed)
-
-    def wide_linear(self, x: Any, weight: Any) -> Product:
-        """Its sums stay float32 on a residual stream. Gates and activations have few large numbers
-        among many small ones, which 127 steps do not hold: as integers they are split in two."""
-        return self._linear(x, weight, split=isinstance(x, Activated))
-
-    def _linear(
-        self,
-        x: Any,
-        weight: Any,
-        bias: Any = None,
-        scale: float = 1.0,
-        transposed: bool = False,
         split: bool = False,
     ) -> Product:
         name, known = names.of_parameter(weight), self._target.calibration
@@ -314,6 +299,11 @@ class PackedOps:
         step = None if found is None else found.symmetric()
         of = self._as_integers(x, step, split and step is None, values.device)
         return Product(of, values.T, addend, steps=steps, name=name)
+
+    def wide_linear(self, x: Any, weight: Any) -> Product:
+        """Its sums stay float32 on a residual stream. Gates and activations have few large numbers
+        among many small ones, which 127 steps do not hold: as integers they are split in two."""
+        return self.linear(x, weight, split=isinstance(x, Activated))
 
     def _as_integers(
         self, x: Any, step: float | None, split: bool, device: torch.device
