@@ -4,35 +4,25 @@
 // holds one in registers, VEC neighbouring elements a load (8, or 1 where some width or address forbids
 // it), and loops over the columns.
 
-// Sum of one number of each thread over the block.
-template <int THREADS> INLINE float block_sum(float x) {
-    __shared__ float parts[THREADS / 32];
-#pragma unroll
-    for (int o = 16; o; o /= 2) x += __shfl_xor_sync(~0u, x, o);
-    if constexpr (THREADS == 32) return x;
-    __syncthreads();  // an earlier sum was read
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = 0.f;
-#pragma unroll
-    for (int w = 0; w < THREADS / 32; w++) x += parts[w];
-    return x;
-}
+struct Sum { static INLINE float of(float a, float b) { return a + b; } };
+struct Most { static INLINE float of(float a, float b) { return fmaxf(a, b); } };
 
-// The largest of one number of each thread over the block, none below zero.
-template <int THREADS> INLINE float block_most(float x) {
+// One number of each thread over the block: their Sum, or their Most, none below zero.
+template <class OF, int THREADS> INLINE float over_block(float x) {
     __shared__ float parts[THREADS / 32];
 #pragma unroll
-    for (int o = 16; o; o /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, o));
+    for (int o = 16; o; o /= 2) x = OF::of(x, __shfl_xor_sync(~0u, x, o));
     if constexpr (THREADS == 32) return x;
     __syncthreads();  // an earlier one was read
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
     __syncthreads();
     x = 0.f;
 #pragma unroll
-    for (int w = 0; w < THREADS / 32; w++) x = fmaxf(x, parts[w]);
+    for (int w = 0; w < THREADS / 32; w++) x = OF::of(x, parts[w]);
     return x;
 }
+template <int THREADS> INLINE float block_sum(float x) { return over_block<Sum, THREADS>(x); }
+template <int THREADS> INLINE float block_most(float x) { return over_block<Most, THREADS>(x); }
 
 template <int THREADS> INLINE int block_count(int x) {
     return (int)block_sum<THREADS>((float)x);  // exact up to 2^24
