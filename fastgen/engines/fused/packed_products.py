@@ -77,11 +77,7 @@ class Products:
     def __call__(self, size: Size) -> None:
         pairs = zip(self.products, self.writes, strict=True)
         runs = [partial(product.into, y, size) for product, y in pairs]
-        if not size.side or fill(self.products, size):
-            for run in runs:
-                run()
-            return
-        side_by_side(runs, size, self.ahead)
+        _queue(self.products, runs, size, self.ahead)
 
 
 class Together:
@@ -93,21 +89,32 @@ class Together:
         self.writes = [buffer for each in launches for buffer in each.writes]
 
     def __call__(self, size: Size) -> None:
-        if size.side and not fill(self._products, size):
-            side_by_side([partial(launch, size) for launch in self.launches], size)
-            return
-        for launch in self.launches:
-            launch(size)
+        _queue(self._products, [partial(launch, size) for launch in self.launches], size)
 
 
-def fill(products: Sequence[Product], size: Size) -> bool:
+def _queue(
+    products: Sequence[Product],
+    runs: Sequence[Callable[[], None]],
+    size: Size,
+    ahead: Callable[[], None] | None = None,
+) -> None:
+    """Queue what computes each product: side by side, if there are streams for that and some
+    product alone leaves processors idle. For ``ahead`` see ``_side_by_side``."""
+    if size.side and not _fill(products, size):
+        _side_by_side(runs, size, ahead)
+        return
+    for run in runs:
+        run()
+
+
+def _fill(products: Sequence[Product], size: Size) -> bool:
     """Whether each of them fills a GPU by itself: side by side they would only wait."""
     least = min(product.matrix.numel() for product in products)
     return size.tokens > FILLING_TOKENS and least >= FILLING
 
 
-def side_by_side(
-    runs: Sequence[Callable[[], None]], size: Size, ahead: Callable[[], None] | None = None
+def _side_by_side(
+    runs: Sequence[Callable[[], None]], size: Size, ahead: Callable[[], None] | None
 ) -> None:
     """Queue work on streams of its own: few rows leave most of a GPU's processors idle.
 
