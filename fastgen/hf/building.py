@@ -14,6 +14,7 @@ from fastgen.calibration import Calibration
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
+from fastgen.engines.fused.recorder import Narrow
 from fastgen.file_pages import FilePages
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
@@ -51,6 +52,8 @@ class BuildsEngines(torch.nn.Module):
     """What engines read instead of weights."""
     _held: Mapping[str, Held] = MappingProxyType({})
     """Weights that the model has in fewer bits, and that engines read, by their stock names."""
+    _unfused: str | None = None
+    """Why fused kernels do not run it, in words."""
     _calibration: Calibration | None = None
     _gone = 0
     """How many of them there were when torch's weights were let go last."""
@@ -182,7 +185,8 @@ class BuildsEngines(torch.nn.Module):
         to be let go."""
         exact = self.engine_options.weights == "full" and self.device.type == "cpu"
         wide = target is not None and target.dtype == "float32"
-        forms = {name: weight.form(exact) for name, weight in self._held.items()}
+        on_gpu = self.device.type == "cuda"
+        forms = {name: weight.form(exact, on_gpu) for name, weight in self._held.items()}
         own, whole = self._own_tensors(), self._read_whole()
         return Weights(own, self._made, whole, wide, self._held, forms)
 
@@ -202,6 +206,12 @@ class BuildsEngines(torch.nn.Module):
         kinds = {(s.library, s.kind) for part in parts for s in part._held.values()}
         return " and ".join(f"{library}'s {kind}" for library, kind in sorted(kinds)) or None
 
+    def narrow_reasons(self) -> list[str]:
+        """Why other kernels than the fused ones compute by a checkpoint in fewer bits."""
+        parts = [part for part in self.modules() if isinstance(part, BuildsEngines) and part._held]
+        reasons = dict.fromkeys(part._unfused for part in parts if part._unfused)
+        return [f"ONNX Runtime's kernels multiply by {why}" for why in reasons]
+
     def _read_whole(self) -> set[int] | None:
         """Ids of the parameters that stay with ``keep_torch_weights=False``, as something looks
         them up, or reads them by pointer; None: all stay."""
@@ -214,6 +224,13 @@ class BuildsEngines(torch.nn.Module):
             elif isinstance(part, BuildsEngines) and part._plain:
                 own = tensors_of(part)
                 found |= {id(own[name]) for name in part._plain if name in own}
+        return found
+
+    def _held_for_kernels(self, own: Weights, root: graph_nn.Module) -> dict[str, Narrow]:
+        """What fused kernels read of a checkpoint in fewer bits, whose edits are looked for."""
+        held = {name: own.held[name] for name, _ in root.named_parameters() if name in own.held}
+        found = {n: Narrow(weight.form_of_kernels(), weight.shape) for n, weight in held.items()}
+        self._copies += own.looked_at(weight.form.names(n)[0] for n, weight in found.items())
         return found
 
     def _let_go(self) -> None:

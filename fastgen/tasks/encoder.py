@@ -44,8 +44,6 @@ class FastEncoder(StockForward, EngineModule):
     families that pack, too."""
     reads_padding = False
     """Whether a head reads the hidden states of padding, which are computed then."""
-    _unfused: str | None = None
-    """Why no fused kernels run where there are some."""
     _beside = ""
     """Prefixes of the parameters that no graph knows: of stock code beside it."""
 
