@@ -209,8 +209,8 @@ class BuildsEngines(torch.nn.Module):
     def narrow_reasons(self) -> list[str]:
         """Why other kernels than the fused ones compute by a checkpoint in fewer bits."""
         parts = [part for part in self.modules() if isinstance(part, BuildsEngines) and part._held]
-        reasons = dict.fromkeys(part._unfused for part in parts if part._unfused)
-        return [f"ONNX Runtime's kernels multiply by {why}" for why in reasons]
+        whys = ((type(part).__qualname__, part._unfused) for part in parts if part._unfused)
+        return [f"ONNX Runtime's kernels run {name}: {why}" for name, why in dict.fromkeys(whys)]
 
     def _read_whole(self) -> set[int] | None:
         """Ids of the parameters that stay with ``keep_torch_weights=False``, as something looks
