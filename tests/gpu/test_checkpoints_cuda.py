@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import T5Config
 
 import fastgen
+from fastgen.blockwise import Format
 from fastgen.engines import nvrtc
 from fastgen.engines.fused.engine import FusedBinding
 from fastgen.engines.fused.ops import FusedOps
@@ -192,9 +193,12 @@ def test_models_run_fused(how: str, dtype: torch.dtype, rows: int) -> None:
 def test_bitsandbytes_where_fewer_bits_are_asked_for() -> None:
     fast, wide = models(fakes.bitsandbytes, weights="int8", keep_torch_weights=False)
     ours, right = generated(fast), generated(wide)
-    assert fast.ran_fused()
+    assert fast.ran_fused() and fast.encoder._engine.fused is not None
     first, theirs = ours.logits[0].double(), right.logits[0]
-    assert float((first - theirs).norm() / theirs.norm()) <= 0.05  # the head is rounded, too
+    assert float((first - theirs).norm() / theirs.norm()) <= 0.1  # head and activations are rounded
+    weight = fast.encoder.block[0].layer[0].SelfAttention.q.weight
+    made = fast.encoder._made["block.0.layer.0.SelfAttention.q.weight", Format("int8", 0)]
+    assert made.blocks.values.data_ptr() == weight.data_ptr()
 
 
 def test_weights_that_kernels_read_stay_and_others_go() -> None:

@@ -1,10 +1,12 @@
 """Checkpoints in fewer bits in the fused kernels, without a GPU: what is recorded, and of whose
 numbers."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,9 @@ from fastgen.execution.bucket import Bucket, BucketSize
 from fastgen.hf.checkpoints import table
 from fastgen.hf.checkpoints.held import Held
 from fastgen.target import onnxruntime_cuda
+from tests.configs import build_pair
+from tests.engines.test_packed_integers import off, round_products, t5_inputs
+from tests.engines.test_packed_t5 import call
 from tests.hf.checkpoints import fakes
 
 TARGET = replace(onnxruntime_cuda("bfloat16"), held=True)
@@ -137,3 +142,60 @@ def test_values_that_kernels_read_are_not_let_go() -> None:
     assert own.made
     own.let_go()
     assert type(model.decoder.block[0].layer[0].SelfAttention.q.weight) is fakes.INT8
+
+
+# Encoders, which torch computes here as a GPU's kernels would
+
+INT8 = replace(onnxruntime_cuda("float32"), weights="int8", group=128)
+
+
+@pytest.fixture
+def as_on_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    with (
+        mock.patch("fastgen.hf.building.choose_target", lambda *_: request.param),
+        torch.no_grad(),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("as_on_a_gpu", [INT8], indirect=True)
+@pytest.mark.parametrize("how", [fakes.torchao(), fakes.quanto(), fakes.bitsandbytes])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_encoders_multiply_a_librarys_own_integers(how: fakes.Held) -> None:
+    pair = copy.deepcopy(build_pair("t5-1.1"))
+    stock, fast = pair.stock.get_encoder(), pair.fast.get_encoder()
+    fakes.hold(fast, how)
+    fast.engine_options = {"weights": "int8"}
+    found = fast(**call("holes"))[0]
+    for name, weight in table.weights_in(table.known_in(fast)).items():
+        part: Any = weight.part()
+        known = weight.unpack(part)
+        made = fast._made[name, Format("int8", 0)].blocks
+        assert made.values.data_ptr() == known.steps.data_ptr()
+        stock.get_parameter(name).copy_(known.steps * known.scales.float())
+    assert fast._engine.fused is not None and not fast.narrow_reasons()
+    seen = call("holes")["attention_mask"].bool()
+    expected = round_products(stock, t5_inputs)(**call("holes"))[0]
+    assert off(found[seen], expected[seen]) < 0.02  # weights rounded once more are the same
+
+
+WHOLE = replace(INT8, weights="full")
+
+
+@pytest.mark.parametrize(
+    ("as_on_a_gpu", "how", "reason"),
+    [
+        (WHOLE, fakes.torchao(), "which EngineOptions(weights='int8') asks for"),
+        (INT8, fakes.torchao(group=16), "integers in groups of 16 or with zeros"),
+    ],
+    indirect=["as_on_a_gpu"],
+)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_why_encoders_do_not_is_told(how: fakes.Held, reason: str) -> None:
+    fast = copy.deepcopy(build_pair("t5-1.1").fast).get_encoder()
+    fakes.hold(fast, how)
+    fast._drop_engine()
+    fused = fast._fused_engine(fast._choose_target(), padding=False)
+    (said,) = fast.narrow_reasons()
+    assert fused is None and said.startswith("ONNX Runtime's kernels run FastT5Stack: ")
+    assert said.endswith(reason)
