@@ -46,8 +46,10 @@ class BuildsEngines(torch.nn.Module):
     device: torch.device
     dtype: torch.dtype
     engine_options: Any
-    _copies: tuple[FilePages | Fingerprint | Looked, ...] = ()
+    _copies: tuple[FilePages | Fingerprint, ...] = ()
     """What the weights were that engines hold a second time."""
+    _looked: tuple[Looked, ...] = ()
+    """What weights in fewer bits were; nothing that engines read of them goes with them."""
     _made: dict[AnyKey, Made]
     """What engines read instead of weights."""
     _held: Mapping[str, Held] = MappingProxyType({})
@@ -167,9 +169,8 @@ class BuildsEngines(torch.nn.Module):
         own.packed(copied)
         widened = (name for name in read if not is_made(name) and own.widens(name))
         left = own.sources(dict.fromkeys((*copied, *widened)))
-        self._copies += own.looked_at([*copied, *read])
-        whole = (copy for copy in self._copies if not isinstance(copy, Looked))
-        known = {place for copy in whole for place in copy.places}
+        self._looked += own.looked_at([*copied, *read])
+        known = {place for copy in self._copies for place in copy.places}
         if left := [part for part in left if (part.data_ptr(), part.nbytes) not in known]:
             threads = self.engine_options.intra_op_threads or processes.threads()
             copies = watched(left, threads)
@@ -230,7 +231,7 @@ class BuildsEngines(torch.nn.Module):
         """What fused kernels read of a checkpoint in fewer bits, whose edits are looked for."""
         held = {name: own.held[name] for name, _ in root.named_parameters() if name in own.held}
         found = {n: Narrow(weight.form_of_kernels(), weight.shape) for n, weight in held.items()}
-        self._copies += own.looked_at(weight.form.names(n)[0] for n, weight in found.items())
+        self._looked += own.looked_at(weight.form.names(n)[0] for n, weight in found.items())
         return found
 
     def _let_go(self) -> None:

@@ -63,8 +63,9 @@ class Held:
     def holder(self) -> torch.Tensor:
         """The tensor that holds the values, or what is left of it."""
         part = self._module()
-        tensors: dict[str, torch.Tensor | None] = {**part._buffers, **part._parameters}
-        found = tensors[self.leaf]
+        found = part._parameters.get(self.leaf)
+        if found is None:
+            found = part._buffers[self.leaf]
         assert found is not None
         return found
 
