@@ -32,10 +32,14 @@ FORM = "fastgen.form"
 def lowering(builder: GraphBuilder, target: Target) -> Ops:
     """The vocabulary, lowered to what the Target has: ONNX Runtime has no product by fp8 weights,
     which only the fused kernels multiply by, so its graphs read full ones."""
-    narrow = target.weights != "full" and not (target.weights == "fp8" and target.contrib)
-    if not narrow and not target.held:
+    if not _asked(target) and not target.held:
         return ContribOps(builder, target) if target.contrib else Ops(builder, target)
     return QuantisedContribOps(builder, target) if target.contrib else QuantisedOps(builder, target)
+
+
+def _asked(target: Target) -> bool:
+    """Whether products read weights of fewer bits that are made of whole ones."""
+    return target.weights != "full" and not (target.weights == "fp8" and target.contrib)
 
 
 class QuantisedOps(Ops):
@@ -58,7 +62,7 @@ class QuantisedOps(Ops):
     def _form(self, weight: Value, transposed: bool) -> Format | None:
         """What the graph reads in place of a parameter; None: the parameter as it is."""
         form: Format | None = weight.meta.get(FORM)
-        if form is not None or self.target.weights == "full":
+        if form is not None or not _asked(self.target):
             return form
         return Format(self.target.weights, self.target.group, transposed)
 

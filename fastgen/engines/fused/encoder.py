@@ -95,7 +95,7 @@ class PackedEngine:
         # on a CPU torch computes what the kernels would
         if device.type == "cuda" and (reason := nvrtc.refusal(device)):
             raise NotFused(reason)
-        if target.held:
+        if held:
             parameters = _Known(parameters, _shapes(target, held))
         if target.weights == "int4":  # fp8 is of decoders, encoders read full weights
             raise NotFused("no products of packed tokens by int4 weights")
