@@ -23,8 +23,8 @@ _SECONDS = 0.005  # in which a session packs some 10 MB
 # Bits of an entry of /proc/self/pagemap (the kernel's Documentation/admin-guide/mm/pagemap.rst)
 _THERE, _OF_FILE = np.uint64(1 << 63 | 1 << 62), np.uint64(1 << 61)  # in memory or swapped
 
-# The kernel's search for pages of a kind (the same document), since Linux 6.7: its number, what it is
-# asked, and the kinds of pages
+# The kernel's search for pages of a kind (the same document), since Linux 6.7: its number, what it
+# is asked, and kinds of pages
 _SCAN, _ASKED = 0xC0606610, struct.Struct("12Q")
 _IS_FILE, _IS_THERE = 1 << 2, 1 << 3 | 1 << 4
 
@@ -176,8 +176,8 @@ def _unwritten(span: _Span, pagemap: int) -> bool:
 
 
 def _scan(pagemap: int, first: int, end: int) -> int:
-    """How many of the pages between two addresses are copies, of which one is enough: a fifth of the
-    time, and less, that it takes to look at each of them."""
+    """How many of the pages between two addresses are copies, at most one. It takes a fifth, and
+    less, of the time in which each of them is looked at."""
     import fcntl  # there is none on Windows, where nothing comes so far
 
     found = (ctypes.c_uint64 * 3)()
