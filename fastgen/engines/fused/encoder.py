@@ -19,6 +19,7 @@ from fastgen.engines.fused.packed_places import Count, Place, Spread
 from fastgen.engines.fused.packed_plan import allocate, fetch_ahead
 from fastgen.engines.fused.packed_products import Together
 from fastgen.engines.fused.packed_values import Buffer, Call, Size
+from fastgen.engines.fused.packed_weights import Scratch
 from fastgen.target import Target
 
 MOST_TOKENS = 16384
@@ -57,8 +58,6 @@ class PackedEngine:
             raise NotFused(reason)
         if target.held:
             raise NotFused("no products of packed tokens by a checkpoint's weights of fewer bits")
-        if target.weights == "int4":  # fp8 is of decoders, encoders read full weights
-            raise NotFused("no products of packed tokens by int4 weights")
         self.target, self.device, self._padding = target, device, padding
         self._root, self._more_ids, self._engine_cache = root, more_ids, engine_cache
         self._dtype = getattr(torch, target.dtype)
@@ -68,6 +67,7 @@ class PackedEngine:
                 raise NotFused(f"{name} is gone")
         self._parameters = parameters
         self._scratch: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
+        self._matrices = Scratch(self._dtype)
         self._read = self._record()[0].read  # what is not served is known by now, too
         self._count, self._place = Count(), Place()
         compile_kernels((self._count, self._place), self._dtype, device, engine_cache)
@@ -113,6 +113,7 @@ class PackedEngine:
     def bind(self, tokens: int, rows: int) -> "PackedBinding":
         """Record and compile the launches over buffers of so many tokens in so many rows. Bindings
         share their scratch: they run one after the other."""
+        self._matrices.on(self.device)
         ops, result = self._record()
         taken: Counter[tuple[int, torch.dtype]] = Counter()
         least = max(tokens, LEAST_ROWS)
@@ -133,7 +134,7 @@ class PackedEngine:
         return binding
 
     def _record(self) -> tuple[PackedOps, Buffer]:
-        ops = PackedOps(self.target, self._parameters)
+        ops = PackedOps(self.target, self._parameters, self._matrices)
         names = "input_ids", *self._more_ids
         results = self._root.encode(
             ops,
@@ -160,7 +161,8 @@ def compile_kernels(
         return
     names: dict[str, str] = {}
     lines = [f"#define T {nvrtc.ELEMENTS[dtype]}", "#define ROWS 1", "#define QUERIES 1"]
-    sources = dict.fromkeys((*_SOURCES, *(kernel.source for kernel in kernels)))
+    own = (source for kernel in kernels for source in (*kernel.needs, kernel.source))
+    sources = dict.fromkeys((*_SOURCES, *own))
     lines += [files("fastgen.engines.fused").joinpath(n).read_text() for n in sources]
     for kernel in kernels:
         body = kernel.body

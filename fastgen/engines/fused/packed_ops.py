@@ -30,6 +30,7 @@ from fastgen.engines.fused.packed_kernels import (
 )
 from fastgen.engines.fused.packed_products import Product, Products, Recorded, Together
 from fastgen.engines.fused.packed_values import MAX_TERMS, VECTOR, Buffer, Norm, Rounded, Term
+from fastgen.engines.fused.packed_weights import KINDS, Placing, Scratch, narrow_matrix, stand_in
 from fastgen.engines.fused.products import ACTIVATIONS
 from fastgen.engines.fused.recorder import narrow_results
 from fastgen.ops import names
@@ -82,7 +83,10 @@ class Total:
 class PackedOps:
     """Records the launches of an encoder; the methods are those of ``ops.Ops``."""
 
-    def __init__(self, target: Target, parameters: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, target: Target, parameters: Mapping[str, torch.Tensor], scratch: Scratch | None = None
+    ) -> None:
+        """``scratch`` is for weights of fewer bits; without it, it has no memory."""
         self.builder = names.Builder()
         self.embed: Embed | None = None
         """What reads a call's ids; all others read buffers."""
@@ -96,6 +100,7 @@ class PackedOps:
         """What leaves rows that somebody may read as integers."""
         self._rounded: dict[tuple[Buffer, float | None, bool], Rounded] = {}
         self._dtype = getattr(torch, target.dtype)
+        self._placing = Placing(scratch or Scratch(self._dtype), self.launches.append)
         self._rounds = narrow_results(target)
         self._zeros: dict[int, torch.Tensor] = {}
         self._streams: dict[Embedded, ResidualStream] = {}
@@ -123,10 +128,13 @@ class PackedOps:
     def _products(self, *products: Product) -> list[Buffer]:
         """The results of products that do not depend on each other."""
         if all(product.steps is None for product in products):
-            return self._record(Products(products))
+            shares = self._placing.shares(products)
+            return [
+                y for some in shares for y in self._record(Products(self._placing.placed(some)))
+            ]
         launches = [
             Products([each]) if each.steps is None else integer_product(each, self._dtype)
-            for each in products
+            for each in self._placing.placed(products)
         ]
         self._record(launches[0] if len(launches) == 1 else Together(products, launches))
         return [launch.writes[0] for launch in launches]
@@ -171,8 +179,8 @@ class PackedOps:
             product = replace(product, bias=self._no_bias(product.matrix))
         if product.bias is not None and (narrow or kind == "RELU"):
             activation = "GELU_TANH" if narrow else kind
-            return self._record(Products([replace(product, activation=activation)]))[0]
-        (y,) = self._record(Products([product]))
+            return self._products(replace(product, activation=activation))[0]
+        (y,) = self._products(product)
         self._record(Activate(y, kind))
         return y
 
@@ -289,6 +297,10 @@ class PackedOps:
         found = None if known is None else known.inputs.get(name)
         outputs, inputs = self._parameters[weight.name].shape[:: -1 if transposed else 1]
         addend = None if bias is None else self._weight(bias, outputs)
+        if found is None and self._target.weights in KINDS:
+            made_of = narrow_matrix(self._parameters, weight.name, self._target, transposed)
+            matrix = stand_in(made_of, self._dtype)
+            return Product(self.rows(x), matrix, addend, scale, made_of=made_of, name=name)
         if found is None and self._target.weights != "int8":
             matrix = self._weight(weight) if transposed else self._weight(weight).T
             return Product(self.rows(x), matrix, addend, scale, name=name)
