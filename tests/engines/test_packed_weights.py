@@ -174,9 +174,9 @@ def test_what_is_launched(name: str, made: list[int], largest: int, kind: str) -
     config.num_layers = 2
     ops, scratch = record(config, target_of(kind, "bfloat16"))
     launches = [launch for launch in ops.launches if isinstance(launch, Dequantise)]
-    assert [len(launch._made) for launch in launches] == made
+    assert [len(launch.made) for launch in launches] == made
     products = [p for each in ops.launches if isinstance(each, Products) for p in each.products]
-    assert len(products) == sum(len(launch._made) for launch in launches)
+    assert len(products) == sum(len(launch.made) for launch in launches)
     sizes = [len(half) for half in scratch._halves]
     assert max(sizes) == largest and min(sizes) in (0, largest)
     assert "Fp8" in launches[0].body if kind == "fp8" else "Ints<4, 64, bf16>" in launches[0].body

@@ -80,7 +80,7 @@ class Dequantise(Kernel):
         super().__init__()
         self.arguments = DequantiseMatricesArgs()
         self.following: Dequantise | None = None
-        self._made: list[tuple[Matrix, torch.Tensor]] = []
+        self.made: list[tuple[Matrix, torch.Tensor]] = []
         self._element = ""
         self._ready: torch.cuda.Event | None = None
 
@@ -90,20 +90,20 @@ class Dequantise(Kernel):
 
     @property
     def numbers(self) -> int:
-        return sum(prod(matrix.sizes) for matrix, _ in self._made)
+        return sum(prod(matrix.sizes) for matrix, _ in self.made)
 
     def takes(self, matrices: Sequence[Matrix]) -> bool:
         """Whether it may make these, too."""
         more = sum(prod(matrix.sizes) for matrix in matrices)
         alike = self._element == matrices[0].element
         fits = self.numbers + more <= AT_ONCE
-        return alike and fits and len(self._made) + len(matrices) <= _MATRICES
+        return alike and fits and len(self.made) + len(matrices) <= _MATRICES
 
     def make(self, matrix: Matrix, y: torch.Tensor) -> None:
         """Make one more, as numbers [out, in]."""
         assert matrix.blocks is not None
-        args, i = self.arguments, len(self._made)
-        self._made.append((matrix, y))
+        args, i = self.arguments, len(self.made)
+        self.made.append((matrix, y))
         self._element = matrix.element
         args.values[i], args.scales[i] = matrix.values.data_ptr(), matrix.blocks.scales.data_ptr()
         args.y[i], args.inputs[i] = y.data_ptr(), matrix.sizes[0]
@@ -132,7 +132,7 @@ class Dequantise(Kernel):
         if self.on_gpu:
             self.launch(-(-self.numbers // (VECTOR * _EACH * THREADS)))
             return
-        for matrix, y in self._made:
+        for matrix, y in self.made:
             assert matrix.blocks is not None
             y.copy_(dequantise(matrix.blocks, (y.shape[0], y.shape[1]), y.dtype))
 
