@@ -17,12 +17,15 @@ from fastgen.bench.shapes import shape_config
 from fastgen.blockwise import GROUPS, Format, dequantise, quantise
 from fastgen.engines import NotFused
 from fastgen.engines.fused import packed_weights
+from fastgen.engines.fused.packed_integers import IntegerProduct
 from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
 from fastgen.engines.fused.packed_products import Products
 from fastgen.engines.fused.packed_weights import Dequantise, Scratch
 from fastgen.hf.let_go import Gone
+from fastgen.quantize import calibrate
 from fastgen.target import Target, onnxruntime_cuda
 from tests.configs import build_pair
+from tests.engines.test_packed_integers import by, launched, off, round_products
 from tests.engines.test_packed_t5 import call, encoder_of
 from tests.generation.emulate import gpu_paths
 from tests.models import test_bert
@@ -108,6 +111,24 @@ def test_torchs_weights_may_go(kind: str) -> None:
     assert gone == {f"{name}.weight" for name in linear}
     assert fast(**call("right"))[0].shape == before.shape  # recorded and bound anew
     assert torch.equal(fast(**call(None))[0], before)
+
+
+def test_layers_without_a_range_beside_calibrated_ones(kind: str) -> None:
+    pair, given = copy.deepcopy(test_bert.build("Model")), test_bert.call("Model", None)
+    calibrate(pair.fast, [given], "max")
+    pair.fast.calibration = pair.fast.calibration.without("*.query", "*.output.dense")
+    steps = {name: known.symmetric() for name, known in pair.fast.calibration.inputs.items()}
+    expected = copy.deepcopy(pair.stock)
+    integers = {name for name, _ in expected.named_modules() if name in steps}
+    expected.encoder = rounded(expected.encoder, kind)
+    for name in integers:  # are rounded from the weights themselves
+        expected.get_submodule(name).weight.copy_(pair.stock.get_submodule(name).weight)
+    expected = round_products(expected, lambda name: by(steps[name]) if name in steps else None)
+    expected.pooler = pair.stock.pooler
+    found = pair.fast(**given)[0]
+    assert off(found, expected(**given)[0]) < 5e-3
+    launches = launched(pair.fast._engine._counted.launches)
+    assert {Dequantise, IntegerProduct, Products} <= {type(launch) for launch in launches}
 
 
 def ahead(launch: Dequantise, size: Any) -> None:

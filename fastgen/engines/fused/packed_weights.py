@@ -40,17 +40,16 @@ def narrow_matrix(
     Raises:
         NotFused: its size is not served.
     """
-    kind = target.weights
+    kind, group = target.weights, target.group
     assert kind != "full"
     outputs, inputs = parameters[name].shape[:: -1 if transposed else 1]
-    values, scales = (parameters[n] for n in Format(kind, target.group, transposed).names(name))
-    matrix = Matrix(values, (inputs, outputs), blocks=Blocks(values, scales, kind))
-    if inputs % VECTOR or matrix.group % _GROUP:
+    if inputs % VECTOR or group % _GROUP:
         raise NotFused(
-            f"{kind} of {name}, {inputs} inputs in groups of {matrix.group}: packed encoders "
-            f"serve multiples of {VECTOR}, groups of multiples of {_GROUP}"
+            f"{kind} of {name}, {inputs} inputs in groups of {group}: packed encoders serve "
+            f"multiples of {VECTOR}, groups of multiples of {_GROUP}"
         )
-    return matrix
+    values, scales = (parameters[n] for n in Format(kind, group, transposed).names(name))
+    return Matrix(values, (inputs, outputs), blocks=Blocks(values, scales, kind))
 
 
 def stand_in(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
