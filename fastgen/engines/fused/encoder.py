@@ -161,8 +161,8 @@ def compile_kernels(
         return
     names: dict[str, str] = {}
     lines = [f"#define T {nvrtc.ELEMENTS[dtype]}", "#define ROWS 1", "#define QUERIES 1"]
-    own = (source for kernel in kernels for source in (*kernel.needs, kernel.source))
-    sources = dict.fromkeys((*_SOURCES, *own))
+    needed = (name for kernel in kernels for name in (*kernel.behind, kernel.source))
+    sources = dict.fromkeys((*_SOURCES, *needed))
     lines += [files("fastgen.engines.fused").joinpath(n).read_text() for n in sources]
     for kernel in kernels:
         body = kernel.body

@@ -30,7 +30,7 @@ from fastgen.engines.fused.packed_kernels import (
 )
 from fastgen.engines.fused.packed_products import Product, Products, Recorded, Together
 from fastgen.engines.fused.packed_values import MAX_TERMS, VECTOR, Buffer, Norm, Rounded, Term
-from fastgen.engines.fused.packed_weights import KINDS, Placing, Scratch, narrow_matrix, stand_in
+from fastgen.engines.fused.packed_weights import KINDS, Placing, Scratch, narrow_matrix
 from fastgen.engines.fused.products import ACTIVATIONS
 from fastgen.engines.fused.recorder import narrow_results
 from fastgen.ops import names
@@ -128,10 +128,8 @@ class PackedOps:
     def _products(self, *products: Product) -> list[Buffer]:
         """The results of products that do not depend on each other."""
         if all(product.steps is None for product in products):
-            shares = self._placing.shares(products)
-            return [
-                y for some in shares for y in self._record(Products(self._placing.placed(some)))
-            ]
+            shares = self._placing.in_turn(products)
+            return [y for some in shares for y in self._record(Products(some))]
         launches = [
             Products([each]) if each.steps is None else integer_product(each, self._dtype)
             for each in self._placing.placed(products)
@@ -299,7 +297,9 @@ class PackedOps:
         addend = None if bias is None else self._weight(bias, outputs)
         if found is None and self._target.weights in KINDS:
             made_of = narrow_matrix(self._parameters, weight.name, self._target, transposed)
-            matrix = stand_in(made_of, self._dtype)
+            matrix = made_of.values.new_empty(1, dtype=self._dtype).expand(
+                made_of.sizes
+            )  # a stand-in
             return Product(self.rows(x), matrix, addend, scale, made_of=made_of, name=name)
         if found is None and self._target.weights != "int8":
             matrix = self._weight(weight) if transposed else self._weight(weight).T

@@ -2,7 +2,7 @@
 scratch, for cuBLAS."""
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -52,11 +52,6 @@ def narrow_matrix(
     return Matrix(values, (inputs, outputs), blocks=Blocks(values, scales, kind))
 
 
-def stand_in(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """A matrix [in, out] of that size without its numbers, until products are placed."""
-    return matrix.values.new_empty(1, dtype=dtype).expand(matrix.sizes)
-
-
 class DequantiseMatricesArgs(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER * _MATRICES) for name in ("values", "scales", "y")),
@@ -70,7 +65,7 @@ class Dequantise(Kernel):
     """Makes matrices of weights of fewer bits; where there is a stream for that, those of the next
     such launch, while the products behind this one run."""
 
-    needs, source = ("weights.cu",), "encoder_weights.cu"
+    behind, source = ("weights.cu",), "encoder_weights.cu"
     overlaps = False
     reads: Sequence[Buffer] = ()
     writes: Sequence[Buffer] = ()
@@ -165,11 +160,12 @@ class Placing:
         self._last: Dequantise | None = None
         self._half = 0
 
-    def shares(self, products: Sequence[Product]) -> Sequence[Sequence[Product]]:
-        """Products that do not depend on each other, as they run: of large matrices one after the
-        other, each as soon as it is made."""
+    def in_turn(self, products: Sequence[Product]) -> Iterator[Sequence[Product]]:
+        """Products that do not depend on each other, ``placed``, as they are to be recorded: by
+        large matrices one after the other, each as soon as it is made."""
         large = sum(prod(m.sizes) for m in _narrow(products)) > AT_ONCE
-        return [[product] for product in products] if large else [products]
+        for some in [[product] for product in products] if large else [products]:
+            yield self.placed(some)
 
     def placed(self, products: Sequence[Product]) -> Sequence[Product]:
         """The same, of matrices whose numbers are there when these run.
