@@ -12,7 +12,7 @@ from fastgen import cuda
 from fastgen.blockwise import Blocks, Format, dequantise
 from fastgen.engines import NotFused
 from fastgen.engines.fused.packed_kernels import Kernel
-from fastgen.engines.fused.packed_products import Product
+from fastgen.engines.fused.packed_products import Product, Products, Recorded
 from fastgen.engines.fused.packed_values import THREADS, VECTOR, Buffer, Size
 from fastgen.engines.fused.values import Matrix
 from fastgen.target import Target
@@ -20,8 +20,11 @@ from fastgen.target import Target
 KINDS = "int4", "fp8"
 """Weights that are served so; int8 has products of its own (packed_integers.py)."""
 AT_ONCE = 2**23
-"""Numbers of one launch, of smaller matrices: as many as the L2 cache holds beside those of the
+"""Numbers of one launch, of small matrices: as many as the L2 cache holds beside those of the
 launch before it, whose products still read them."""
+PIECE = 2**24
+"""Numbers of one launch, of some outputs of a larger matrix: as many as the L2 cache holds."""
+_OUTPUTS = 256  # of a piece, a multiple of this: the tiles of cuBLAS's products
 _MATRICES, _EACH = 8, 4  # of a launch; loads of a thread
 _GROUP = 64  # inputs of which a scale must be a multiple: see weights.cu
 _HALVES = 2  # products read one while the other is written
@@ -152,6 +155,23 @@ class Scratch:
         return self._halves[half][start:stop].view(shape)
 
 
+class InPieces:
+    """A product by a large matrix: some outputs after the other, as soon as they are made."""
+
+    def __init__(self, product: Product, pieces: Sequence[tuple[Dequantise, Product]]) -> None:
+        self.reads = [product.x] if isinstance(product.x, Buffer) else []
+        self.writes = [product.onto or Buffer(product.matrix.shape[1])]
+        self.launches: list[Recorded] = []
+        for made, piece in pieces:
+            multiplied = Products([piece])
+            multiplied.writes = self.writes
+            self.launches += made, multiplied
+
+    def __call__(self, size: Size) -> None:
+        for launch in self.launches:
+            launch(size)
+
+
 class Placing:
     """Gives the products of one recording their matrices, and launches that make them."""
 
@@ -160,12 +180,36 @@ class Placing:
         self._last: Dequantise | None = None
         self._half = 0
 
-    def in_turn(self, products: Sequence[Product]) -> Iterator[Sequence[Product]]:
-        """Products that do not depend on each other, ``placed``, as they are to be recorded: by
-        large matrices one after the other, each as soon as it is made."""
-        large = sum(prod(m.sizes) for m in _narrow(products)) > AT_ONCE
-        for some in [[product] for product in products] if large else [products]:
-            yield self.placed(some)
+    def launches(self, products: Sequence[Product]) -> Iterator[Recorded]:
+        """Products that do not depend on each other, as they are to be recorded: by large matrices
+        one after the other."""
+        if any(prod(matrix.sizes) > AT_ONCE for matrix in _narrow(products)):
+            for product in products:
+                yield self._in_pieces(product, product.made_of)
+        else:
+            yield Products(self.placed(products))
+
+    def _in_pieces(self, product: Product, matrix: Matrix | None) -> InPieces | Products:
+        if matrix is None:
+            return Products([product])
+        inputs, outputs = matrix.sizes
+        each = -(-outputs // -(-inputs * outputs // PIECE))
+        # an activation of cuBLAS's is of results that lie side by side
+        each = -(-each // _OUTPUTS) * _OUTPUTS if product.activation is None else outputs
+        if self._last is not None:  # whose products may still read theirs
+            self._last, self._half = None, (self._half + 1) % _HALVES
+        return InPieces(product, [self._piece(product, i, each) for i in range(0, outputs, each)])
+
+    def _piece(self, product: Product, start: int, count: int) -> tuple[Dequantise, Product]:
+        """A product of some outputs, and what makes its matrix."""
+        whole, some, launch = product.made_of, slice(start, start + count), Dequantise()
+        assert whole is not None and whole.blocks is not None
+        values, scales = whole.values[some], whole.blocks.scales[some]
+        blocks = Blocks(values, scales, whole.blocks.kind)
+        part = Matrix(values, (whole.sizes[0], len(values)), blocks=blocks)
+        bias = None if product.bias is None else product.bias[some]
+        piece = replace(product, made_of=part, bias=bias, columns=some)
+        return launch, self._of_scratch(launch, piece)
 
     def placed(self, products: Sequence[Product]) -> Sequence[Product]:
         """The same, of matrices whose numbers are there when these run.
