@@ -17,8 +17,9 @@ import fastgen
 from fastgen.bench.shapes import SHAPES, shape_config
 from fastgen.engines import NotFused
 from fastgen.engines.fused.packed_attention import BiasedAttention
+from fastgen.engines.fused.packed_described import Ids, Visible
 from fastgen.engines.fused.packed_kernels import Activate, NormStream
-from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
+from fastgen.engines.fused.packed_ops import PackedOps
 from fastgen.engines.fused.packed_plan import MOST_FETCHED, fetch_ahead
 from fastgen.engines.fused.packed_products import Products
 from fastgen.execution.encoder import Encoder

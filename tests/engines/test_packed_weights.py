@@ -17,8 +17,9 @@ from fastgen.bench.shapes import shape_config
 from fastgen.blockwise import GROUPS, Format, dequantise, quantise
 from fastgen.engines import NotFused
 from fastgen.engines.fused import packed_weights
+from fastgen.engines.fused.packed_described import Ids, Visible
 from fastgen.engines.fused.packed_integers import IntegerProduct
-from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
+from fastgen.engines.fused.packed_ops import PackedOps
 from fastgen.engines.fused.packed_products import Products
 from fastgen.engines.fused.packed_weights import Dequantise, Scratch
 from fastgen.hf.let_go import Gone

@@ -11,10 +11,11 @@ import torch
 from fastgen import cuda
 from fastgen.engine_cache import EngineCache
 from fastgen.engines import NotFused, nvrtc
+from fastgen.engines.fused.packed_described import Ids, Visible
 from fastgen.engines.fused.packed_int8 import Int8Product
 from fastgen.engines.fused.packed_integers import LEAST_ROWS
 from fastgen.engines.fused.packed_kernels import Kernel
-from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
+from fastgen.engines.fused.packed_ops import PackedOps
 from fastgen.engines.fused.packed_places import Count, Place, Spread
 from fastgen.engines.fused.packed_plan import allocate, fetch_ahead
 from fastgen.engines.fused.packed_products import Together

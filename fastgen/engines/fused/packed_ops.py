@@ -7,7 +7,7 @@ float32, and products are added to it as they are summed (root-mean-square norms
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +19,14 @@ from fastgen.engines.fused.packed_attention import (
     Attention,
     BiasedAttention,
     Table,
+)
+from fastgen.engines.fused.packed_described import (
+    Activated,
+    Embedded,
+    Ids,
+    ResidualStream,
+    Total,
+    Visible,
 )
 from fastgen.engines.fused.packed_integers import Round, are_integers, integer_product
 from fastgen.engines.fused.packed_kernels import (
@@ -37,47 +45,6 @@ from fastgen.ops import names
 from fastgen.target import Target
 
 MAX_WIDTH = 8192  # of a row, that a block of the kernels holds
-
-
-# Values
-
-
-@dataclass(frozen=True, eq=False)
-class Ids:
-    """One number a token: a call's, or (None) the token's column in its row."""
-
-    name: str | None
-
-
-@dataclass(frozen=True, eq=False)
-class Embedded:
-    """A sum of embeddings."""
-
-    terms: tuple[Term, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Activated:
-    product: Product
-    kind: str
-    gate: Product | None = None
-    """What it is multiplied by."""
-
-
-@dataclass(frozen=True, eq=False)
-class ResidualStream:
-    """A residual stream in float32, as it is after so many additions."""
-
-    buffer: Buffer
-    additions: int = 0
-
-
-class Visible:
-    """The bias that hides what a call's mask hides, and nothing else."""
-
-
-class Total:
-    """A sum of which nothing but its norm was computed."""
 
 
 class PackedOps:
