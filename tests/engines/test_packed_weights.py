@@ -15,13 +15,14 @@ from transformers import T5Config
 
 from fastgen.bench.shapes import shape_config
 from fastgen.blockwise import GROUPS, Format, dequantise, quantise
-from fastgen.engines import NotFused
-from fastgen.engines.fused import packed_weights
+from fastgen.engines import NotFused, nvrtc
+from fastgen.engines.fused import encoder, packed_weights
 from fastgen.engines.fused.packed_described import Ids, Visible
 from fastgen.engines.fused.packed_integers import IntegerProduct
 from fastgen.engines.fused.packed_ops import PackedOps
 from fastgen.engines.fused.packed_products import Products
 from fastgen.engines.fused.packed_weights import Dequantise, Scratch
+from fastgen.engines.fused.values import Matrix
 from fastgen.hf.let_go import Gone
 from fastgen.quantize import calibrate
 from fastgen.target import Target, onnxruntime_cuda
@@ -216,3 +217,21 @@ def test_what_is_not_served(kind: str) -> None:
     if kind == "int4":
         with pytest.raises(NotFused, match="groups of 32"):
             record(config, replace(target_of(kind, "bfloat16"), group=32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_it_compiles(dtype: torch.dtype, kind: Any) -> None:
+    try:
+        nvrtc.version()
+    except (ImportError, RuntimeError) as reason:
+        pytest.skip(f"no compiler for CUDA: {reason}")
+    blocks, launch, compiled = quantise(torch.ones(8, 64, dtype=dtype), kind), Dequantise(), []
+    launch.make(Matrix(blocks.values, (64, 8), blocks=blocks), torch.empty(8, 64, dtype=dtype))
+
+    def compile_only(source: str, device: torch.device, engine_cache: object) -> mock.Mock:
+        compiled.extend(nvrtc.compiled(source, arch) for arch in ("sm_80", "sm_90a"))
+        return mock.Mock()
+
+    with mock.patch.object(nvrtc, "program", compile_only):
+        encoder.compile_kernels([launch], dtype, torch.device("cuda"))
+    assert all(code.startswith(b"\x7fELF") for code in compiled) and len(compiled) == 2
