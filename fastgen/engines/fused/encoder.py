@@ -20,7 +20,7 @@ from fastgen.engines.fused.packed_places import Count, Place, Spread
 from fastgen.engines.fused.packed_plan import allocate, fetch_ahead
 from fastgen.engines.fused.packed_products import Together
 from fastgen.engines.fused.packed_values import Buffer, Call, Size
-from fastgen.engines.fused.packed_weights import InPieces, Scratch
+from fastgen.engines.fused.packed_weights import Scratch
 from fastgen.target import Target
 
 MOST_TOKENS = 16384
@@ -209,7 +209,7 @@ class PackedBinding:
         """All of its own that have to be compiled."""
         kernels: list[Kernel] = [self._embed, self._spread, *self._fetches]
         for each in self._launches:
-            for launch in each.launches if isinstance(each, Together | InPieces) else [each]:
+            for launch in each.launches if isinstance(each, Together) else [each]:
                 if isinstance(launch, Int8Product):
                     kernels += launch.kernels.values()
                 elif isinstance(launch, Kernel):

@@ -95,8 +95,8 @@ class PackedOps:
     def _products(self, *products: Product) -> list[Buffer]:
         """The results of products that do not depend on each other."""
         if all(product.steps is None for product in products):
-            placed = self._placing.launches(products)
-            return [y for launch in placed for y in self._record(launch)]
+            placed = self._placing.in_turn(products)
+            return [y for some in placed for y in self._record(Products(some))]
         launches = [
             Products([each]) if each.steps is None else integer_product(each, self._dtype)
             for each in self._placing.placed(products)

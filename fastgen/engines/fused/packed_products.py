@@ -42,8 +42,6 @@ class Product:
     """A residual stream that it is added to."""
     steps: torch.Tensor | None = None
     """float32 [out, 1], of a matrix of integers."""
-    columns: slice | None = None
-    """Of its result those that it gives, in place of all."""
     made_of: Matrix | None = None
     """Weights of fewer bits that the matrix is made of, in scratch."""
     name: str = ""
@@ -52,7 +50,6 @@ class Product:
     def into(self, buffer: Buffer, size: Size) -> None:
         assert isinstance(self.x, Buffer)
         x, y = self.x.rows(size.tokens), buffer.rows(size.tokens)
-        y = y if self.columns is None else y[:, self.columns]
         if self.onto is not None:
             if x.dtype == y.dtype:
                 torch.addmm(y, x, self.matrix, alpha=self.scale, out=y)
@@ -76,9 +73,7 @@ class Products:
     def __init__(self, products: Sequence[Product]) -> None:
         self.products = products
         self.reads = [product.x for product in products if isinstance(product.x, Buffer)]
-        self.writes: Sequence[Buffer] = [
-            product.onto or Buffer(product.matrix.shape[1]) for product in products
-        ]
+        self.writes = [product.onto or Buffer(product.matrix.shape[1]) for product in products]
         self.ahead: Prefetch | None = None
         """Fetches the weights of the products that follow, if there is a stream for it."""
 
