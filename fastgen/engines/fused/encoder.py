@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,12 +22,49 @@ from fastgen.engines.fused.packed_plan import allocate, fetch_ahead
 from fastgen.engines.fused.packed_products import Together
 from fastgen.engines.fused.packed_values import Buffer, Call, Size
 from fastgen.engines.fused.packed_weights import Scratch
+from fastgen.engines.fused.recorder import Narrow
 from fastgen.target import Target
 
 MOST_TOKENS = 16384
 """Tokens of one run: enough to fill a GPU, and all that buffers must hold."""
 SIDE_TOKENS, FETCHED_TOKENS = 2048, 512
 _SOURCES = ("common.cu", "encoder_rows.cu", "encoder.cu")
+
+
+class _Known(Mapping[str, torch.Tensor]):
+    """A model's parameters, and for those that it has in fewer bits their shapes."""
+
+    def __init__(self, own: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Tensor]) -> None:
+        self._own, self._shapes = own, shapes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._shapes[name] if name in self._shapes else self._own[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes or name in self._own
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._own, **self._shapes})
+
+    def __len__(self) -> int:
+        return len({**self._own, **self._shapes})
+
+
+def _shapes(target: Target, held: Mapping[str, Narrow]) -> dict[str, torch.Tensor]:
+    """Tensors without numbers of the shapes of a checkpoint's weights in fewer bits.
+
+    Raises:
+        NotFused: products of packed tokens read other weights.
+    """
+    if target.weights != "int8":
+        raise NotFused(
+            "packed tokens are multiplied by a checkpoint's weights as integers of 8 bits, which "
+            "EngineOptions(weights='int8') asks for"
+        )
+    for name, weight in held.items():
+        if not weight.form.by_rows:
+            raise NotFused(f"{name}: integers in groups of {weight.form.group} or with zeros")
+    return {n: torch.empty(w.shape, dtype=torch.int8, device="meta") for n, w in held.items()}
 
 
 class PackedEngine:
@@ -41,6 +79,7 @@ class PackedEngine:
         padding: bool,
         more_ids: Sequence[str] = (),
         engine_cache: EngineCache | None = None,
+        held: Mapping[str, Narrow] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -50,6 +89,7 @@ class PackedEngine:
             padding: whether tokens that the mask hides are computed.
             more_ids: names of what the family reads beside token ids, one for each.
             engine_cache: where compiled kernels are kept; None compiles them in every process.
+            held: which of them a checkpoint has in fewer bits.
 
         Raises:
             NotFused: the GPU or the family is not served.
@@ -58,7 +98,7 @@ class PackedEngine:
         if device.type == "cuda" and (reason := nvrtc.refusal(device)):
             raise NotFused(reason)
         if target.held:
-            raise NotFused("no products of packed tokens by a checkpoint's weights of fewer bits")
+            parameters = _Known(parameters, _shapes(target, held))
         self.target, self.device, self._padding = target, device, padding
         self._root, self._more_ids, self._engine_cache = root, more_ids, engine_cache
         self._dtype = getattr(torch, target.dtype)

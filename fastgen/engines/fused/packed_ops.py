@@ -264,9 +264,8 @@ class PackedOps:
         addend = None if bias is None else self._weight(bias, outputs)
         if found is None and self._target.weights in KINDS:
             made_of = narrow_matrix(self._parameters, weight.name, self._target, transposed)
-            matrix = made_of.values.new_empty(1, dtype=self._dtype).expand(
-                made_of.sizes
-            )  # a stand-in
+            # without memory, until it is placed
+            matrix = made_of.values.new_empty(1, dtype=self._dtype).expand(made_of.sizes)
             return Product(self.rows(x), matrix, addend, scale, made_of=made_of, name=name)
         if found is None and self._target.weights != "int8":
             matrix = self._weight(weight) if transposed else self._weight(weight).T
