@@ -192,6 +192,13 @@ class FastEncoder(StockForward, EngineModule):
         encoder: Encoder = self._engine or self._current_engine()
         return self._given(self._compute(encoder, arguments), arguments)
 
+    def hidden(self, **arguments: Any) -> torch.Tensor | None:
+        """The last hidden states that ``forward`` gives to ``generate``, without what goes about
+        it; None if the engine does not serve the call."""
+        if self.refusal(**arguments) is not None:
+            return None
+        return self._compute(self._engine or self._current_engine(), arguments)[0]
+
     def _compute(self, encoder: Encoder, arguments: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         """Hidden states [B, S, E], and those of all layers if they are wanted."""
         ids, mask = arguments["input_ids"].to(torch.int64), arguments.get("attention_mask")

@@ -12,14 +12,16 @@ import torch
 from fastgen import cuda
 from fastgen.engine_cache import EngineCache
 from fastgen.engines import NotFused, nvrtc
+from fastgen.engines.fused.packed_described import Ids, Visible
 from fastgen.engines.fused.packed_int8 import Int8Product
 from fastgen.engines.fused.packed_integers import LEAST_ROWS
 from fastgen.engines.fused.packed_kernels import Kernel
-from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
+from fastgen.engines.fused.packed_ops import PackedOps
 from fastgen.engines.fused.packed_places import Count, Place, Spread
 from fastgen.engines.fused.packed_plan import allocate, fetch_ahead
 from fastgen.engines.fused.packed_products import Together
 from fastgen.engines.fused.packed_values import Buffer, Call, Size
+from fastgen.engines.fused.packed_weights import Scratch
 from fastgen.engines.fused.recorder import Narrow
 from fastgen.target import Target
 
@@ -97,8 +99,6 @@ class PackedEngine:
             raise NotFused(reason)
         if held:
             parameters = _Known(parameters, _shapes(target, held))
-        if target.weights == "int4":  # fp8 is of decoders, encoders read full weights
-            raise NotFused("no products of packed tokens by int4 weights")
         self.target, self.device, self._padding = target, device, padding
         self._root, self._more_ids, self._engine_cache = root, more_ids, engine_cache
         self._dtype = getattr(torch, target.dtype)
@@ -108,6 +108,7 @@ class PackedEngine:
                 raise NotFused(f"{name} is gone")
         self._parameters = parameters
         self._scratch: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
+        self._matrices = Scratch(self._dtype)
         self._read = self._record()[0].read  # what is not served is known by now, too
         self._count, self._place = Count(), Place()
         compile_kernels((self._count, self._place), self._dtype, device, engine_cache)
@@ -153,6 +154,7 @@ class PackedEngine:
     def bind(self, tokens: int, rows: int) -> "PackedBinding":
         """Record and compile the launches over buffers of so many tokens in so many rows. Bindings
         share their scratch: they run one after the other."""
+        self._matrices.on(self.device)
         ops, result = self._record()
         taken: Counter[tuple[int, torch.dtype]] = Counter()
         least = max(tokens, LEAST_ROWS)
@@ -173,7 +175,7 @@ class PackedEngine:
         return binding
 
     def _record(self) -> tuple[PackedOps, Buffer]:
-        ops = PackedOps(self.target, self._parameters)
+        ops = PackedOps(self.target, self._parameters, self._matrices)
         names = "input_ids", *self._more_ids
         results = self._root.encode(
             ops,
@@ -200,7 +202,8 @@ def compile_kernels(
         return
     names: dict[str, str] = {}
     lines = [f"#define T {nvrtc.ELEMENTS[dtype]}", "#define ROWS 1", "#define QUERIES 1"]
-    sources = dict.fromkeys((*_SOURCES, *(kernel.source for kernel in kernels)))
+    needed = (name for kernel in kernels for name in (*kernel.behind, kernel.source))
+    sources = dict.fromkeys((*_SOURCES, *needed))
     lines += [files("fastgen.engines.fused").joinpath(n).read_text() for n in sources]
     for kernel in kernels:
         body = kernel.body

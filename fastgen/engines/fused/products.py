@@ -125,7 +125,8 @@ class Products(Recorder):
             sums = 4 * warps * 8 * self._rows  # bytes of a tile: floats of every warp
             many = outputs // 8 >= 3 * self._processors and sums <= 2**13
             return 4 if many else 2
-        least = self._processors // (1 if self._rows == 1 else 2)
+        few = self._rows == 1 or (self._rows <= _FUSED_NORM_ROWS and weight.blocks is None)
+        least = self._processors // (1 if few else 2)
         most = 8 if weight.blocks is not None and warps <= 8 else 4  # beside 80 registers a thread
         for tiles in (8, 4, 2):
             outputs_held = 8 * tiles * self._rows  # one a thread, and float sums of every warp

@@ -88,8 +88,8 @@ class Matrix:
 
     @property
     def plain(self) -> bool:
-        """Whether it lies as torch's linear layers have it, in 16 bits."""
-        return self.blocks is None and not self.across and self.values.dtype.itemsize == 2
+        """Whether it is of numbers of 16 bits."""
+        return self.blocks is None and self.values.dtype.itemsize == 2
 
     @property
     def element(self) -> str:
