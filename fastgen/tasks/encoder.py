@@ -138,7 +138,7 @@ class FastEncoder(StockForward, EngineModule):
         except NotFused as error:  # T5 in float32, say, or another dtype of some weight
             self._unfused = str(error)
             return None
-        self._plain |= fused.weight_pointers().keys()
+        self._plain |= fused.weight_pointers().keys() - self._held.keys()
         return fused
 
     def refusal(self, **kwargs: Any) -> str | None:
