@@ -64,7 +64,7 @@ class Held:
     def holder(self) -> torch.Tensor:
         """The tensor that holds the values, or what is left of it."""
         part = self._module()
-        found = part._parameters.get(self.leaf)
+        found: torch.Tensor | None = part._parameters.get(self.leaf)
         if found is None:
             found = part._buffers[self.leaf]
         assert found is not None

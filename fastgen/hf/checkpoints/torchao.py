@@ -68,10 +68,15 @@ def _float8(module: torch.nn.Linear, held: Any) -> Held | str:
         shape=(module.out_features, module.in_features),
         part=weakref.ref(module),
         leaf="weight",
-        unpack=lambda module: Integers(*_inside_float8(module), None),
+        unpack=_unpack_float8,
         inside=_inside_float8,
         rounds="inputs to 8 bits" if _rounds_inputs(held) else None,
     )
+
+
+def _unpack_float8(module: torch.nn.Module) -> Integers:
+    values, scales = _inside_float8(module)
+    return Integers(values, scales, None)
 
 
 def _inside_float8(module: torch.nn.Module) -> list[torch.Tensor]:
