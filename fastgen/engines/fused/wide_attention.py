@@ -1,0 +1,80 @@
+"""Attention of many rows, or over long KV buffers: which kernel serves it, in which sizes (see
+attention_wide.cu)."""
+
+from dataclasses import dataclass
+
+import torch
+
+SLOTS = 16
+"""Slots whose keys and values a warp brings and multiplies at a time; no fewer than its new ones."""
+_QUERIES = 8  # of a block: half of a tensor core's rows, the other half are what rounding left
+_MAX_HEAD_SIZE = 128  # a warp's registers hold sums of so many elements
+_PAD = 8  # elements behind a row in shared memory
+
+
+@dataclass(frozen=True)
+class Wide:
+    """One launch: the parameters of its template, and its sizes."""
+
+    head_size: int
+    rows: int
+    queries: int
+    """Of a row."""
+    heads: int
+    group: int
+    slots: int
+    own: bool
+    masked: bool
+    turn: str
+    splits: int
+    warps: int
+    stages: int
+
+    @property
+    def heads_together(self) -> int:
+        """Query heads of a block."""
+        return _divisor(self.group, _QUERIES)
+
+    @property
+    def queries_together(self) -> int:
+        """Query tokens of a block."""
+        return _divisor(self.queries, _QUERIES // self.heads_together)
+
+    @property
+    def body(self) -> str:
+        sizes = f"{self.head_size}, {self.warps}, {self.splits}, {SLOTS}, {self.stages}"
+        kind = f"{self.queries_together}, {str(self.own).lower()}, {str(self.masked).lower()}"
+        if self.group > 1 or self.turn != "AS_IS":
+            kind += f", {self.group}, {self.heads_together}, {self.turn}"
+        return f"wide_attention<{sizes}, {kind}>"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        pairs = self.heads // self.heads_together
+        return pairs * self.splits, self.rows // self.queries_together
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def shared_bytes(self) -> int:
+        """What ``WideShared`` lays out."""
+        unit = 32 if self.masked else SLOTS  # slots that warps are dealt
+        held = -(-(-(-self.slots // unit)) // (self.warps * self.splits)) * unit
+        row, together = 2 * (self.head_size + _PAD), self.queries_together
+        tiles = 2 * (self.warps * self.stages + self.own) * SLOTS * row + 16 * row
+        parts = together * self.heads_together * self.splits * (self.head_size + 2)
+        floats = self.warps * together * (held + _PAD) + (parts if self.splits > 1 else 0)
+        floats += together * (SLOTS + _PAD) if self.own else 0
+        return tiles + 4 * floats + (2 * self.warps * held if self.masked else 0)
+
+
+def _divisor(count: int, most: int) -> int:
+    return max(n for n in range(1, most + 1) if count % n == 0)
+
+
+def serves(dtype: torch.dtype, head_size: int, queries: int | str) -> bool:
+    """Whether the kernel can: for 16-bit numbers, as tensor cores take them."""
+    fits = head_size % 16 == 0 and head_size <= _MAX_HEAD_SIZE
+    return dtype.itemsize == 2 and fits and isinstance(queries, int) and queries <= SLOTS
