@@ -20,10 +20,10 @@ struct WideShared {
     float* bias;            // [WARPS, TOGETHER, held + 8] of the slots of each warp
     float* fresh_bias;      // SELF: [TOGETHER, SLOTS + 8]
     unsigned short* seen;   // MASKED: [WARPS, held], each warp's slots
-    int held;               // slots of a warp, at most
+    int held;               // slots of a warp that it looks at before it reads any of them
 
     INLINE explicit WideShared(void* from, int slots) {
-        held = ((slots + UNIT - 1) / UNIT + WARPS * SPLITS - 1) / (WARPS * SPLITS) * UNIT;
+        held = min(((slots + UNIT - 1) / UNIT + WARPS * SPLITS - 1) / (WARPS * SPLITS) * UNIT, 256);
         ring = (T*)from;
         fresh = ring + WARPS * STAGES * 2 * TILE;
         queries = fresh + (SELF ? 2 * TILE : 0);
@@ -167,16 +167,18 @@ INLINE void wide_attention(const AttentionArgs& args) {
     const int stride = shared.held + 8;
     float* bias = shared.bias + warp * TOGETHER * stride;
     unsigned short* seen = shared.seen + warp * shared.held;
-    const auto slot_at = [&](int i) { return (i / SLOTS * PARTS + turn_of_warp) * SLOTS + i % SLOTS; };
+    const auto slot_at = [&](int i) {
+        return (i / Shared::UNIT * PARTS + turn_of_warp) * Shared::UNIT + i % Shared::UNIT;
+    };
 
-    int tiles = 0;  // of this warp
+    int begin = 0, tiles = 0;  // of this warp, in the slots that it looks at
     const auto fetch = [&](int tile) {
         if (tile < tiles) {
             T* to = ring + tile % STAGES * (2 * TILE);
 #pragma unroll
             for (int j = 0; j < SLOTS * CHUNKS / 32; j++) {
                 const int i = j * 32 + lane, r = i / CHUNKS, e = i % CHUNKS * 8;
-                const int slot = MASKED ? seen[tile * SLOTS + r] : slot_at(tile * SLOTS + r);
+                const int slot = MASKED ? seen[tile * SLOTS + r] : slot_at(begin + tile * SLOTS + r);
                 const bool there = slot < old;
                 const long long place = there ? (long long)slot * kv_width + e : 0;
                 copy_ahead(to + r * STRIDE + e, key + place, there);
@@ -189,10 +191,16 @@ INLINE void wide_attention(const AttentionArgs& args) {
 #pragma unroll
         for (int tile = 0; tile < STAGES; tile++) fetch(tile);
     };
-    if constexpr (MASKED) {
-        int listed = 0;
-        for (int first = turn_of_warp * 32; first < old; first += PARTS * 32) {
-            const int slot = first + lane;
+    const auto look = [&] {  // at the next slots: which there are, what is added to their scores
+        int count = 0;
+        if constexpr (!MASKED) {
+            while (count < shared.held && slot_at(begin + count) < old) count += SLOTS;
+            tiles = count / SLOTS;
+            fetch_first();
+        }
+        for (int i = lane; i < (MASKED ? shared.held : count); i += 32) {
+            const int slot = slot_at(begin + i);
+            if (MASKED && slot - lane >= old) break;
             float added[TOGETHER];
             bool sees = false;
 #pragma unroll
@@ -200,36 +208,29 @@ INLINE void wide_attention(const AttentionArgs& args) {
                 added[r] = slot < old ? bias_of<SELF>(args, h, row + r, slot) : negative_infinity();
                 sees |= added[r] != negative_infinity();
             }
-            const unsigned votes = __ballot_sync(~0u, sees);
-            const int i = listed + __popc(votes & ((1u << lane) - 1));
-            if (sees) seen[i] = slot;
+            int place = i;
+            if constexpr (MASKED) {
+                const unsigned votes = __ballot_sync(~0u, sees);
+                place = count + __popc(votes & ((1u << lane) - 1));
+                count += __popc(votes);
+                if (sees) seen[place] = slot;
+            }
 #pragma unroll
             for (int r = 0; r < TOGETHER; r++)
-                if (sees) bias[r * stride + i] = added[r];
-            listed += __popc(votes);
+                if (!MASKED || sees) bias[r * stride + place] = added[r];
         }
-        tiles = (listed + SLOTS - 1) / SLOTS;
-        for (int i = listed + lane; i < tiles * SLOTS; i += 32) {
-            seen[i] = 0xffff;
+        if constexpr (MASKED) {
+            tiles = (count + SLOTS - 1) / SLOTS;
+            for (int i = count + lane; i < tiles * SLOTS; i += 32) {
+                seen[i] = 0xffff;
 #pragma unroll
-            for (int r = 0; r < TOGETHER; r++) bias[r * stride + i] = negative_infinity();
+                for (int r = 0; r < TOGETHER; r++) bias[r * stride + i] = negative_infinity();
+            }
+            __syncwarp();
+            fetch_first();
         }
-        __syncwarp();
-        fetch_first();
-    } else {
-        const int all = (old + SLOTS - 1) / SLOTS;
-        tiles = all > turn_of_warp ? (all - turn_of_warp - 1) / PARTS + 1 : 0;
-        fetch_first();
-        for (int i = lane; i < tiles * SLOTS; i += 32) {
-            const int slot = slot_at(i);
-            float added[TOGETHER];
-#pragma unroll
-            for (int r = 0; r < TOGETHER; r++)
-                added[r] = slot < old ? bias_of<SELF>(args, h, row + r, slot) : negative_infinity();
-#pragma unroll
-            for (int r = 0; r < TOGETHER; r++) bias[r * stride + i] = added[r];
-        }
-    }
+    };
+    look();
     const bool has_fresh = SELF && split == 0 && warp == WARPS - 1;
     if (has_fresh && lane < SLOTS)
         for (int r = 0; r < TOGETHER; r++) {
@@ -302,17 +303,22 @@ INLINE void wide_attention(const AttentionArgs& args) {
     }
     const int token = min(lane / 4, ALL - 1) / HEADS;  // of this lane's query
     WideSoftmax<D, SLOTS, STRIDE> softmax;
-    for (int tile = 0; tile < tiles + has_fresh; tile++) {
-        const bool stored = tile < tiles;
-        wait_but<STAGES - 1>();
-        __syncwarp();  // all lanes' copies are there
-        const T* keys = stored ? ring + tile % STAGES * (2 * TILE) : shared.fresh;
-        softmax.attend(query, keys, keys + TILE,
-                       stored ? bias + token * stride + tile * SLOTS
-                              : shared.fresh_bias + token * (SLOTS + 8),
-                       args.scale);
-        __syncwarp();  // none reads them any longer
-        fetch(tile + STAGES);
+    for (bool more = true; more;) {
+        more = slot_at(begin + shared.held) < old;
+        for (int tile = 0; tile < tiles + (has_fresh && !more); tile++) {
+            const bool stored = tile < tiles;
+            wait_but<STAGES - 1>();
+            __syncwarp();  // all lanes' copies are there
+            const T* keys = stored ? ring + tile % STAGES * (2 * TILE) : shared.fresh;
+            softmax.attend(query, keys, keys + TILE,
+                           stored ? bias + token * stride + tile * SLOTS
+                                  : shared.fresh_bias + token * (SLOTS + 8),
+                           args.scale);
+            __syncwarp();  // none reads them any longer
+            fetch(tile + STAGES);
+        }
+        begin += shared.held;
+        if (more) look();
     }
     wait_but<0>();
     __syncwarp();

@@ -1,7 +1,7 @@
 """Attention of many rows, or over long KV buffers: which kernel serves it, in which sizes (see
 attention_wide.cu)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -9,6 +9,9 @@ SLOTS = 16
 """Slots whose keys and values a warp brings and multiplies at a time; no fewer than its new ones."""
 _QUERIES = 8  # of a block: half of a tensor core's rows, the other half are what rounding left
 _MAX_HEAD_SIZE = 128  # a warp's registers hold sums of so many elements
+_FEW_ROWS = 8
+_MAX_SHARED = 96 * 1024  # bytes that a block may have on every GPU served
+_HELD = 256  # slots that a warp looks at before it reads any of them
 _PAD = 8  # elements behind a row in shared memory
 
 
@@ -26,9 +29,10 @@ class Wide:
     own: bool
     masked: bool
     turn: str
-    splits: int
-    warps: int
-    stages: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+    """Tiles of a warp that are on their way."""
 
     @property
     def heads_together(self) -> int:
@@ -62,6 +66,7 @@ class Wide:
         """What ``WideShared`` lays out."""
         unit = 32 if self.masked else SLOTS  # slots that warps are dealt
         held = -(-(-(-self.slots // unit)) // (self.warps * self.splits)) * unit
+        held = min(held, _HELD)
         row, together = 2 * (self.head_size + _PAD), self.queries_together
         tiles = 2 * (self.warps * self.stages + self.own) * SLOTS * row + 16 * row
         parts = together * self.heads_together * self.splits * (self.head_size + 2)
@@ -74,7 +79,29 @@ def _divisor(count: int, most: int) -> int:
     return max(n for n in range(1, most + 1) if count % n == 0)
 
 
-def serves(dtype: torch.dtype, head_size: int, queries: int | str) -> bool:
-    """Whether the kernel can: for 16-bit numbers, as tensor cores take them."""
-    fits = head_size % 16 == 0 and head_size <= _MAX_HEAD_SIZE
-    return dtype.itemsize == 2 and fits and isinstance(queries, int) and queries <= SLOTS
+def choose(
+    dtype: torch.dtype,
+    wide: Wide,
+    processors: int,
+    clusters: bool,
+) -> Wide | None:
+    """The launch of ``wide``'s shape, in sizes that suit it; None: attention.cu's kernel is faster,
+    or the only one.
+
+    Args:
+        dtype: of the numbers; tensor cores take those of 16 bits.
+        clusters: whether blocks that share out a row's slots can merge what they found.
+    """
+    fits = wide.head_size % 16 == 0 and wide.head_size <= _MAX_HEAD_SIZE and wide.queries <= SLOTS
+    if dtype.itemsize != 2 or not fits or wide.rows <= _FEW_ROWS:
+        return None
+    wide = replace(wide, splits=_splits(wide, processors) if clusters else 1)
+    return wide if wide.shared_bytes <= _MAX_SHARED else None
+
+
+def _splits(wide: Wide, processors: int) -> int:
+    """Blocks that share out a row's slots: as few as leave all processors about as much to read."""
+    pairs = wide.grid[0] // wide.splits * wide.grid[1]
+    counts = [n for n in (1, 2, 4, 8) if n == 1 or wide.slots >= 64 * n]
+    most_read = {n: -(-pairs * n // processors) / n for n in counts}  # by one processor
+    return min(n for n in counts if most_read[n] <= 1.05 * min(most_read.values()))
