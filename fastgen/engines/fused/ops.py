@@ -92,7 +92,7 @@ class FusedOps(Rotary):
         slots = args.slots
         if wide := self._wide(args, head_size, group, turn, own, masked):
             self._launch(
-                *(wide.body, wide.grid, wide.threads, args, 1),
+                *(wide.body, wide.grid, wide.threads, args, wide.blocks_together),
                 shared_bytes=wide.shared_bytes,
                 cluster=wide.splits,
             )

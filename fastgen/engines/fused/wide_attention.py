@@ -10,6 +10,7 @@ SLOTS = 16
 _QUERIES = 8  # of a block: half of a tensor core's rows, the other half are what rounding left
 _MAX_HEAD_SIZE = 128  # a warp's registers hold sums of so many elements
 _FEW_ROWS = 8
+_WARPS_TOGETHER = 20  # of a processor, with about 100 registers a thread
 _MAX_SHARED = 96 * 1024  # bytes that a block may have on every GPU served
 _HELD = 256  # slots that a warp looks at before it reads any of them
 _PAD = 8  # elements behind a row in shared memory
@@ -62,6 +63,11 @@ class Wide:
         return 32 * self.warps
 
     @property
+    def blocks_together(self) -> int:
+        """Blocks that a processor has registers for."""
+        return _WARPS_TOGETHER // self.warps if self.head_size <= 64 else 1
+
+    @property
     def shared_bytes(self) -> int:
         """What ``WideShared`` lays out."""
         unit = 32 if self.masked else SLOTS  # slots that warps are dealt
@@ -96,7 +102,11 @@ def choose(
     if dtype.itemsize != 2 or not fits or wide.rows <= _FEW_ROWS:
         return None
     wide = replace(wide, splits=_splits(wide, processors) if clusters else 1)
-    return wide if wide.shared_bytes <= _MAX_SHARED else None
+    for stages in (4, 3, 2):
+        found = replace(wide, stages=stages)
+        if found.shared_bytes <= _MAX_SHARED:
+            return found
+    return None
 
 
 def _splits(wide: Wide, processors: int) -> int:
