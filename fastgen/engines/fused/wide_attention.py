@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 SLOTS = 16
-"""Slots whose keys and values a warp brings and multiplies at a time; no fewer than its new ones."""
+"""Slots whose keys and values a warp brings and multiplies at a time; new ones are as many at most."""
 _QUERIES = 8  # of a block: half of a tensor core's rows, the other half are what rounding left
 _MAX_HEAD_SIZE = 128  # a warp's registers hold sums of so many elements
 _FEW_ROWS = 8
@@ -71,8 +71,8 @@ class Wide:
     def shared_bytes(self) -> int:
         """What ``WideShared`` lays out."""
         unit = 32 if self.masked else SLOTS  # slots that warps are dealt
-        held = -(-(-(-self.slots // unit)) // (self.warps * self.splits)) * unit
-        held = min(held, _HELD)
+        units = (self.slots + unit - 1) // unit
+        held = min(-(-units // (self.warps * self.splits)) * unit, _HELD)
         row, together = 2 * (self.head_size + _PAD), self.queries_together
         tiles = 2 * (self.warps * self.stages + self.own) * SLOTS * row + 16 * row
         parts = together * self.heads_together * self.splits * (self.head_size + 2)
