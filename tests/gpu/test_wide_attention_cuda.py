@@ -190,8 +190,9 @@ def test_as_exact_as_its_result_can_be(
     """Within little more than the rounding of what it gives; and it stores what is new, reads
     nothing behind it, and leaves all else alone."""
     case = CASES[name]
-    if case.sizes:
-        given = dict(zip(("splits", "warps", "stages"), case.sizes, strict=True))
+    if case.sizes or case.batch * case.queries <= 16:
+        sizes = case.sizes or (1, 8, 2)
+        given = dict(zip(("splits", "warps", "stages"), sizes, strict=True))
         monkeypatch.setattr(fused_ops, "choose", lambda dtype, wide, *rest: replace(wide, **given))
     attention = Attention(case, dtype)
     exact = attention.expected()

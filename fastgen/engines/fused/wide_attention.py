@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 
 SLOTS = 16
-"""Slots whose keys and values a warp brings and multiplies at a time; new ones are as many at most."""
+"""Slots whose keys and values a warp brings at a time; new ones are as many at most."""
 _QUERIES = 8  # of a block: half of a tensor core's rows, the other half are what rounding left
 _MAX_HEAD_SIZE = 128  # a warp's registers hold sums of so many elements
-_FEW_ROWS = 8
+_FEW_ROWS = 16
+"""Up to here products are kernels of our own (``TILE_ROWS``), and attention's begins beside them, but
+not where its blocks hold many bytes of shared memory: it is no faster than attention.cu's."""
 _WARPS_TOGETHER = 20  # of a processor, with about 100 registers a thread
 _MAX_SHARED = 96 * 1024  # bytes that a block may have on every GPU served
 _HELD = 256  # slots that a warp looks at before it reads any of them
@@ -31,8 +33,8 @@ class Wide:
     masked: bool
     turn: str
     splits: int = 1
-    warps: int = 4
-    stages: int = 4
+    warps: int = 8
+    stages: int = 1
     """Tiles of a warp that are on their way."""
 
     @property
@@ -102,16 +104,12 @@ def choose(
     if dtype.itemsize != 2 or not fits or wide.rows <= _FEW_ROWS:
         return None
     wide = replace(wide, splits=_splits(wide, processors) if clusters else 1)
-    for stages in (4, 3, 2):
-        found = replace(wide, stages=stages)
-        if found.shared_bytes <= _MAX_SHARED:
-            return found
-    return None
+    return wide if wide.shared_bytes <= _MAX_SHARED else None
 
 
 def _splits(wide: Wide, processors: int) -> int:
-    """Blocks that share out a row's slots: as few as leave all processors about as much to read."""
-    pairs = wide.grid[0] // wide.splits * wide.grid[1]
-    counts = [n for n in (1, 2, 4, 8) if n == 1 or wide.slots >= 64 * n]
-    most_read = {n: -(-pairs * n // processors) / n for n in counts}  # by one processor
-    return min(n for n in counts if most_read[n] <= 1.05 * min(most_read.values()))
+    """Blocks that share out a row's slots: all of them at once on processors of their own, as a
+    cluster starts slowly where others run."""
+    pairs = wide.grid[0] * wide.grid[1]
+    fits = [n for n in (2, 4, 8) if pairs * n <= processors and wide.slots >= 128 * n]
+    return max(fits, default=1)
