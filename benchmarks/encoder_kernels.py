@@ -26,6 +26,7 @@ from fastgen.engines.fused.packed_integers import Round
 from fastgen.engines.fused.packed_kernels import Activate, NormRows, NormStream
 from fastgen.engines.fused.packed_products import Product, Products
 from fastgen.engines.fused.packed_values import Size
+from fastgen.engines.fused.packed_weights import Dequantise
 
 
 @dataclass
@@ -63,6 +64,8 @@ def kinds(launches: Sequence[Any], size: Size, lengths: Sequence[int]) -> dict[s
             rows = [*launch.reads, *launch.writes, *([launch.x] if not launch.writes else [])]
             moved = sum(size.tokens * buffer.width * _bytes(buffer) for buffer in rows)
             note(launch.body, Floor(moved, 0), _bound(launch, size))
+        elif isinstance(launch, Dequantise):
+            note(*_of_weights(launch), _bound(launch, size))
     return found
 
 
@@ -92,6 +95,12 @@ def _of_int8_product(launch: Int8Product, size: Size) -> tuple[str, Floor]:
     return f"int8<{inputs}, {outputs}, {kind}>{' * int8' * (len(weights) - 1)}", Floor(moved, flops)
 
 
+def _of_weights(launch: Dequantise) -> tuple[str, Floor]:
+    moved = sum(y.nbytes for _, y in launch.made)
+    moved += sum(m.blocks.nbytes for m, _ in launch.made if m.blocks is not None)
+    return f"{launch.body} of {launch.numbers / 1e6:.1f} million", Floor(moved, 0)
+
+
 def _of_attention(
     launch: Attention | BiasedAttention, size: Size, lengths: Sequence[int]
 ) -> tuple[str, Floor]:
@@ -107,6 +116,7 @@ def main(
     dtype: str = "bfloat16",
     batch: int = 1,
     length: int = 128,
+    weights: str = "full",
 ) -> None:
     """Print the launches of a call of so many full rows."""
     name = shape.removesuffix(SUFFIX)
@@ -114,6 +124,7 @@ def main(
     with torch.device("cuda"):
         fast = getattr(fastgen, f"Fast{shape_of(name).stock}")
         model = fast._from_config(shape_config(name), dtype=getattr(torch, dtype)).eval()
+        model.engine_options = {"weights": weights}
         model(torch.randint(3, 100, (batch, length)))
     encoder = (model if hasattr(model, "_current_engine") else model.encoder)._current_engine()
     if encoder.fused is None:

@@ -12,6 +12,7 @@ import gc
 import importlib
 import inspect
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -135,8 +136,40 @@ def held(device: str) -> int:
     return torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
 
 
+def precisions(
+    fast: Any, calls: list[dict[str, torch.Tensor]], steps: int, device: str
+) -> Iterator[tuple[str, Any]]:
+    """A classifier in each precision, one made after the other.
+
+    Args:
+        calls: batches that it has learnt, of which the first 20 calibrate.
+        steps: of training for integers.
+    """
+    stock = BertForSequenceClassification(fast.config).eval().to(device)
+    stock.load_state_dict(fast.state_dict())
+    on_gpu = device == "cuda"  # where integers are of a model in 16 bits
+    yield "fp32, stock", stock
+    if on_gpu:
+        yield "fp16, stock", copy.deepcopy(stock).half()
+    yield "bf16, stock", copy.deepcopy(stock).bfloat16()
+    yield "fp32", copy.deepcopy(fast)
+    if on_gpu:
+        yield "fp16", copy.deepcopy(fast).half()
+        yield "bf16", copy.deepcopy(fast).bfloat16()
+    seen = [{n: v for n, v in call.items() if n != "labels"} for call in calls[:20]]
+    for method in ("max", "entropy", "mse", "percentile"):
+        model = copy.deepcopy(fast)
+        found = calibrate(model, seen, method)
+        yield f"INT8 PTQ, {method}", model.to(NARROW if on_gpu else WIDE)
+    model = copy.deepcopy(fast)
+    model.calibration = found
+    train(prepare_qat(model), calls, steps, 5e-5)
+    yield f"INT8 QAT, {method}", convert(model).to(NARROW if on_gpu else WIDE)
+
+
 def accuracy(steps: int, device: str) -> None:
-    """Print how each precision does on held-out docstrings, and how like fp32 it is."""
+    """Print how each precision does on held-out docstrings, and how like fp32 it is; on a GPU also
+    how long a batch takes, and the bytes of weights and of what the calls added to them."""
     data = docstrings()
     torch.manual_seed(0)
     split = torch.randperm(len(data)).tolist()
@@ -144,37 +177,28 @@ def accuracy(steps: int, device: str) -> None:
     test, learnt = ([data[i] for i in part] for part in (split[:apart], split[apart:]))
     tested, trained = batches(test), batches(learnt)
     labels = torch.cat([call["labels"] for call in tested])
-    seen = [{n: v for n, v in call.items() if n != "labels"} for call in trained[:20]]
     count = len({label for _, label in data})
     print(f"{len(learnt)} docstrings of {count} modules learnt, {apart} held out", flush=True)
     kind, options = FastBertForSequenceClassification, {"num_labels": len(MODULES)}
     fast = kind.from_pretrained(checkpoint(), **options).eval().to(device)
     train(fast, trained, steps, 3e-4)
-    stock = BertForSequenceClassification(fast.config).eval().to(device)
-    stock.load_state_dict(fast.state_dict())
-    right = logits(stock, tested)
-    models: dict[str, Any] = {"fp32, stock": stock, "bf16, stock": copy.deepcopy(stock).bfloat16()}
-    models["fp32"] = fast
-    if device == "cuda":  # where integers are of a model in 16 bits
-        models["fp16, stock"] = copy.deepcopy(stock).half()
-        models["fp16"], models["bf16"] = (copy.deepcopy(fast).to(d) for d in (torch.half, NARROW))
-    for method in ("max", "percentile", "entropy", "mse"):
-        models[f"INT8 PTQ, {method}"] = model = copy.deepcopy(fast)
-        calibrate(model, seen, method)
-        if device == "cuda":
-            model.to(NARROW)
-    models["INT8 QAT, percentile"] = model = copy.deepcopy(fast)
-    model.calibration = models["INT8 PTQ, percentile"].calibration
-    train(prepare_qat(model), trained, steps // 4, 5e-5)
-    convert(model)
-    model.to(NARROW if device == "cuda" else WIDE)
-    print("| | accuracy | loss | cosine of logits to fp32 |")
-    print("|---|---|---|---|")
-    for name, model in models.items():
+    on_gpu, right = device == "cuda", None
+    more = f" | {BATCH} x {TOKENS}, ms | MB" if on_gpu else ""
+    print(f"| | accuracy | loss | cosine of logits to fp32{more} |")
+    print("|---|---|---|---|" + "---|---|" * on_gpu)
+    ids = torch.randint(1000, 30000, (BATCH, TOKENS)).to(device)
+    for name, model in precisions(fast, trained, steps // 4, device):
+        before = held(device)
         found = logits(model, tested)
+        right = found if right is None else right
         score = float((found.argmax(1) == labels).float().mean())
         loss, alike = cross_entropy(found, labels), cosine_similarity(found, right).mean()
-        print(f"| {name} | {100 * score:.1f} % | {loss:.3f} | {alike:.5f} |", flush=True)
+        row = f"| {name} | {100 * score:.1f} % | {loss:.3f} | {alike:.5f} |"
+        if on_gpu:
+            added = held(device) - before
+            size = sum(tensor.nbytes for tensor in model.state_dict().values()) + added
+            row += f" {milliseconds({name: model}, ids, 5)[name]:.2f} | {size / 1e6:.0f} |"
+        print(row, flush=True)
 
 
 def speed(shapes: list[str], rounds: int, device: str, batch: int, length: int) -> None:
@@ -186,11 +210,13 @@ def speed(shapes: list[str], rounds: int, device: str, batch: int, length: int) 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 30000, (batch, length), generator=generator).to(device)
     for shape in shapes:
-        made = {"device": device, "dtype": NARROW if device == "cuda" else WIDE}
-        stock = BertModel(BertConfig(**SHAPES[shape])).eval().to(**made)
+        made = {"dtype": NARROW if device == "cuda" else WIDE}
+        with torch.device(device):  # numbers are drawn there
+            stock = BertModel(BertConfig(**SHAPES[shape])).eval().to(**made)
         models = {"stock": stock}
         for name in ("full", "int8"):
-            models[name] = FastBertModel(stock.config).eval().to(**made)
+            with torch.device(device):
+                models[name] = FastBertModel(stock.config).eval().to(**made)
             for part, parameter in models[name].named_parameters():  # one copy of the weights
                 parameter.data = stock.get_parameter(part).data
         layers = linear_layers(stock)

@@ -50,13 +50,12 @@ class Precision:
     dtype: str = "float32"
     weights: str = "full"
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Engine options."""
+    def options(self, generates: bool) -> dict[str, Any]:
+        """Engine options of a model with a decoder, or of an encoder."""
         if self.weights == "full":
             return {"disk_cache": False}
-        # by 8-bit floats ONNX Runtime does not multiply: what it runs reads torch's
-        kept = self.weights == "fp8"
+        # by 8-bit floats ONNX Runtime does not multiply: what it runs of a decoder reads torch's
+        kept = self.weights == "fp8" and generates
         return {"disk_cache": False, "weights": self.weights, "keep_torch_weights": kept}
 
 
@@ -277,7 +276,9 @@ def measure(model: Model, precision: Precision) -> Row:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
     dtype = getattr(torch, precision.dtype)
-    fast = kind.from_pretrained(model.folder, dtype=dtype, engine_options=precision.options)
+    fast = kind.from_pretrained(
+        model.folder, dtype=dtype, engine_options=precision.options(model.generates)
+    )
     fast = fast.to(device).eval()
     call, count = model.call(fast)
     _median(call, device)
@@ -286,7 +287,8 @@ def measure(model: Model, precision: Precision) -> Row:
     if device == "cuda":
         peak = (torch.cuda.max_memory_allocated() - held) / 2**20
     path = model.path(fast)
-    if precision.weights == "fp8":  # calls over whole texts are ONNX Runtime's, by full weights
+    if precision.weights == "fp8" and model.generates:
+        # a decoder's calls over whole texts are ONNX Runtime's, by full weights
         return Row(path, ms, taken, peak, None, None, None)
     found = model.results(fast)
     same = (found.argmax(-1) == model.expected.argmax(-1)).float().mean()

@@ -40,6 +40,8 @@ class Format:
     transposed: bool = False
     zeros: bool = False
     """Each block says which of its values means zero; otherwise it is the one in the middle."""
+    signed: bool = False
+    """Of int8: values, and zeros if there are any, are around 0, as a library's own lie."""
     halves: bool = False
     """Of int8: as int4 of twice the inputs, first the high four bits of all, then the low ones. On
     a CPU ONNX Runtime multiplies float32 by 4 bits as they are, by 8 only once both are rounded."""
@@ -49,10 +51,15 @@ class Format:
         """Whether all inputs share a scale."""
         return self.kind == "fp8" or self.group == 0
 
+    @property
+    def as_held(self) -> bool:
+        """Of a checkpoint's weight: whether the values are the library's own, not a copy."""
+        return self.signed or (self.by_rows and self.kind == "int8")
+
     def names(self, parameter: str) -> tuple[str, ...]:
         """What a Graph calls the values, the scales and, if there are any, the zeros of a parameter
         in this format."""
-        flags = "transposed", "zeros", "halves"
+        flags = "transposed", "zeros", "signed", "halves"
         form = "-".join([self.kind, str(self.group), *(f for f in flags if getattr(self, f))])
         return tuple(f"{parameter}:{form}:{part}" for part in _PARTS[: 2 + self.zeros])
 
@@ -68,7 +75,9 @@ class Format:
 
     def dtypes(self, weight: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         """Of the values and of the scales of a weight of that dtype."""
-        return (_ROWS[self.kind][0], torch.float32) if self.by_rows else (torch.uint8, weight)
+        if self.by_rows:
+            return _ROWS[self.kind][0], torch.float32
+        return torch.int8 if self.signed else torch.uint8, weight
 
 
 def is_made(name: str) -> bool:
@@ -96,8 +105,8 @@ class Blocks:
     dtype, of either sign. Inputs behind the K-th are the value that means zero.
     ``zeros``: what stands for 128 or 8 in each block, uint8: [N, ceil(K / G)]; of int4 two in a
     byte, [N, ceil(K / G / 2)], the even block in the low four bits. None if it is 128 or 8.
-    By whole rows (G is 0) ``values`` are [N, K], int8 around 0 or float8_e4m3fn, and ``scales``
-    float32 [N, 1].
+    Of int8 both may be around 0, and are int8 then. By whole rows (G is 0) ``values`` are [N, K],
+    int8 around 0 or float8_e4m3fn, and ``scales`` float32 [N, 1].
     """
 
     values: torch.Tensor
@@ -162,13 +171,14 @@ def quantise(weight: torch.Tensor, kind: Kind, group: int | None = None) -> Bloc
 def dequantise(blocks: Blocks, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """The weight [N, K] of that shape that the blocks stand for, computed in float32."""
     scales = blocks.scales.float()
-    if blocks.values.dtype != torch.uint8:
+    if blocks.values.ndim == 2:
         return (blocks.values.float() * scales).to(dtype)
     values, zeros = blocks.values, blocks.zeros
     if blocks.kind == "int4":
         values = _unpacked(values)
         zeros = None if zeros is None else _unpacked(zeros)[:, : scales.shape[1]]
-    middle = 2.0 ** (BITS[blocks.kind] - 1)
+    signed = values.dtype == torch.int8
+    middle = 0.0 if signed else 2.0 ** (BITS[blocks.kind] - 1)
     centred = values.float() - (middle if zeros is None else zeros.float().unsqueeze(-1))
     whole = (centred * scales.unsqueeze(-1)).flatten(1)
     return whole[:, : shape[1]].to(dtype)

@@ -44,6 +44,8 @@ class Explained:
     forward: Any
     narrow_weights: Any
     """What engines read of a checkpoint in fewer bits, in words, or None."""
+    narrow_reasons: Any
+    """Why not by the fastest kernels."""
     calibration_in_use: Any
     """How an encoder's calibration was found, if its engine computes by that, and in words of what
     it is not used for."""
@@ -83,7 +85,8 @@ class Explained:
         computes, weights = self._computes_in(), self.narrow_weights()
         wide = None if computes == self.dtype else str(computes).removeprefix("torch.")
         weights = weights or self.engine_options.weights
-        return Explanation(path, [*reasons, *unused], weights, method, wide)
+        reasons = [*reasons, *unused, *self.narrow_reasons()]
+        return Explanation(path, reasons, weights, method, wide)
 
     def explain(self, **forward_kwargs: Any) -> Explanation:
         """As ``explain_forward``: a model that does not generate does nothing else."""

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import mmap
 import os
+import struct
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,13 @@ _SECONDS = 0.005  # in which a session packs some 10 MB
 
 # Bits of an entry of /proc/self/pagemap (the kernel's Documentation/admin-guide/mm/pagemap.rst)
 _THERE, _OF_FILE = np.uint64(1 << 63 | 1 << 62), np.uint64(1 << 61)  # in memory or swapped
+
+# The kernel's search for pages of a kind (the same document), since Linux 6.7: its number, what it
+# is asked, and kinds of pages
+_SCAN, _ASKED = 0xC0606610, struct.Struct("12Q")
+_IS_FILE, _IS_THERE = 1 << 2, 1 << 3 | 1 << 4
+
+_NEAR = 1 << 20  # bytes between two spans that are looked at, too, rather than one by one
 
 _DELETED = " (deleted)"  # as the kernel says of a file whose name is gone: nobody writes to it
 
@@ -37,6 +45,7 @@ class FilePages:
         self.places = {(tensor.data_ptr(), tensor.nbytes) for tensor in self._tensors}
         """Where they begin, and their bytes."""
         self._spans = _merged(map(_span, self._tensors))
+        self._ranges = _merged(self._spans, _NEAR)
         mappings = _mappings() if self._tensors else []
         files = {_file_of(_span(tensor), mappings) for tensor in self._tensors}
         self._files = {path: _identity(path) for path in files if path is not None}
@@ -46,7 +55,10 @@ class FilePages:
         if any(_rewritten(*file) for file in self._files.items()):
             return False
         with _pagemap() as pagemap:
-            return all(_unwritten(span, pagemap) for span in self._spans)
+            ranges = self._ranges if _scans() else []  # one look at each, and none at the spans
+            return bool(ranges and all(_unwritten(span, pagemap) for span in ranges)) or all(
+                _unwritten(span, pagemap) for span in self._spans
+            )
 
     def give_back(self) -> None:
         """Let their memory go; who reads them gets them from the file once more."""
@@ -96,11 +108,11 @@ def _span(tensor: torch.Tensor) -> _Span:
     return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
-def _merged(spans: Iterable[_Span]) -> list[_Span]:
-    """Spans in order, those that touch as one."""
+def _merged(spans: Iterable[_Span], apart: int = 0) -> list[_Span]:
+    """Spans in order, those that touch as one, or that are no more than so many bytes apart."""
     merged: list[_Span] = []
     for first, end in sorted(spans):
-        if merged and first <= merged[-1][1]:
+        if merged and first <= merged[-1][1] + apart:
             merged[-1] = merged[-1][0], max(end, merged[-1][1])
         else:
             merged.append((first, end))
@@ -156,9 +168,35 @@ def _pagemap() -> Iterator[int]:
 def _unwritten(span: _Span, pagemap: int) -> bool:
     """Whether no page of a span in a file has been copied, as the first write to it does."""
     first, end = span[0] // _PAGE, -(-span[1] // _PAGE)
+    if _scans():
+        return not _scan(pagemap, first * _PAGE, end * _PAGE)
     pages = np.frombuffer(os.pread(pagemap, 8 * (end - first), 8 * first), np.uint64)
     copied = (pages & _THERE != 0) & (pages & _OF_FILE == 0)
     return len(pages) == end - first and not copied.any()
+
+
+def _scan(pagemap: int, first: int, end: int) -> int:
+    """How many of the pages between two addresses are copies, at most one. It takes a fifth, and
+    less, of the time in which each of them is looked at."""
+    import fcntl  # there is none on Windows, where nothing comes so far
+
+    found = (ctypes.c_uint64 * 3)()
+    of_interest = (_IS_FILE, _IS_FILE, _IS_THERE, _IS_FILE | _IS_THERE)  # which is inverted first
+    asked = _ASKED.pack(
+        *(_ASKED.size, 0, first, end, 0, ctypes.addressof(found), 1, 1), *of_interest
+    )
+    return fcntl.ioctl(pagemap, _SCAN, bytearray(asked))
+
+
+@functools.cache
+def _scans() -> bool:
+    """Whether this kernel searches."""
+    try:
+        with _pagemap() as pagemap:
+            _scan(pagemap, 0, _PAGE)
+    except (OSError, ImportError):
+        return False
+    return True
 
 
 @functools.cache

@@ -20,6 +20,15 @@ pytestmark = pytest.mark.skipif(
 ROWS = 40  # of a page each
 
 
+@pytest.fixture(params=["searched", "listed"], autouse=True)
+def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which the kernel tells of pages."""
+    if request.param == "listed":
+        monkeypatch.setattr(file_pages, "_scans", lambda: False)
+    elif not file_pages._scans():
+        pytest.skip("this kernel does not search (Linux 6.7)")
+
+
 def numbers(rows: int = ROWS) -> torch.Tensor:
     return torch.arange(rows * 1024, dtype=torch.float32).view(rows, 1024)
 
@@ -56,6 +65,15 @@ def test_a_write_is_seen(weights: dict[str, torch.Tensor], edit: str) -> None:
     EDITS[edit](weights["a"])
     assert not a.same()
     assert unwritten([weights["a"]]) == []
+
+
+def test_a_write_between_two_is_none_to_them(weights: dict[str, torch.Tensor]) -> None:
+    a = weights["a"]
+    pages = FilePages([a[:5], a[20:30]])
+    a[10].neg_()
+    assert pages.same()
+    a[25].neg_()
+    assert not pages.same()
 
 
 def test_what_is_given_back_is_read_from_the_file_again(weights: dict[str, torch.Tensor]) -> None:

@@ -173,8 +173,11 @@ def _constants(
     if target.backend == onnxruntime_tensorrt.NAME:  # it would copy them into its engines
         return ()
     if target.device == "cpu":  # it holds those of matrix products a second time, prepacked
-        made = tuple(filter(is_made, graph.parameters))  # not constant, they would be read slowly
-        return _prepacked(graph, parameters, options.prepack) + made
+        made = filter(is_made, graph.parameters)  # not constant, they would be read slowly
+        # vectors, which no kernel packs: to look at an input takes longer than to add it
+        vectors = (n for n in graph.parameters if not is_made(n) and parameters[n].ndim < 2)
+        packed = _prepacked(graph, parameters, options.prepack)
+        return tuple(dict.fromkeys((*packed, *made, *vectors)))
     return graph.parameters
 
 

@@ -112,11 +112,13 @@ class SourceBuffers:
         """Copy in values of ``sources`` tokens, or one for all of them; zeros behind them."""
         for name, value in values.items():
             tensor = self.tensors[name]
-            tensor[:, sources:].zero_()
+            if tensor.shape[1] > sources:
+                tensor[:, sources:].zero_()
+                tensor = tensor[:, :sources]
             if isinstance(value, torch.Tensor):
-                tensor[:, :sources].copy_(value)
+                tensor.copy_(value)
             else:
-                tensor[:, :sources].fill_(value)
+                tensor.fill_(value)
 
 
 _idle_flags: dict[tuple[torch.device, int], list[torch.Tensor]] = {}

@@ -162,7 +162,8 @@ class Decoder(Capturing):
             source, run = self._cross(bucket)
             return source, self._captured(run)
 
-        if self.captures_sources(bucket.size.batch, bucket.size.sources):
+        kept = self.target.device == "cpu"  # where binding takes as long as launches on a GPU
+        if kept or self.captures_sources(bucket.size.batch, bucket.size.sources):
             source, run = self._bound(bucket, "cross", capture)
         else:
             source, run = self._cross(bucket)
@@ -179,13 +180,15 @@ class Decoder(Capturing):
             attention_mask=torch.ones(axes, dtype=torch.int64, device=self.device),
         )
         shared = bucket.tensors["cross_mask"]
-        cross_mask = torch.empty_like(shared[:, :, :1])
+        each = bucket.size.queries > 1  # query tokens read the same mask
+        cross_mask = torch.empty_like(shared[:, :, :1]) if each else shared
         assert self.cross is not None
         binding = self.cross.bind(bucket.tensors | source.tensors | {"cross_mask": cross_mask})
 
         def run() -> None:
             binding.run()
-            shared.copy_(cross_mask.expand_as(shared))
+            if each:
+                shared.copy_(cross_mask.expand_as(shared))
 
         return source, run
 

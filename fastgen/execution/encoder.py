@@ -238,11 +238,8 @@ class Encoder(Capturing):
 
     def _filled(self, input_ids: torch.Tensor, **values: torch.Tensor | int) -> SourceBuffers:
         """What the graph reads for each token, in tensors of its own where it must be."""
-        made = {
-            n: torch.empty(input_ids.shape, dtype=torch.int64, device=self.device) for n in values
-        }
-        SourceBuffers(**made).fill(input_ids.shape[1], **values)
-        return SourceBuffers(input_ids=input_ids.contiguous(), **made)
+        read = {name: _per_token(input_ids, value) for name, value in values.items()}
+        return SourceBuffers(input_ids=input_ids.contiguous(), **read)
 
     def _replay(self, batch: int, sources: int) -> _Replay:
         ids = torch.zeros(batch, sources, dtype=torch.int64, device=self.device)
@@ -267,3 +264,12 @@ class Encoder(Capturing):
     def _empty(self, batch: int, sources: int) -> torch.Tensor:
         dtype = getattr(torch, self.target.dtype)
         return torch.empty(batch, sources, self._width, dtype=dtype, device=self.device)
+
+
+def _per_token(ids: torch.Tensor, value: torch.Tensor | int) -> torch.Tensor:
+    """What a graph reads beside [B, S] ``ids``: ``value`` itself where it lies as they do."""
+    if not isinstance(value, torch.Tensor):
+        return torch.full(ids.shape, value, dtype=torch.int64, device=ids.device)
+    if value.dtype == torch.int64 and value.shape == ids.shape and value.is_contiguous():
+        return value
+    return torch.empty(ids.shape, dtype=torch.int64, device=ids.device).copy_(value)

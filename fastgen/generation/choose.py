@@ -34,7 +34,7 @@ class Choose:
         self._tail: Callable[[], None] | None = None
         if process is None and not self._do_sample and not self._records:
             if cpu.served(bucket.tensors["logits"]):
-                self._tail = cpu.GreedyTail(state, bucket, self._has_eos, self._eos)
+                self._tail = cpu.greedy_tail(state, bucket, self._has_eos, self._eos)
             elif greedy_obstacle(state, bucket, call.decoder.options) is None:
                 self._tail = GreedyTail(state, bucket, self._has_eos, self._eos)
 

@@ -4,6 +4,8 @@ All of it runs on the calling thread: a parallel region of torch leaves threads 
 milliseconds, on the cores where the engine's next step runs.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -29,6 +31,7 @@ class GreedyTail:
         """
         self._has_eos, self._stops = has_eos, stops
         tensors = bucket.tensors
+        self._of = tensors["logits"], state.eos, has_eos, stops
         self._logits, self._input_ids = (
             tensors["logits"][:, -1].numpy(),
             tensors["input_ids"].numpy(),
@@ -38,6 +41,10 @@ class GreedyTail:
         self._sequences, self._index = state.sequences.numpy(), state.index.numpy()
         self._unfinished, self._seen = state.unfinished.numpy(), state.seen.numpy()
         self._pad, self._eos = state.pad.numpy(), state.eos.numpy()
+
+    def is_of(self, *given: Any) -> bool:
+        """Whether it was made for these logits and end tokens, and with these arguments."""
+        return all(one is other for one, other in zip(self._of, given, strict=True))
 
     def __call__(self) -> None:
         tokens = self._logits.argmax(axis=-1)
@@ -51,6 +58,14 @@ class GreedyTail:
         self._index += 1
         self._positions += 1  # as Bucket.advance
         self._first_slot += self._queries
+
+
+def greedy_tail(state: SampleState, bucket: Bucket, has_eos: bool, stops: bool) -> GreedyTail:
+    """A ``GreedyTail``: that of the state's last call, if it is the same."""
+    tail: GreedyTail | None = state.tail
+    if tail is None or not tail.is_of(bucket.tensors["logits"], state.eos, has_eos, stops):
+        tail = state.tail = GreedyTail(state, bucket, has_eos, stops)
+    return tail
 
 
 class BeamTail:

@@ -246,6 +246,8 @@ def again(model: Any, decoder: Decoder, given: Given, known: Known) -> Call | No
     ids, hidden, mask, rows = given.ids, None, given.mask, known.expand
     if decoder.shape.source:
         hidden = model._encoded(ids, mask, known.call.config)
+        if hidden.shape != (*ids.shape, decoder.shape.width):
+            return None
         ids = known.call.input_ids
     elif mask is not None:
         if not bool((mask == 1).all()):
@@ -255,10 +257,8 @@ def again(model: Any, decoder: Decoder, given: Given, known: Known) -> Call | No
         ids = ids if decoder.shape.source else ids.repeat_interleave(rows, dim=0)
         hidden = None if hidden is None else hidden.repeat_interleave(rows, dim=0)
         mask = None if mask is None else mask.repeat_interleave(rows, dim=0)
-    arguments: dict[str, Any] = {model._reads: ids}
-    if hidden is not None:
-        arguments |= {"encoder_outputs": (hidden,), "attention_mask": mask}
-    if model.refusal(**arguments) is not None:
+    # of a source the encoder has looked at what may differ from call to call
+    if hidden is None and model.refusal(**{model._reads: ids}) is not None:
         return None
     call = copy.copy(known.call)
     call.decoder, call.input_ids, call.hidden, call.mask = decoder, ids, hidden, mask

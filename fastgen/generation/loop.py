@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.generation.utils import (
     GenerateDecoderOnlyOutput,
@@ -300,9 +301,9 @@ class SampleLoop(Loop):
         call = self.call
         if call.waits or call.eos is None:
             return self.length
-        new = self.state.sequences[:, call.prompt : self.length]
-        ends = (new[:, :, None] == self.state.eos).any(dim=-1)
-        first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, new.shape[1])
+        new = self.state.sequences[:, call.prompt : self.length].cpu().numpy()
+        ends = (new[:, :, None] == self.state.eos.cpu().numpy()).any(axis=-1)
+        first = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, new.shape[1])
         return call.prompt + int(first.max())
 
 

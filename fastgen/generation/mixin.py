@@ -141,7 +141,7 @@ class FastGenerationMixin(ExplainsGenerate, GenerationMixin):
             return None
 
         def look() -> None:
-            if self._glance is not glance or not glance.same(self):
+            if not self._looks_as(glance):
                 raise _ChangedError
 
         try:
@@ -152,7 +152,7 @@ class FastGenerationMixin(ExplainsGenerate, GenerationMixin):
                 call.look = look
                 return self._decode_known(call)
         except Exception:
-            if self._glance is glance and glance.same(self):
+            if self._looks_as(glance):
                 raise
             return None
 

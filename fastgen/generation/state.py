@@ -21,6 +21,8 @@ class SampleState:
         self.pad = torch.zeros((), dtype=torch.int64, device=device)
         self.eos = torch.zeros(0, dtype=torch.int64, device=device)
         self.draws: Draws | None = None
+        self.tail: Any = None
+        """What followed the last call's steps on a CPU."""
         self.seen = host_flags(self, batch, device)
         """``unfinished`` as the host sees it, at most ``RUN_AHEAD`` tokens late."""
         self.seen_by_host = self.seen.numpy()

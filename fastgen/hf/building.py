@@ -14,6 +14,7 @@ from fastgen.calibration import Calibration
 from fastgen.engine_cache import Artifact, EngineCache
 from fastgen.engines import Engine, NoEngine, Unloadable, choice
 from fastgen.engines.choice import choose_target
+from fastgen.engines.fused.recorder import Narrow
 from fastgen.file_pages import FilePages
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.graph import TensorSpec
@@ -45,12 +46,16 @@ class BuildsEngines(torch.nn.Module):
     device: torch.device
     dtype: torch.dtype
     engine_options: Any
-    _copies: tuple[FilePages | Fingerprint | Looked, ...] = ()
+    _copies: tuple[FilePages | Fingerprint, ...] = ()
     """What the weights were that engines hold a second time."""
+    _looked: tuple[Looked, ...] = ()
+    """What weights in fewer bits were; nothing that engines read of them goes with them."""
     _made: dict[AnyKey, Made]
     """What engines read instead of weights."""
     _held: Mapping[str, Held] = MappingProxyType({})
     """Weights that the model has in fewer bits, and that engines read, by their stock names."""
+    _unfused: str | None = None
+    """Why fused kernels do not run it, in words."""
     _calibration: Calibration | None = None
     _gone = 0
     """How many of them there were when torch's weights were let go last."""
@@ -164,9 +169,8 @@ class BuildsEngines(torch.nn.Module):
         own.packed(copied)
         widened = (name for name in read if not is_made(name) and own.widens(name))
         left = own.sources(dict.fromkeys((*copied, *widened)))
-        self._copies += own.looked_at([*copied, *read])
-        whole = (copy for copy in self._copies if not isinstance(copy, Looked))
-        known = {place for copy in whole for place in copy.places}
+        self._looked += own.looked_at([*copied, *read])
+        known = {place for copy in self._copies for place in copy.places}
         if left := [part for part in left if (part.data_ptr(), part.nbytes) not in known]:
             threads = self.engine_options.intra_op_threads or processes.threads()
             copies = watched(left, threads)
@@ -182,7 +186,8 @@ class BuildsEngines(torch.nn.Module):
         to be let go."""
         exact = self.engine_options.weights == "full" and self.device.type == "cpu"
         wide = target is not None and target.dtype == "float32"
-        forms = {name: weight.form(exact) for name, weight in self._held.items()}
+        on_gpu = self.device.type == "cuda"
+        forms = {name: weight.form(exact, on_gpu) for name, weight in self._held.items()}
         own, whole = self._own_tensors(), self._read_whole()
         return Weights(own, self._made, whole, wide, self._held, forms)
 
@@ -202,6 +207,12 @@ class BuildsEngines(torch.nn.Module):
         kinds = {(s.library, s.kind) for part in parts for s in part._held.values()}
         return " and ".join(f"{library}'s {kind}" for library, kind in sorted(kinds)) or None
 
+    def narrow_reasons(self) -> list[str]:
+        """Why other kernels than the fused ones compute by a checkpoint in fewer bits."""
+        parts = [part for part in self.modules() if isinstance(part, BuildsEngines) and part._held]
+        whys = ((type(part).__qualname__, part._unfused) for part in parts if part._unfused)
+        return [f"ONNX Runtime's kernels run {name}: {why}" for name, why in dict.fromkeys(whys)]
+
     def _read_whole(self) -> set[int] | None:
         """Ids of the parameters that stay with ``keep_torch_weights=False``, as something looks
         them up, or reads them by pointer; None: all stay."""
@@ -214,6 +225,13 @@ class BuildsEngines(torch.nn.Module):
             elif isinstance(part, BuildsEngines) and part._plain:
                 own = tensors_of(part)
                 found |= {id(own[name]) for name in part._plain if name in own}
+        return found
+
+    def _held_for_kernels(self, own: Weights, root: graph_nn.Module) -> dict[str, Narrow]:
+        """What fused kernels read of a checkpoint in fewer bits, whose edits are looked for."""
+        held = {name: own.held[name] for name, _ in root.named_parameters() if name in own.held}
+        found = {n: Narrow(weight.form_of_kernels(), weight.shape) for n, weight in held.items()}
+        self._looked += own.looked_at(weight.form.names(n)[0] for n, weight in found.items())
         return found
 
     def _let_go(self) -> None:

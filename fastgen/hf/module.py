@@ -149,6 +149,10 @@ class EngineModule(Explained, BuildsEngines):
                 parts = [m for m in glance.descendants if isinstance(m, EngineModule)]
                 self._parts = [part for part in parts if not part._waits and part._has_engine()]
                 self._parts_glance = glance  # until it changes, so do none of the parts
+            else:  # but for what it does not see
+                for part in self._parts:
+                    if part._copies or part._looked:
+                        part._has_engine()
             _steady.modules = outer[0] | {id(self), *map(id, self._parts)}
         try:
             yield
@@ -166,8 +170,8 @@ class EngineModule(Explained, BuildsEngines):
             _steady.modules = outer
 
     def _looks_later(self) -> bool:
-        """Whether engines may run before a look at the weights: it looks at nothing but a Glance,
-        that of the parts is the same, and all memory is where it was."""
+        """Whether engines may run before a look at the weights (``_looks_as``): their own Glance is
+        that of the parts, and all memory is where it was."""
         glance = self._glance
         return (
             glance is not None
@@ -175,6 +179,12 @@ class EngineModule(Explained, BuildsEngines):
             and not any(part._copies for part in (self, *self._parts))
             and glance.in_place()
         )
+
+    def _looks_as(self, glance: Glance) -> bool:
+        """Whether the weights are what they were when the Glance was made."""
+        same = self._glance is glance and glance.same(self)
+        looked = (look for part in (self, *self._parts) for look in part._looked)
+        return same and all(look.same() for look in looked)
 
     def standing_refusal(self) -> str | None:
         """Why no engine serves the model, where that takes no look at all its weights."""
@@ -233,7 +243,7 @@ class EngineModule(Explained, BuildsEngines):
                 self._drop_engine()
                 self._engine_weights = weights
             self._glance = Glance(self, self._copies_weights())
-        if not all(copy.same() for copy in self._copies):  # an edit through .data
+        if not all(copy.same() for copy in (*self._copies, *self._looked)):  # through .data, say
             self._edited = True
             self._drop_engine()
         if self._refusal is not None:
@@ -260,7 +270,7 @@ class EngineModule(Explained, BuildsEngines):
     def _drop_engine(self) -> None:
         self._engine = self._refusal = self._standing = None
         self._copies, self._made, self._gone, self._plain = (), {}, 0, frozenset()
-        self._held = {}
+        self._held, self._looked = {}, ()
 
     def _copies_weights(self) -> bool:
         """Whether engines hold weights a second time, and must be made anew after an edit."""
@@ -293,6 +303,7 @@ class EngineModule(Explained, BuildsEngines):
             "_engine",
             "_engine_weights",
             "_copies",
+            "_looked",
             "_edited",
             "_made",
             "_held",

@@ -49,7 +49,10 @@ def given(module: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 def rounded(module: Any, tensor: torch.Tensor) -> torch.Tensor:
     """An engine's result in the model's dtype, which on a GPU it has."""
-    return tensor if tensor.device.type != "cpu" else tensor.to(module.dtype)
+    if tensor.device.type != "cpu":
+        return tensor
+    glance = getattr(module, "_glance", None)  # of this call; a module searches for its dtype
+    return tensor.to(module.dtype if glance is None else glance.dtype)
 
 
 def reads(module: Any, hidden: torch.Tensor) -> bool:

@@ -171,9 +171,10 @@ class Weights(Mapping[str, torch.Tensor]):
         return tuple(Looked(self.held[name]) for name in sorted(read & self.held.keys()))
 
     def let_go(self) -> None:
-        """Let torch's weights go of which something was made, but for tables: what was made is then
-        the one form there is of them."""
-        parts = [(self._holder(name), name) for name, _ in self.made]
+        """Let torch's weights go of which something was made, but for tables, and for what engines
+        read as a library holds it: what was made is then the one form there is of them."""
+        lie = {name for name, form in self.made if name in self.held and form and form.as_held}
+        parts = [(self._holder(name), name) for name, _ in self.made if name not in lie]
         going = {id(p): name for p, name in parts if self._goes(p) and not isinstance(p, Gone)}
         for (name, form), made in self.made.items():
             if id(self._holder(name)) in going:

@@ -78,6 +78,7 @@ class Glance:
         self._tensors = [*root.parameters(), *self._held]
         self._versioned = [t for t in self._tensors if versions and not t.is_inference()]
         self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self.dtype: Any = getattr(root, "dtype", None)  # as transformers has it
         tables = [(i, module._parameters) for i, module in enumerate(modules)]
         self._single = [  # two of one number may be equal; of more, to ask raises an error
             (i, name, parameter)

@@ -27,7 +27,7 @@ from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
 from fastgen.tasks.encoder import FastEncoder
 from fastgen.tasks.heads import FastTask
-from fastgen.tasks.refusals import empty_row_refusal, form_refusal
+from fastgen.tasks.refusals import empty_row_refusal, ends, form_refusal
 
 __all__ = [
     "FastBertForMaskedLM",
@@ -226,8 +226,10 @@ class FastBertModel(FastEncoder, FastPreTrained, BertModel):
             shapes = f"{list(types.shape)}, not {list(ids.shape)}"
             return Asked(f"token_type_ids are {shapes}: one per token")
         count = self.config.type_vocab_size
-        if types.device.type == "cpu" and not 0 <= types.min() <= types.max() < count:
-            return Asked(f"token_type_ids are not all in 0 .. {count - 1}")
+        if types.device.type == "cpu":
+            low, high = ends(types)
+            if low < 0 or high >= count:
+                return Asked(f"token_type_ids are not all in 0 .. {count - 1}")
         return None
 
     def _output(self, hidden: torch.Tensor) -> Any:

@@ -188,13 +188,19 @@ def build_decoder(module: Any, target: Target, shape: Shape, name: str) -> Decod
 
 def _fused_engine(module: Any, target: Target, shape: Shape) -> FusedEngine | None:
     """What runs most steps on a GPU, and prompts of a decoder without a source."""
-    if target.device != "cuda" or target.held:  # no kernels for zeros, nor for all group sizes
+    module._unfused = None
+    if target.device != "cuda":
         return None
     step, own = module._decoder_root(), module._weights(target)
-    fused = FusedEngine(step, target, own, module._engine_cache())
-    if target.weights != "full" and not module.engine_options.keep_torch_weights:
+    held = module._held_for_kernels(own, step)
+    fused = FusedEngine(step, target, own, module._engine_cache(), held)
+    keeps = module.engine_options.keep_torch_weights
+    if held or (target.weights != "full" and not keeps):
         size = BucketSize(1, 1, module.engine_options.min_bucket, 1 if shape.source else 0)
-        fused.make_weights(Bucket(shape, target, module.device, size).tensors)
+        reason = fused.make_weights(Bucket(shape, target, module.device, size).tensors)
+        if held and reason:
+            module._unfused = reason
+            return None
     return fused
 
 

@@ -44,8 +44,6 @@ class FastEncoder(StockForward, EngineModule):
     families that pack, too."""
     reads_padding = False
     """Whether a head reads the hidden states of padding, which are computed then."""
-    _unfused: str | None = None
-    """Why no fused kernels run where there are some."""
     _beside = ""
     """Prefixes of the parameters that no graph knows: of stock code beside it."""
 
@@ -133,8 +131,9 @@ class FastEncoder(StockForward, EngineModule):
             return None
         root, own, kept = self._encoder_root(), self._weights(target), self._engine_cache()
         target = replace(target, calibration=self._calibration)
+        held, more = self._held_for_kernels(own, root), self._more_ids
         try:
-            fused = PackedEngine(root, target, self.device, own, padding, self._more_ids, kept)
+            fused = PackedEngine(root, target, self.device, own, padding, more, kept, held)
         except NotFused as error:  # T5 in float32, say, or another dtype of some weight
             self._unfused = str(error)
             return None
@@ -191,6 +190,13 @@ class FastEncoder(StockForward, EngineModule):
         # refusal() has looked; unless another thread dropped the engine since
         encoder: Encoder = self._engine or self._current_engine()
         return self._given(self._compute(encoder, arguments), arguments)
+
+    def hidden(self, **arguments: Any) -> torch.Tensor | None:
+        """The last hidden states that ``forward`` gives to ``generate``, without what goes about
+        it; None if the engine does not serve the call."""
+        if self.refusal(**arguments) is not None:
+            return None
+        return self._compute(self._engine or self._current_engine(), arguments)[0]
 
     def _compute(self, encoder: Encoder, arguments: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         """Hidden states [B, S, E], and those of all layers if they are wanted."""

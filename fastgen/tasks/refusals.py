@@ -94,11 +94,18 @@ def ids_refusal(module: Any, ids: Any) -> str | None:
         return reason
     if ids is ... or ids.device.type != "cpu":  # on a GPU a look at them would wait for it
         return None
-    low, high = (int(end) for end in ids.aminmax())
+    low, high = ends(ids)
     vocabulary = module.get_input_embeddings().weight.shape[0]
     if low < 0 or high >= vocabulary:
         return Asked(f"token ids from {low} to {high} are not all in 0 .. {vocabulary - 1}")
     return None
+
+
+def ends(numbers: torch.Tensor) -> tuple[int, int]:
+    """The smallest and the largest of whole numbers on the CPU; by NumPy, as torch's threads would
+    spin on where the engine's are to run next."""
+    array = numbers.numpy()
+    return int(array.min()), int(array.max())
 
 
 def form_refusal(what: str, ids: Any, module: Any) -> str | None:
@@ -145,7 +152,7 @@ def mask_refusal(mask: Any, shape: torch.Size) -> str | None:
 
 def empty_row_refusal(mask: torch.Tensor | None) -> str | None:
     """An attention_mask that hides all of a row; on a GPU a look at it would wait for it."""
-    if mask is None or mask.device.type != "cpu" or mask.any(dim=1).all():
+    if mask is None or mask.device.type != "cpu" or mask.all() or mask.any(dim=1).all():
         return None
     return "attention_mask hides all of a row, which only torch serves"
 

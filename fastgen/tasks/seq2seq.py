@@ -76,9 +76,10 @@ class FastSeq2SeqLM(StockForward, FastWhole, FastGenerationMixin):
         return StaticKVCache(*contract.cache_layers(self.config), dtype=self.dtype)
 
     def _encoded(self, ids: torch.Tensor, mask: torch.Tensor | None, config: Any) -> torch.Tensor:
-        given = {} if mask is None else {"attention_mask": mask}
-        outputs = {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
-        hidden: torch.Tensor = self._encoder(input_ids=ids, return_dict=True, **given, **outputs)[0]
+        given = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+        given |= {name: getattr(config, name) for name in OPTIONAL_OUTPUTS}
+        if (hidden := self._encoder.hidden(**given)) is None:  # torch serves it, or reports
+            hidden = self._encoder(return_dict=True, **given)[0]
         return hidden
 
     def _called(self) -> tuple[type, ...]:

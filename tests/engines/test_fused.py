@@ -215,3 +215,29 @@ def test_float32_prompts_of_many_tokens_are_left_to_the_engine() -> None:
     tensors = {"input_ids": torch.zeros(4, 256, dtype=torch.int64, device=META)}
     with pytest.raises(NotFused, match="float32"):
         PromptOps(onnxruntime_cuda("float32"), {}, tensors, filled=0)
+
+
+def attentions(name: str, size: BucketSize) -> list[Any]:
+    """The launches of the first layer's own attention."""
+    ops = record(two_layers(name), size)
+    return [launch for launch in ops.launches if launch.kernel.startswith("attention")][:1]
+
+
+@pytest.mark.parametrize(
+    "beams, slots, blocks",
+    [(1, 128, 1), (1, 256, 2), (1, 1024, 8), (4, 256, 1), (4, 1024, 2), (4, 4096, 4)],
+)
+def test_blocks_share_out_what_a_query_sees(beams: int, slots: int, blocks: int) -> None:
+    """Of beams a quarter of the slots, which are not worth a cluster where they are few."""
+    (launch,) = attentions("gpt2", BucketSize(1, beams, slots, 0))
+    assert launch.cluster == blocks
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+def test_few_rows_have_as_many_blocks_as_one(beams: int) -> None:
+    def grids(beams: int) -> list[tuple[int, int]]:
+        ops = record(two_layers("t5-large"), BucketSize(1, beams, 128 * beams, 64))
+        own = [launch for launch in ops.launches if launch.kernel.startswith("linear")]
+        return [launch.grid for launch in own[:-1]]  # but for the head's
+
+    assert grids(beams) == grids(1)

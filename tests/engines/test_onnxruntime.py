@@ -64,6 +64,16 @@ def test_graphs_that_run_once_a_call_are_packed_only_with_all_weights() -> None:
     assert _prepacked(graph, own, 1) == graph.parameters
 
 
+def test_vectors_are_no_inputs_and_are_read_where_they_lie() -> None:
+    model: Any = copy.deepcopy(build_pair("t5-1.1").fast)
+    encoder, own = model.encoder._current_engine(), dict(model.encoder.named_parameters())
+    assert {own[name].ndim for name in encoder.engine._inputs} == {2}
+    ids = torch.arange(3, 9)[None]
+    before = encoder.run(ids, None)
+    own["final_layer_norm.weight"].data.mul_(2)
+    assert torch.equal(encoder.run(ids, None), 2 * before)
+
+
 @pytest.mark.skipif(not _told(), reason="the kernel does not tell of writes to pages")
 def test_matrices_that_lie_in_a_file_are_packed_whatever_the_share() -> None:
     graph, own = decoder("t5-1.1", from_file=True)

@@ -15,7 +15,8 @@ import torch
 from fastgen.engines import NotFused
 from fastgen.engines.fused import encoder as packed
 from fastgen.engines.fused.packed_attention import Table
-from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
+from fastgen.engines.fused.packed_described import Ids, Visible
+from fastgen.engines.fused.packed_ops import PackedOps
 from fastgen.engines.fused.packed_values import Buffer
 from fastgen.execution import encoder as encoders
 from fastgen.execution.encoder import Encoder

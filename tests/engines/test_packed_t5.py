@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -17,10 +16,10 @@ from transformers import T5Config
 import fastgen
 from fastgen.bench.shapes import SHAPES, shape_config
 from fastgen.engines import NotFused
-from fastgen.engines.fused.encoder import PackedEngine
 from fastgen.engines.fused.packed_attention import BiasedAttention
+from fastgen.engines.fused.packed_described import Ids, Visible
 from fastgen.engines.fused.packed_kernels import Activate, NormStream
-from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
+from fastgen.engines.fused.packed_ops import PackedOps
 from fastgen.engines.fused.packed_plan import MOST_FETCHED, fetch_ahead
 from fastgen.engines.fused.packed_products import Products
 from fastgen.execution.encoder import Encoder
@@ -109,17 +108,6 @@ def test_an_edited_weight_is_seen() -> None:
     torch.testing.assert_close(found, expected, **CLOSE)
     assert not torch.allclose(both(pair, None)[1], before)
     assert engine_of(pair.fast) is engine
-
-
-def test_fp8_is_of_decoders_and_int4_is_another_engines() -> None:
-    """Full weights serve the encoder of a model whose decoder multiplies by 8-bit floats."""
-    stack = encoders_of("t5-1.1").fast
-    root, own = stack._encoder_root(), dict(stack.named_parameters(remove_duplicate=False))
-    for weights in ("fp8", "int4"):
-        target = replace(TARGET, weights=weights)
-        served = pytest.raises(NotFused, match=weights) if weights != "fp8" else nullcontext()
-        with served:
-            PackedEngine(root, target, torch.device("cpu"), own, padding=False)
 
 
 def test_the_stack_of_a_whole_model_and_of_an_encoder_model() -> None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import fastgen
 from fastgen.engines import NoEngine
-from tests.configs import TINY, build_pair, fast_class, stock_class
+from tests.configs import TINY, Pair, build_pair, fast_class, stock_class
 from tests.helpers import (
     assert_equal_logits,
     assert_left_to_torch,
@@ -181,6 +182,26 @@ def test_generation_follows_a_change() -> None:
             change(model)
             results.append(model.generate(sources(), max_new_tokens=8, num_beams=2).tolist())
         assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_generation_follows_an_edit_of_its_encoder_that_torch_does_not_count(
+    saved: bool, tmp_path: Path
+) -> None:
+    """After calls like it, which take the parts of a model that looks the same as they were."""
+    pair, options = copies(), {"max_new_tokens": 8, "do_sample": False}
+    if saved:  # packed in place of the file's pages
+        pair.stock.save_pretrained(tmp_path)
+        pair = Pair(
+            *(type(model).from_pretrained(tmp_path).eval() for model in vars(pair).values())
+        )
+    pair.fast.engine_options = {"prepack": 1}
+    for _ in range(2):
+        before = pair.fast.generate(sources(), **options)
+    for model in (pair.stock, pair.fast):
+        model.encoder.block[1].layer[0].SelfAttention.v.weight.data.mul_(3)
+    found, expected = (m.generate(sources(), **options) for m in (pair.fast, pair.stock))
+    assert torch.equal(found, expected) and not torch.equal(found, before)
 
 
 # Who serves while a part is not as it was

@@ -13,7 +13,8 @@ import torch
 
 from fastgen.engines import NotFused
 from fastgen.engines.fused.ops import FusedOps
-from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
+from fastgen.engines.fused.packed_described import Ids, Visible
+from fastgen.engines.fused.packed_ops import PackedOps
 from fastgen.execution.bucket import Bucket, BucketSize
 from fastgen.graphs import graph as graphs
 from fastgen.graphs.decoder import decoder_specs

@@ -210,6 +210,21 @@ INLINE void attention(const AttentionArgs& args) {
             bias[r * share + s - begin] = bias_of<SELF>(args, h, row + r, s);
     if constexpr (MASKED) prefetch_first(count = list_seen<TOGETHER>(bias, share, count, seen));
     else __syncthreads();
+    Pack<T, 8> k[UNROLL], v[UNROLL];
+    const auto slot_of = [&](int base, int i) {
+        return slot_at(min(base + i * GROUPS + group, count - 1));
+    };
+    const auto load_stored = [&](int base) {
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            const int slot = slot_of(base, i);
+            k[i] = v[i] = Pack<T, 8>{};
+            if (!holds || slot >= old) continue;
+            k[i] = load8(key + (long long)slot * kv_width + part);
+            v[i] = load8(value + (long long)slot * kv_width + part);
+        }
+    };
+    if (count > 0) load_stored(0);  // the first ones meanwhile
     wait_for_inputs();
 
     // The new keys and values are read where the product left them, whichever block stores them
@@ -228,40 +243,50 @@ INLINE void attention(const AttentionArgs& args) {
         }
         __syncthreads();
     }
+    const auto load_fresh = [&](int base) {
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            const int slot = slot_of(base, i);
+            if (!SELF || !holds || slot < old) continue;
+            const T* new_row = fresh + (long long)(slot - old) * args.stride;
+            const T* new_key = TURN ? new_keys[(unsigned)(slot - old) % NEW] : new_row + width;
+            k[i] = load8(new_key + part);
+            v[i] = load8(new_row + (width + kv_width) + part);
+        }
+    };
+    // All that the product gave is asked for before any of it is needed
+    const auto head_of = [&](int r) { return own + r / HEADS * args.stride + r % HEADS * D; };
+    const bool stores = SELF && split == 0 && h % GROUP == 0 && threadIdx.x < D;
     float q[ALL][8];
+    Pack<T, 8> as_is[ALL];
+    T own_key[TOGETHER], own_value[TOGETHER];
+#pragma unroll
+    for (int r = 0; r < ALL; r++)
+        if (TURN == AS_IS) as_is[r] = holds ? load8(head_of(r) + part) : Pack<T, 8>{};
+    if (count > 0) load_fresh(0);
+#pragma unroll
+    for (int token = 0; token < TOGETHER; token++) {
+        const T* mine = own + token * args.stride + threadIdx.x - beside;
+        const T* turned = &new_keys[(row % QUERIES + token) % NEW][threadIdx.x];
+        if (stores) own_key[token] = TURN ? *turned : mine[width];
+        if (stores) own_value[token] = mine[width + kv_width];
+    }
 #pragma unroll
     for (int r = 0; r < ALL; r++) {
-        const int token = r / HEADS;
-        const long long slot_of_own = old + row % QUERIES + token;
-        const bool stores = SELF && split == 0 && r % HEADS == 0 && h % GROUP == 0;
-        if (stores && threadIdx.x < D && slot_of_own < args.slots) {
-            const T* mine = own + token * args.stride + threadIdx.x - beside;
-            const T* new_key = TURN ? &new_keys[(row % QUERIES + token) % NEW][threadIdx.x] : mine + width;
-            key[slot_of_own * kv_width + threadIdx.x] = *new_key;
-            value[slot_of_own * kv_width + threadIdx.x] = mine[width + kv_width];
-        }
-        const T* head = own + token * args.stride + r % HEADS * D;
-        if constexpr (TURN == AS_IS) unpack(holds ? load8(head + part) : Pack<T, 8>{}, q[r]);
+        if constexpr (TURN == AS_IS) unpack(as_is[r], q[r]);
         else
-            turn<D, TURN>(load_halves<D>(head, part), query_norm, args.turn.eps,
-                          angles[row % QUERIES + token], part, q[r]);
+            turn<D, TURN>(load_halves<D>(head_of(r), part), query_norm, args.turn.eps,
+                          angles[row % QUERIES + r / HEADS], part, q[r]);
 #pragma unroll
         for (int e = 0; e < 8; e++) q[r][e] *= args.scale;
     }
     Softmax softmax[ALL];
     for (int base = 0; base < count; base += UNROLL * GROUPS) {  // all lanes of a warp stay in the loop
-        Pack<T, 8> k[UNROLL], v[UNROLL];
         int place[UNROLL];
+        if (base > 0) load_stored(base), load_fresh(base);
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
-            const int slot = slot_at(min(base + i * GROUPS + group, count - 1));
-            const bool stored = !SELF || slot < old;
-            const T* new_row = fresh + (long long)(slot - old) * args.stride;
-            const T* new_key = TURN ? new_keys[(unsigned)(slot - old) % NEW] : new_row + width;
-            k[i] = v[i] = Pack<T, 8>{};
-            if (holds) k[i] = load8((stored ? key + (long long)slot * kv_width : new_key) + part);
-            if (holds) v[i] = load8((stored ? value + (long long)slot * kv_width : new_row + (width + kv_width)) + part);
-            place[i] = slot - begin;
+            place[i] = slot_of(base, i) - begin;
             const int later = base + i * GROUPS + group + WINDOW;
             if (holds && part * (int)sizeof(T) % 128 == 0 && later < count) prefetch(slot_at(later), part);
         }
@@ -290,6 +315,13 @@ INLINE void attention(const AttentionArgs& args) {
 #pragma unroll
                 for (int e = 0; e < 8; e++) softmax[r].y[e] += score[r][i] * x[e];
         }
+    }
+#pragma unroll
+    for (int token = 0; token < TOGETHER; token++) {
+        const long long slot = old + row % QUERIES + token;
+        if (!stores || slot >= args.slots) continue;
+        key[slot * kv_width + threadIdx.x] = own_key[token];
+        value[slot * kv_width + threadIdx.x] = own_value[token];
     }
     const auto store = [&](int r, float y, float sum) {
         T* to = args.y + (long long)(row + r / HEADS) * width + (h + r % HEADS) * D + threadIdx.x;

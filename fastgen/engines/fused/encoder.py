@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,20 +12,59 @@ import torch
 from fastgen import cuda
 from fastgen.engine_cache import EngineCache
 from fastgen.engines import NotFused, nvrtc
+from fastgen.engines.fused.packed_described import Ids, Visible
 from fastgen.engines.fused.packed_int8 import Int8Product
 from fastgen.engines.fused.packed_integers import LEAST_ROWS
 from fastgen.engines.fused.packed_kernels import Kernel
-from fastgen.engines.fused.packed_ops import Ids, PackedOps, Visible
+from fastgen.engines.fused.packed_ops import PackedOps
 from fastgen.engines.fused.packed_places import Count, Place, Spread
 from fastgen.engines.fused.packed_plan import allocate, fetch_ahead
 from fastgen.engines.fused.packed_products import Together
 from fastgen.engines.fused.packed_values import Buffer, Call, Size
+from fastgen.engines.fused.packed_weights import Scratch
+from fastgen.engines.fused.recorder import Narrow
 from fastgen.target import Target
 
 MOST_TOKENS = 16384
 """Tokens of one run: enough to fill a GPU, and all that buffers must hold."""
 SIDE_TOKENS, FETCHED_TOKENS = 2048, 512
 _SOURCES = ("common.cu", "tiles.cu", "encoder_rows.cu", "encoder.cu")
+
+
+class _Known(Mapping[str, torch.Tensor]):
+    """A model's parameters, and for those that it has in fewer bits their shapes."""
+
+    def __init__(self, own: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Tensor]) -> None:
+        self._own, self._shapes = own, shapes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._shapes[name] if name in self._shapes else self._own[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes or name in self._own
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._own, **self._shapes})
+
+    def __len__(self) -> int:
+        return len({**self._own, **self._shapes})
+
+
+def _shapes(target: Target, held: Mapping[str, Narrow]) -> dict[str, torch.Tensor]:
+    """Tensors without numbers of the shapes of a checkpoint's weights in fewer bits.
+
+    Raises:
+        NotFused: products of packed tokens read other weights.
+    """
+    if target.weights != "int8":
+        raise NotFused(
+            "packed tokens are multiplied by a checkpoint's weights as integers of 8 bits, which "
+            "EngineOptions(weights='int8') asks for"
+        )
+    for name, weight in held.items():
+        if not weight.form.by_rows:
+            raise NotFused(f"{name}: integers in groups of {weight.form.group} or with zeros")
+    return {n: torch.empty(w.shape, dtype=torch.int8, device="meta") for n, w in held.items()}
 
 
 class PackedEngine:
@@ -39,6 +79,7 @@ class PackedEngine:
         padding: bool,
         more_ids: Sequence[str] = (),
         engine_cache: EngineCache | None = None,
+        held: Mapping[str, Narrow] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -48,6 +89,7 @@ class PackedEngine:
             padding: whether tokens that the mask hides are computed.
             more_ids: names of what the family reads beside token ids, one for each.
             engine_cache: where compiled kernels are kept; None compiles them in every process.
+            held: which of them a checkpoint has in fewer bits.
 
         Raises:
             NotFused: the GPU or the family is not served.
@@ -56,9 +98,7 @@ class PackedEngine:
         if device.type == "cuda" and (reason := nvrtc.refusal(device)):
             raise NotFused(reason)
         if target.held:
-            raise NotFused("no products of packed tokens by a checkpoint's weights of fewer bits")
-        if target.weights == "int4":  # fp8 is of decoders, encoders read full weights
-            raise NotFused("no products of packed tokens by int4 weights")
+            parameters = _Known(parameters, _shapes(target, held))
         self.target, self.device, self._padding = target, device, padding
         self._root, self._more_ids, self._engine_cache = root, more_ids, engine_cache
         self._dtype = getattr(torch, target.dtype)
@@ -68,6 +108,7 @@ class PackedEngine:
                 raise NotFused(f"{name} is gone")
         self._parameters = parameters
         self._scratch: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
+        self._matrices = Scratch(self._dtype)
         self._read = self._record()[0].read  # what is not served is known by now, too
         self._count, self._place = Count(), Place()
         compile_kernels((self._count, self._place), self._dtype, device, engine_cache)
@@ -113,6 +154,7 @@ class PackedEngine:
     def bind(self, tokens: int, rows: int) -> "PackedBinding":
         """Record and compile the launches over buffers of so many tokens in so many rows. Bindings
         share their scratch: they run one after the other."""
+        self._matrices.on(self.device)
         ops, result = self._record()
         taken: Counter[tuple[int, torch.dtype]] = Counter()
         least = max(tokens, LEAST_ROWS)
@@ -133,7 +175,7 @@ class PackedEngine:
         return binding
 
     def _record(self) -> tuple[PackedOps, Buffer]:
-        ops = PackedOps(self.target, self._parameters)
+        ops = PackedOps(self.target, self._parameters, self._matrices)
         names = "input_ids", *self._more_ids
         results = self._root.encode(
             ops,
@@ -160,7 +202,8 @@ def compile_kernels(
         return
     names: dict[str, str] = {}
     lines = [f"#define T {nvrtc.ELEMENTS[dtype]}", "#define ROWS 1", "#define QUERIES 1"]
-    sources = dict.fromkeys((*_SOURCES, *(kernel.source for kernel in kernels)))
+    needed = (name for kernel in kernels for name in (*kernel.behind, kernel.source))
+    sources = dict.fromkeys((*_SOURCES, *needed))
     lines += [files("fastgen.engines.fused").joinpath(n).read_text() for n in sources]
     for kernel in kernels:
         body = kernel.body

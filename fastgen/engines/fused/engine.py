@@ -1,7 +1,7 @@
 """The engine of fused CUDA kernels: a decoder step, one launch after the other."""
 
 from collections.abc import Mapping
-from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from fastgen.engines import NotFused, nvrtc
 from fastgen.engines.fused.ops import MAX_HEAD_SIZE, MAX_SLOTS, FusedOps, head_size_served
 from fastgen.engines.fused.products import TILE_ROWS
 from fastgen.engines.fused.prompt import PromptOps
+from fastgen.engines.fused.recorder import Narrow
 from fastgen.engines.fused.wide import MAX_ROWS, WideOps
 from fastgen.engines.nvrtc import Launch, Program
 from fastgen.target import Target
@@ -41,6 +42,7 @@ class FusedEngine:
         target: Target,
         parameters: Mapping[str, torch.Tensor],
         engine_cache: EngineCache | None = None,
+        held: Mapping[str, Narrow] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -48,7 +50,9 @@ class FusedEngine:
             parameters: the model's parameters by name, and what is made of them in fewer bits by
                 the names of ``blockwise.Format``; they must stay alive and in place.
             engine_cache: where compiled kernels are kept; None compiles them in every process.
+            held: which of them a checkpoint has in fewer bits.
         """
+        self._held = held
         self.target, self._root, self._engine_cache = target, root, engine_cache
         self._parameters = parameters
         self._own = []
@@ -57,14 +61,22 @@ class FusedEngine:
             self._own.append(name)
 
     def weight_pointers(self) -> dict[str, int]:
-        return {name: self._parameters[name].data_ptr() for name in self._own}
+        whole = (name for name in self._own if name not in self._held)
+        return {name: self._parameters[name].data_ptr() for name in whole}
 
-    def make_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def make_weights(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
         """Ask for all that is made of parameters in fewer bits: torch's may go then, before a step
-        is bound. ``tensors``: as for ``bind``, of any size; nothing is written."""
-        ops = FusedOps(self.target, self._parameters, tensors)
-        with suppress(NotFused):
+        is bound. Gives why a step is not served, if it is not.
+
+        Args:
+            tensors: as for ``bind``, of any size; nothing is written.
+        """
+        ops = FusedOps(self.target, self._parameters, tensors, self._held)
+        try:
             self._root.decode(ops, **{n: t for n, t in tensors.items() if n != "logits"})
+        except NotFused as error:
+            return str(error)
+        return None
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> "FusedBinding":
         """Record and compile the step over these tensors; logits land in ``tensors["logits"]``.
@@ -75,7 +87,7 @@ class FusedEngine:
         batch, queries = tensors["input_ids"].shape
         self._check(tensors, batch, queries)
         vocabulary = FusedOps if batch * queries <= TILE_ROWS else WideOps
-        ops = vocabulary(self.target, self._parameters, tensors)
+        ops = vocabulary(self.target, self._parameters, tensors, self._held)
         inputs = {name: tensor for name, tensor in tensors.items() if name != "logits"}
         results = self._root.decode(ops, **inputs)
         ops.store(results["logits"], tensors["logits"])
@@ -89,7 +101,7 @@ class FusedEngine:
             NotFused: some size or operation is not served.
         """
         self._check(tensors, 1, 1)  # of any number of tokens
-        ops = PromptOps(self.target, self._parameters, tensors, filled)
+        ops = PromptOps(self.target, self._parameters, tensors, filled, self._held)
         self._root.decode(ops, **tensors)
         ops.trim()
         return self._compiled(ops)

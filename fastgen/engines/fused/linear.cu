@@ -7,6 +7,7 @@ struct LinearArgs {
     const void* x;          // T [ROWS, K], or with a norm the float residual stream
     const void* weight[3];  // W [N, K], ACROSS: [K, N]; one a segment; GATE: wi_0 and wi_1
     const void* scales[3];  // of weights of fewer bits: S [N, groups], or float [N]
+    const void* zeros[3];   // of those with ZEROS
     const void* bias[3];    // [N], with BIAS, in the weights' dtype; the first of all three is of FIRST segments
     void* y;                // T [ROWS, SEGMENTS * N]; ADD: the float residual stream [ROWS, N]
     float scale;
@@ -20,7 +21,7 @@ template <class P> INLINE P which(P const (&pointers)[3], int i) {
 // The scales of all groups that a block's outputs have, [groups, OUTPUTS], in shared memory: on their
 // way in registers of its THREADS, as weights are, until store().
 template <class W, int K, int OUTPUTS, int THREADS> struct Scales {
-    typedef typename Format<W>::Scale S;
+    typedef typename OfGroup<W>::Type S;
     static constexpr int GROUP = Format<W>::GROUP ? Format<W>::GROUP : K;
     static constexpr int GROUPS = padded<W, K>() / GROUP;
     static constexpr int COUNT = Format<W>::GROUP ? GROUPS * OUTPUTS : 0;
@@ -29,12 +30,12 @@ template <class W, int K, int OUTPUTS, int THREADS> struct Scales {
     static constexpr int SHARED = COUNT ? GROUPS * STRIDE : 1;
     S own[EACH ? EACH : 1];
 
-    // at(output): where the scales of an output's groups are
+    // at(output, group): what there is of an output's group
     template <class At> INLINE void load(At at) {
 #pragma unroll
         for (int e = 0; e < EACH; e++) {
             const int i = threadIdx.x + e * THREADS;
-            if (i < COUNT) own[e] = at(i / GROUPS)[i % GROUPS];
+            if (i < COUNT) own[e] = at(i / GROUPS, i % GROUPS);
         }
     }
     INLINE void store(S* shared) const {
@@ -49,7 +50,8 @@ template <class W, int K, int OUTPUTS, int THREADS> struct Scales {
         if (!COUNT) return {1.f, 1.f};
         const int group = min(k / GROUP, GROUPS - 1);  // behind the last one weights are zeros
         const Pack<S, 2> two = *(const Pack<S, 2>*)(shared + group * STRIDE + output);
-        return {to_float(two.element[0]), to_float(two.element[1])};
+        return {scale_of(two.element[0]), scale_of(two.element[1]), shift_of(two.element[0]),
+                shift_of(two.element[1])};
     }
 };
 
@@ -107,10 +109,10 @@ INLINE void linear(const LinearArgs& args) {
     for (int i = 0; i < RING; i++)
         if (NARROW) ring[i] = load_weights<W>(rows[i % ALL], k0 + i / ALL * STEP, STORED);
     OfGroups of_groups;
-    of_groups.load([&](int output) {
-        const int a = output / 8;
-        const auto* scales = (const typename OfGroups::S*)which(args.scales, matrix(a));
-        return scales + row_of(a, output % 8) * OfGroups::GROUPS;
+    of_groups.load([&](int output, int group) {
+        const int a = output / 8, of = matrix(a);
+        const long long row = row_of(a, output % 8);
+        return of_group<W, OfGroups::GROUPS>(which(args.scales, of), which(args.zeros, of), row, group);
     });
 
     // Output o is that of column o % (8 * TILES) and row o / (8 * TILES).
@@ -207,8 +209,8 @@ INLINE void linear(const LinearArgs& args) {
 }
 
 struct DequantiseArgs {
-    const void *weight, *scales;  // as in LinearArgs, of the first row
-    T* y;                         // [rows, K]
+    const void *weight, *scales, *zeros;  // as in LinearArgs, of the first row
+    T* y;                                 // [rows, K]
     int rows;
 };
 
@@ -222,7 +224,8 @@ template <class W, int K> INLINE void dequantise(const DequantiseArgs& args) {
     if (row >= args.rows) return;
     const char* from = (const char*)args.weight + row * STORED * Format<W>::BITS / 8;
     const Fragment<W> w = load_weights<W>(from, k, STORED);
-    const float scale = to_float(((const typename Format<W>::Scale*)args.scales)[row * GROUPS + k / GROUP]);
+    const auto own = of_group<W, GROUPS>(args.scales, args.zeros, row, k / GROUP);
+    const float scale = scale_of(own), shift = shift_of(own);
     wait_for_inputs();  // whoever reads what is overwritten
 #pragma unroll
     for (int part = 0; part < Format<W>::COLUMNS / 8; part++) {
@@ -230,7 +233,10 @@ template <class W, int K> INLINE void dequantise(const DequantiseArgs& args) {
         const Pack<fp16, 8> x = *(const Pack<fp16, 8>*)&exact;
         Pack<T, 8> y;
 #pragma unroll
-        for (int e = 0; e < 8; e++) from_float(to_float(x.element[e]) * scale, y.element[e]);
+        for (int e = 0; e < 8; e++) {
+            const float value = to_float(x.element[e]);
+            from_float((Format<W>::ZEROS ? value + shift : value) * scale, y.element[e]);
+        }
         if (k + 8 * part < K) *(Pack<T, 8>*)(args.y + row * K + k + 8 * part) = y;
     }
 }

@@ -89,7 +89,6 @@ class FusedOps(Rotary):
     def _launch_attention(
         self, args: AttentionArgs, head_size: int, group: int, turn: str, own: bool, masked: bool
     ) -> None:
-        slots = args.slots
         if wide := self._wide(args, head_size, group, turn, own, masked):
             self._launch(
                 *(wide.body, wide.grid, wide.threads, args, wide.blocks_together),
@@ -97,16 +96,19 @@ class FusedOps(Rotary):
                 cluster=wide.splits,
             )
             return
-        own_heads = self._heads_together(args.heads, group, slots)
+        slots, seen = args.slots, args.slots  # seen: of each query
+        if masked:
+            seen = -(-slots // self._queries)  # of beams
+        own_heads = self._heads_together(args.heads, group, seen)
         blocks = args.heads // own_heads
-        splits = self._splits(slots, blocks)
+        splits = self._splits(seen, blocks)
         share = -(-slots // splits)
         queries = self._queries_together(blocks, splits, min(4 // own_heads, MAX_SLOTS // share))
         together = own_heads * queries
         shared_bytes = 4 * share * queries
         if masked := masked and shared_bytes + 2 * share <= 4 * MAX_SLOTS:
             shared_bytes += 2 * share
-        warps, unroll = self._attention_block(head_size, blocks, together, share)
+        warps, unroll = self._attention_block(head_size, blocks, together, seen, splits)
         parts = warps + (together * splits if splits > 1 else 1)
         fixed = 4 * (head_size + 2) * parts
         if turn != "AS_IS":  # the new keys and their angles
@@ -169,11 +171,14 @@ class FusedOps(Rotary):
         return max(n for n in range(1, most + 1) if self._queries % n == 0)
 
     def _attention_block(
-        self, head_size: int, heads: int, queries: int, share: int
+        self, head_size: int, heads: int, queries: int, seen: int, splits: int
     ) -> tuple[int, int]:
-        """Warps of a block, and slots of each at a time; the measured best."""
+        """Warps of a block, where ``splits`` share out what a query sees of the slots, and slots of
+        each at a time: the measured best. Only what is filled is shared out, and one block's slots
+        may be half empty."""
         if queries == 1:
-            return min(max(4, head_size // 8), 16), 4 if share > 256 else 2
+            many = seen > 64 * splits if splits > 1 else seen > 128
+            return min(max(4, head_size // 8), 16), 4 if many else 2
         least = -(-head_size // 32)  # a thread for each element of the result
         return max(least, 4 if heads * self._batch >= 3 * self._processors else 8), 2
 

@@ -41,6 +41,8 @@ class Kernel:
 
     arguments: ctypes.Structure
     source = "encoder.cu"
+    behind: Sequence[str] = ()
+    """Sources that its own needs, beside those of all."""
     threads = THREADS
     overlaps = True
     """Whether it may start while the launch before it runs: it then waits for its inputs itself."""

@@ -7,7 +7,7 @@ float32, and products are added to it as they are summed (root-mean-square norms
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +20,14 @@ from fastgen.engines.fused.packed_attention import (
     BiasedAttention,
     Table,
 )
+from fastgen.engines.fused.packed_described import (
+    Activated,
+    Embedded,
+    Ids,
+    ResidualStream,
+    Total,
+    Visible,
+)
 from fastgen.engines.fused.packed_integers import Round, are_integers, integer_product
 from fastgen.engines.fused.packed_kernels import (
     Activate,
@@ -30,6 +38,7 @@ from fastgen.engines.fused.packed_kernels import (
 )
 from fastgen.engines.fused.packed_products import Product, Products, Recorded, Together
 from fastgen.engines.fused.packed_values import MAX_TERMS, VECTOR, Buffer, Norm, Rounded, Term
+from fastgen.engines.fused.packed_weights import KINDS, Placing, Scratch, narrow_matrix
 from fastgen.engines.fused.products import ACTIVATIONS
 from fastgen.engines.fused.recorder import narrow_results
 from fastgen.ops import names
@@ -38,51 +47,13 @@ from fastgen.target import Target
 MAX_WIDTH = 8192  # of a row, that a block of the kernels holds
 
 
-# Values
-
-
-@dataclass(frozen=True, eq=False)
-class Ids:
-    """One number a token: a call's, or (None) the token's column in its row."""
-
-    name: str | None
-
-
-@dataclass(frozen=True, eq=False)
-class Embedded:
-    """A sum of embeddings."""
-
-    terms: tuple[Term, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Activated:
-    product: Product
-    kind: str
-    gate: Product | None = None
-    """What it is multiplied by."""
-
-
-@dataclass(frozen=True, eq=False)
-class ResidualStream:
-    """A residual stream in float32, as it is after so many additions."""
-
-    buffer: Buffer
-    additions: int = 0
-
-
-class Visible:
-    """The bias that hides what a call's mask hides, and nothing else."""
-
-
-class Total:
-    """A sum of which nothing but its norm was computed."""
-
-
 class PackedOps:
     """Records the launches of an encoder; the methods are those of ``ops.Ops``."""
 
-    def __init__(self, target: Target, parameters: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, target: Target, parameters: Mapping[str, torch.Tensor], scratch: Scratch | None = None
+    ) -> None:
+        """``scratch`` is for weights of fewer bits; without it, it has no memory."""
         self.builder = names.Builder()
         self.embed: Embed | None = None
         """What reads a call's ids; all others read buffers."""
@@ -96,6 +67,7 @@ class PackedOps:
         """What leaves rows that somebody may read as integers."""
         self._rounded: dict[tuple[Buffer, float | None, bool], Rounded] = {}
         self._dtype = getattr(torch, target.dtype)
+        self._placing = Placing(scratch or Scratch(self._dtype), self.launches.append)
         self._rounds = narrow_results(target)
         self._zeros: dict[int, torch.Tensor] = {}
         self._streams: dict[Embedded, ResidualStream] = {}
@@ -123,10 +95,11 @@ class PackedOps:
     def _products(self, *products: Product) -> list[Buffer]:
         """The results of products that do not depend on each other."""
         if all(product.steps is None for product in products):
-            return self._record(Products(products))
+            placed = self._placing.in_turn(products)
+            return [y for some in placed for y in self._record(Products(some))]
         launches = [
             Products([each]) if each.steps is None else integer_product(each, self._dtype)
-            for each in products
+            for each in self._placing.placed(products)
         ]
         self._record(launches[0] if len(launches) == 1 else Together(products, launches))
         return [launch.writes[0] for launch in launches]
@@ -171,8 +144,8 @@ class PackedOps:
             product = replace(product, bias=self._no_bias(product.matrix))
         if product.bias is not None and (narrow or kind == "RELU"):
             activation = "GELU_TANH" if narrow else kind
-            return self._record(Products([replace(product, activation=activation)]))[0]
-        (y,) = self._record(Products([product]))
+            return self._products(replace(product, activation=activation))[0]
+        (y,) = self._products(product)
         self._record(Activate(y, kind))
         return y
 
@@ -289,6 +262,11 @@ class PackedOps:
         found = None if known is None else known.inputs.get(name)
         outputs, inputs = self._parameters[weight.name].shape[:: -1 if transposed else 1]
         addend = None if bias is None else self._weight(bias, outputs)
+        if found is None and self._target.weights in KINDS:
+            made_of = narrow_matrix(self._parameters, weight.name, self._target, transposed)
+            # without memory, until it is placed
+            matrix = made_of.values.new_empty(1, dtype=self._dtype).expand(made_of.sizes)
+            return Product(self.rows(x), matrix, addend, scale, made_of=made_of, name=name)
         if found is None and self._target.weights != "int8":
             matrix = self._weight(weight) if transposed else self._weight(weight).T
             return Product(self.rows(x), matrix, addend, scale, name=name)

@@ -57,7 +57,7 @@ def fetch_ahead(launches: Sequence[Recorded]) -> list[Prefetch]:
     weights: list[torch.Tensor] = []
     for each in [*(each for each in launches if isinstance(each, Products)), None]:
         if each is not None:
-            weights += [product.matrix for product in each.products]
+            weights += [p.matrix for p in each.products if p.made_of is None]
         if each is not None and len(each.products) == 1:
             continue
         totals = accumulate(weight.nbytes for weight in weights)

@@ -9,6 +9,7 @@ import torch
 
 from fastgen.engines.fused.packed_kernels import Prefetch
 from fastgen.engines.fused.packed_values import Buffer, Rounded, Size
+from fastgen.engines.fused.values import Matrix
 
 FILLING, FILLING_TOKENS = 2**24, 256  # elements of a matrix, and tokens
 
@@ -41,6 +42,8 @@ class Product:
     """A residual stream that it is added to."""
     steps: torch.Tensor | None = None
     """float32 [out, 1], of a matrix of integers."""
+    made_of: Matrix | None = None
+    """Weights of fewer bits that the matrix is made of, in scratch."""
     name: str = ""
     """Of the operation (see ``ops/names.py``)."""
 

@@ -27,8 +27,9 @@ template <class X> INLINE uint4 eight_columns(const X* x, int stride, int k, int
 }
 
 // What a lane accumulates of an 8-output tile, for all ROWS. An Input is x of PER steps of its warp.
-// Two are the scales of a group of weights in the two outputs that tensor cores leave a lane.
-struct Two { float first, second; };
+// Two are the scales of a group of weights in the two outputs that tensor cores leave a lane, and by how
+// much their zero points are below the middle.
+struct Two { float first, second, shift_first = 0.f, shift_second = 0.f; };
 template <class W, int STEPS> struct Product {
     typedef Columns Input;
     static constexpr int PER = 1;
@@ -65,6 +66,7 @@ template <class W, int STEPS> struct NarrowProduct {
     struct Input {
         Columns eight[2];
         float scale[2], less[4];  // scale: of the rows low and high; less: see excess()
+        float sum[4];             // of the inputs, for ZEROS
     };
     float c[HELD > 8 ? 4 : 2] = {};
 
@@ -107,17 +109,22 @@ template <class W, int STEPS> struct NarrowProduct {
         if (!NARROW) narrow(x.eight[0].low, x.eight[1].low, x.scale[0]);
         if (!NARROW && (HELD > 8 || PER > HALF)) narrow(x.eight[0].high, x.eight[1].high, x.scale[1]);
 #pragma unroll
-        for (int i = 0; i < 4; i++) x.less[i] = 0.f;
+        for (int i = 0; i < 4; i++) x.less[i] = x.sum[i] = 0.f;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             x.eight[i] = {in_order<W>(x.eight[i].low), in_order<W>(x.eight[i].high)};
-            if (!Format<W>::ROW_SCALED) multiply(x.less, x.eight[i], excess<W>(), fp16());
+            if (Format<W>::SHIFTED) multiply(x.less, x.eight[i], excess<W>(), fp16());
+            if (Format<W>::ZEROS) multiply(x.sum, x.eight[i], units<W>(), fp16());
         }
     }
     INLINE void add(const Input& x, int step, const Fragment<W>& w, Two scales, int lane) {
         float own[4] = {x.less[0], x.less[1], x.less[2], x.less[3]};
 #pragma unroll
         for (int i = 0; i < 2; i++) multiply(own, x.eight[i], eight(w, i), fp16());
+        if (Format<W>::ZEROS)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                own[i] += x.sum[i] * (i % 2 ? scales.shift_second : scales.shift_first);
         if constexpr (HELD > 8) {
 #pragma unroll
             for (int i = 0; i < 4; i++)
@@ -142,8 +149,8 @@ template <class W, int STEPS> struct NarrowProduct {
         }
     }
 };
-template <int B, int G, class S, int STEPS>
-struct Product<Ints<B, G, S>, STEPS> : NarrowProduct<Ints<B, G, S>, STEPS> {};
+template <int B, int G, class S, bool SIGNED, bool Z, int STEPS>
+struct Product<Ints<B, G, S, SIGNED, Z>, STEPS> : NarrowProduct<Ints<B, G, S, SIGNED, Z>, STEPS> {};
 template <int STEPS> struct Product<Fp8, STEPS> : NarrowProduct<Fp8, STEPS> {};
 
 // float weights: exact products, each lane for its own row of W and every row of x.

@@ -47,6 +47,7 @@ class Products(Recorder):
         args = LinearArgs(y=y.data_ptr(), scale=product.scale)
         args.weight[: len(products)] = [product.weight.values.data_ptr() for product in products]
         args.scales[: len(products)] = [pointer(product.weight.scales) for product in products]
+        args.zeros[: len(products)] = [pointer(product.weight.zeros) for product in products]
         args.bias[: len(products)] = [pointer(product.bias) for product in products]
         gated = epilogue == "GATE"
         first = product.sizes[1] // outputs  # as many segments are of the first product
@@ -84,7 +85,8 @@ class Products(Recorder):
         """Bytes that a block holds of its tiles: sums of every warp, scales of every group."""
         held = 4 * warps * 8 * tiles * self._rows
         if weight.blocks is not None and weight.group:
-            held += weight.blocks.scales[0].nbytes * (8 * tiles + 2)
+            affine = 1 if weight.zeros is None else 2  # numbers of a group
+            held += affine * weight.blocks.scales[0].nbytes * (8 * tiles + 2)
         return held
 
     def _check_products(self, products: list[Product], epilogue: str) -> None:
@@ -123,7 +125,8 @@ class Products(Recorder):
             sums = 4 * warps * 8 * self._rows  # bytes of a tile: floats of every warp
             many = outputs // 8 >= 3 * self._processors and sums <= 2**13
             return 4 if many else 2
-        least = self._processors // (1 if self._rows == 1 else 2)
+        few = self._rows == 1 or (self._rows <= _FUSED_NORM_ROWS and weight.blocks is None)
+        least = self._processors // (1 if few else 2)
         most = 8 if weight.blocks is not None and warps <= 8 else 4  # beside 80 registers a thread
         for tiles in (8, 4, 2):
             outputs_held = 8 * tiles * self._rows  # one a thread, and float sums of every warp

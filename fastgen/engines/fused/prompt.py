@@ -1,10 +1,12 @@
 """FusedOps for the tokens of a prompt: keys and values are written, and nothing is chosen."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 
 from fastgen.engines import NotFused
+from fastgen.engines.fused.recorder import Narrow
 from fastgen.engines.fused.rotary import Factor
 from fastgen.engines.fused.values import Part, Product
 from fastgen.engines.fused.wide import WideOps
@@ -27,8 +29,9 @@ class PromptOps(WideOps):
         parameters: Mapping[str, torch.Tensor],
         tensors: Mapping[str, torch.Tensor],
         filled: int,
+        held: Mapping[str, Narrow] = MappingProxyType({}),
     ) -> None:
-        super().__init__(target, parameters, tensors)
+        super().__init__(target, parameters, tensors, held)
         self._filled, self._needed = filled, 0
         self._flash = self._rows > KERNEL_ROWS
         if self._flash and self._dtype == torch.float32:

@@ -2,7 +2,9 @@
 
 import ctypes
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,6 +39,16 @@ def narrow_results(target: Target) -> Callable[..., None]:
     return check
 
 
+@dataclass(frozen=True)
+class Narrow:
+    """A weight that a model has in fewer bits."""
+
+    form: Format
+    """In which kernels read it."""
+    shape: tuple[int, int]
+    """Outputs and inputs."""
+
+
 class Recorder:
     """The launches of one step over given tensors."""
 
@@ -45,7 +57,9 @@ class Recorder:
         target: Target,
         parameters: Mapping[str, torch.Tensor],
         tensors: Mapping[str, torch.Tensor],
+        held: Mapping[str, Narrow] = MappingProxyType({}),
     ) -> None:
+        self._held = held
         self.builder = names.Builder()
         self.target = target
         self.device = tensors["input_ids"].device
@@ -135,6 +149,8 @@ class Recorder:
 
     def _matrix(self, value: Any, transposed: bool) -> Matrix:
         """What a product multiplies by in place of a parameter, [in, out] where ``transposed``."""
+        if (held := self._held.get(value.name)) is not None:
+            return self._narrow_matrix(value.name, held)
         kind, parameter = self.target.weights, self._parameters[value.name]
         dtype, (first, second) = parameter.dtype, parameter.shape  # its numbers may be let go
         if kind == "full":
@@ -144,20 +160,26 @@ class Recorder:
             if transposed and first % 8:
                 raise NotFused(f"{value.name} {(first, second)}: both must be multiples of 8")
             return Matrix(weight, (first, second) if transposed else (second, first), transposed)
+        form = Format(kind, self.target.group, transposed)
+        shape = (second, first) if transposed else (first, second)
+        return self._narrow_matrix(value.name, Narrow(form, shape))
+
+    def _narrow_matrix(self, name: str, weight: Narrow) -> Matrix:
+        """What stands for a parameter in fewer bits."""
+        form, (outputs, inputs) = weight.form, weight.shape
         if self._dtype == torch.float32:
-            raise NotFused(f"{kind} weights with activations in float32")
-        inputs, outputs = (first, second) if transposed else (second, first)
-        names = Format(kind, self.target.group, transposed).names(value.name)
-        values, scales = (self._parameters[name] for name in names)
-        self.made |= {names[0]: values, names[1]: scales}
-        matrix = Matrix(values, (inputs, outputs), blocks=Blocks(values, scales, kind))
-        least = 16 if kind == "fp8" else 8
-        if inputs % least or matrix.group % _WARP_INPUTS:
+            raise NotFused(f"{form.kind} weights with activations in float32")
+        least = 16 if form.by_rows else 8
+        if inputs % least or form.group % _WARP_INPUTS:
             raise NotFused(
-                f"{kind} of {value.name}, {inputs} inputs in groups of {matrix.group}: fused "
+                f"{form.kind} of {name}, {inputs} inputs in groups of {form.group}: fused "
                 f"kernels serve multiples of {least}, groups of multiples of {_WARP_INPUTS}"
             )
-        return matrix
+        made = {name: self._parameters[name] for name in form.names(name)}
+        self.made |= made
+        values, scales, *zeros = made.values()
+        blocks = Blocks(values, scales, form.kind, *zeros)
+        return Matrix(values, (inputs, outputs), blocks=blocks)
 
     def _narrow(self, value: Any) -> torch.Tensor:
         """A weight that must be in the activations' dtype."""

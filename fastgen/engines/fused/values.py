@@ -76,16 +76,20 @@ class Matrix:
         return None if self.blocks is None else self.blocks.scales
 
     @property
+    def zeros(self) -> torch.Tensor | None:
+        return None if self.blocks is None else self.blocks.zeros
+
+    @property
     def group(self) -> int:
         """Inputs that share a scale in one output; 0: all, or there are no scales."""
-        if self.blocks is None or self.blocks.kind == "fp8":
+        if self.blocks is None or self.values.ndim == 2:
             return 0
         return self.values.shape[2] * (2 if self.blocks.kind == "int4" else 1)
 
     @property
     def plain(self) -> bool:
-        """Whether it lies as torch's linear layers have it, in 16 bits."""
-        return self.blocks is None and not self.across and self.values.dtype.itemsize == 2
+        """Whether it is of numbers of 16 bits."""
+        return self.blocks is None and self.values.dtype.itemsize == 2
 
     @property
     def element(self) -> str:
@@ -95,7 +99,9 @@ class Matrix:
         if self.blocks.kind == "fp8":
             return "Fp8"
         bits = self.blocks.kind.removeprefix("int")
-        return f"Ints<{bits}, {self.group}, {ELEMENTS[self.blocks.scales.dtype]}>"
+        sizes = f"{bits}, {self.group}, {ELEMENTS[self.blocks.scales.dtype]}"
+        flags = self.values.dtype == torch.int8, self.zeros is not None  # SIGNED, ZEROS
+        return f"Ints<{', '.join([sizes, *(str(f).lower() for f in flags if any(flags))])}>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,12 +190,16 @@ class NormArgs(ctypes.Structure):
 class LinearArgs(ctypes.Structure):
     _fields_ = [
         *(("x", _POINTER), ("weight", _POINTER * 3), ("scales", _POINTER * 3)),
-        *(("bias", _POINTER * 3), ("y", _POINTER), ("scale", _FLOAT), ("norm", NormArgs)),
+        *(("zeros", _POINTER * 3), ("bias", _POINTER * 3), ("y", _POINTER)),
+        *(("scale", _FLOAT), ("norm", NormArgs)),
     ]
 
 
 class DequantiseArgs(ctypes.Structure):
-    _fields_ = [("weight", _POINTER), ("scales", _POINTER), ("y", _POINTER), ("rows", _INT)]
+    _fields_ = [
+        *(("weight", _POINTER), ("scales", _POINTER), ("zeros", _POINTER)),
+        *(("y", _POINTER), ("rows", _INT)),
+    ]
 
 
 class TurnArgs(ctypes.Structure):

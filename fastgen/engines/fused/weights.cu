@@ -2,27 +2,30 @@
 // common.cu for the definitions in front).
 
 // Integers of BITS bits, the zero point in their middle, two of 4 bits in a byte with the even
-// column low; a scale S for each GROUP columns of a row. Rows are padded to whole groups.
-template <int BITS, int GROUP, class S> struct Ints {};
+// column low; a scale S for each GROUP columns of a row, or with 0 a float for each row. Rows are
+// padded to whole groups. SIGNED: of 8 bits, around 0. ZEROS: groups have zero points of their own, in
+// the same form, [rows, groups], two of 4 bits in a byte.
+template <int BITS, int GROUP, class S, bool SIGNED = false, bool ZEROS = false> struct Ints {};
 // float8_e4m3fn, with a float scale for each row.
 struct Fp8 {};
 
 // How a weight lies: BITS a column, COLUMNS of a lane in one step of its warp; GROUP columns have a
-// scale of their own, 0: none. ROW_SCALED: each row has one. Scale, Bias: their dtypes; Input: that of
-// x where a kernel norms it.
+// scale of their own, 0: none. ROW_SCALED: each row has one. SHIFTED: eight() gives too much. Scale,
+// Bias: their dtypes; Input: that of x where a kernel norms it.
 template <class W> struct Format {
     typedef W Scale;
     typedef W Bias;
     typedef T Input;
     static constexpr int BITS = 8 * sizeof(W), COLUMNS = 8, GROUP = 0;
-    static constexpr bool ROW_SCALED = false;
+    static constexpr bool ROW_SCALED = false, ZEROS = false;
 };
-template <int B, int G, class S> struct Format<Ints<B, G, S>> {
+template <int B, int G, class S, bool SIGNED, bool Z> struct Format<Ints<B, G, S, SIGNED, Z>> {
     typedef S Scale;
     typedef T Bias;
     typedef fp16 Input;
     static constexpr int BITS = B, COLUMNS = 16, GROUP = G;  // a warp's 64 columns are of one group
-    static constexpr bool ROW_SCALED = false;
+    static constexpr bool ROW_SCALED = G == 0, ZEROS = Z, SHIFTED = true;
+    static constexpr unsigned FLIPPED = SIGNED ? 0x80808080 : 0;  // what makes 128 of 0
     static_assert(G % 64 == 0, "a warp's step must lie within a group");
 };
 template <> struct Format<Fp8> {
@@ -30,12 +33,37 @@ template <> struct Format<Fp8> {
     typedef T Bias;
     typedef fp16 Input;
     static constexpr int BITS = 8, COLUMNS = 16, GROUP = 0;
-    static constexpr bool ROW_SCALED = true;
+    static constexpr bool ROW_SCALED = true, ZEROS = false, SHIFTED = false;
 };
 template <class W, int K> INLINE constexpr int padded() {  // columns of a row in memory
     constexpr int GROUP = Format<W>::GROUP ? Format<W>::GROUP : 1;
     return (K + GROUP - 1) / GROUP * GROUP;
 }
+
+// What a group's integers take: its scale, and with ZEROS by how much its zero point is below the middle.
+template <class S> struct Affine { S scale, shift; };
+template <class W> struct OfGroup {
+    typedef typename Format<W>::Scale S;
+    typedef typename Either<Format<W>::ZEROS, Affine<S>, S>::type Type;
+};
+template <class W, int GROUPS>
+INLINE typename OfGroup<W>::Type of_group(const void* scales, const void* zeros, long long row, int group) {
+    typedef typename Format<W>::Scale S;
+    const S scale = ((const S*)scales)[row * GROUPS + group];
+    if constexpr (Format<W>::ZEROS) {
+        constexpr int BITS = Format<W>::BITS, EACH = 8 / BITS;  // in a byte
+        const unsigned char* own = (const unsigned char*)zeros + row * ((GROUPS + EACH - 1) / EACH);
+        const int bits = own[group / EACH] ^ (Format<W>::FLIPPED & 0xff);
+        const int zero = bits >> group % EACH * BITS & ((1 << BITS) - 1);
+        Affine<S> both = {scale};
+        from_float((float)((1 << (BITS - 1)) - zero), both.shift);
+        return both;
+    } else return scale;
+}
+template <class S> INLINE float scale_of(S x) { return to_float(x); }
+template <class S> INLINE float scale_of(Affine<S> x) { return to_float(x.scale); }
+template <class S> INLINE float shift_of(S) { return 0.f; }
+template <class S> INLINE float shift_of(Affine<S> x) { return to_float(x.shift); }
 
 // A lane's share of a tile of eight outputs: row lane / 4, and COLUMNS columns of that row.
 template <class W> struct Fragment {
@@ -125,12 +153,15 @@ INLINE unsigned two_of_fp8(unsigned word, int i) {  // bytes i and i + 1; i: 0 o
 }
 
 // Columns 8 * part and the next seven of a lane's share, in the order of in_order().
-template <int G, class S> INLINE uint4 eight(const Fragment<Ints<8, G, S>>& w, int part) {
-    const unsigned a = w.word[2 * part], b = w.word[2 * part + 1], rest = 0x64646464;
+template <int G, class S, bool SIGNED, bool Z>
+INLINE uint4 eight(const Fragment<Ints<8, G, S, SIGNED, Z>>& w, int part) {
+    constexpr unsigned FLIPPED = Format<Ints<8, G, S, SIGNED, Z>>::FLIPPED, rest = 0x64646464;
+    const unsigned a = w.word[2 * part] ^ FLIPPED, b = w.word[2 * part + 1] ^ FLIPPED;
     return make_uint4(__byte_perm(a, rest, 0x4140), __byte_perm(a, rest, 0x4342),
                       __byte_perm(b, rest, 0x4140), __byte_perm(b, rest, 0x4342));
 }
-template <int G, class S> INLINE uint4 eight(const Fragment<Ints<4, G, S>>& w, int part) {
+template <int G, class S, bool Z>
+INLINE uint4 eight(const Fragment<Ints<4, G, S, false, Z>>& w, int part) {
     const unsigned a = w.word[part], b = a >> 8;
     return make_uint4((a & 0x000f000f) | 0x64006400, (a & 0x00f000f0) | 0x64006400,
                       (b & 0x000f000f) | 0x64006400, (b & 0x00f000f0) | 0x64006400);
@@ -145,9 +176,14 @@ template <class W> INLINE uint4 excess() {
     const unsigned even = Format<W>::BITS == 4 ? 0xe408e408 : 0xe480e480;  // 1032 or 1152
     return make_uint4(even, 0xe480e480, even, 0xe480e480);
 }
+// What counts inputs as in_order() gives them, once each
+template <class W> INLINE uint4 units() {
+    const unsigned odd = Format<W>::BITS == 4 ? 0x4c004c00 : ONE;  // 16
+    return make_uint4(ONE, odd, ONE, odd);
+}
 // The numbers themselves
 template <class W> INLINE uint4 centred(uint4 x) {
-    if (Format<W>::ROW_SCALED) return x;
+    if (!Format<W>::SHIFTED) return x;
     const bool four = Format<W>::BITS == 4;
     const unsigned even = four ? 0xe408e408 : 0xe480e480, odd = four ? 0xd480d480 : 0xe480e480;  // 72
     const unsigned unit = four ? SIXTEENTH : ONE;

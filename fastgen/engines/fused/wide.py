@@ -5,7 +5,14 @@ import torch
 from fastgen.engines import NotFused
 from fastgen.engines.fused.ops import FusedOps
 from fastgen.engines.fused.products import ACTIVATIONS
-from fastgen.engines.fused.values import ActivateArgs, DequantiseArgs, Matrix, Normed, Product
+from fastgen.engines.fused.values import (
+    ActivateArgs,
+    DequantiseArgs,
+    Matrix,
+    Normed,
+    Product,
+    pointer,
+)
 
 MAX_ROWS = 512
 _THREADS = 256
@@ -58,15 +65,17 @@ class WideOps(FusedOps):
         """Launch what gives some outputs of a weight of fewer bits as numbers [out, in]."""
         assert matrix.blocks is not None
         values, scales = matrix.values[some], matrix.blocks.scales[some]
+        zeros = None if matrix.zeros is None else matrix.zeros[some]
         inputs, outputs = matrix.sizes[0], len(values)
         if (key := ("dequantised", inputs * outputs)) not in self._scratch:
             self._scratch[key] = torch.empty(
                 inputs * outputs, dtype=self._dtype, device=self.device
             )
         weight = self._scratch[key].view(outputs, inputs)
-        for tensor in (values, scales):
+        for tensor in (values, scales) if zeros is None else (values, scales, zeros):
             self.made[f"at {tensor.data_ptr()}"] = tensor
-        args = DequantiseArgs(values.data_ptr(), scales.data_ptr(), weight.data_ptr(), outputs)
+        pointers = values.data_ptr(), scales.data_ptr(), pointer(zeros), weight.data_ptr()
+        args = DequantiseArgs(*pointers, outputs)
         blocks = -(-outputs * -(-inputs // _PIECE) // _THREADS)
         self._launch(f"dequantise<{matrix.element}, {inputs}>", (blocks, 1), _THREADS, args)
         return weight

@@ -10,7 +10,7 @@ SLOTS = 16
 _QUERIES = 8  # of a block: half of a tensor core's rows, the other half are what rounding left
 _MAX_HEAD_SIZE = 128  # a warp's registers hold sums of so many elements
 _FEW_ROWS = 16
-"""Up to here products are kernels of our own (``TILE_ROWS``), and attention's begins beside them, but
+"""Up to here products are kernels of our own (``TILE_ROWS``), beside which attention begins, but
 not where its blocks hold many bytes of shared memory: it is no faster than attention.cu's."""
 _WARPS_TOGETHER = 20  # of a processor, with about 100 registers a thread
 _MAX_SHARED = 96 * 1024  # bytes that a block may have on every GPU served

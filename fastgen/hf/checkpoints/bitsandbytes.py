@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastgen.hf.checkpoints.held import Held, Integers, around
+from fastgen.hf.checkpoints.held import Held, Integers
 
 
 def read(module: torch.nn.Module) -> Held | str | None:
@@ -37,11 +37,11 @@ def read(module: torch.nn.Module) -> Held | str | None:
 
 def _unpack(module: torch.nn.Module) -> Integers:
     values, largest = _inside(module)
-    return Integers(around(values, 128), largest.float()[:, None] / 127, None)
+    return Integers(values, largest.float()[:, None] / 127, None)
 
 
 def _inside(module: torch.nn.Module) -> list[torch.Tensor]:
     """int8 [N, K], and the largest number of each row, which 127 stands for."""
     held: Any = module
     state = held.weight.SCB  # until the module's first forward moves it
-    return [held.weight, held.state.SCB if state is None else state]
+    return [held.weight.detach(), held.state.SCB if state is None else state]

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgen.blockwise import GROUPS, Blocks, Format, Kind, blocks_of
+from fastgen.blockwise import BITS, GROUPS, Blocks, Format, Kind, blocks_of
 from fastgen.hf.let_go import Gone
 
 _LEAST_GROUP = 16  # of ONNX Runtime's kernels
+_KERNELS_LEAST = 64  # of fused kernels, whose groups are multiples of it
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,14 @@ class Integers:
     """
 
     steps: torch.Tensor
-    """uint8 [N, K], of int4 up to 15."""
+    """int8 [N, K] around 0."""
     scales: torch.Tensor
     """[N, S], of a floating dtype."""
     zeros: torch.Tensor | None
-    """uint8 [N, S]; None: the step in the middle, 128 or 8."""
+    """int8 [N, S]; None: all are 0."""
 
 
-def around(values: torch.Tensor, middle: int) -> torch.Tensor:
+def _around(values: torch.Tensor, middle: int) -> torch.Tensor:
     """int8 as uint8 around another number than zero."""
     return (values.view(torch.uint8) + middle).contiguous()  # modulo 256
 
@@ -62,30 +63,55 @@ class Held:
     def holder(self) -> torch.Tensor:
         """The tensor that holds the values, or what is left of it."""
         part = self._module()
-        tensors: dict[str, torch.Tensor | None] = {**part._buffers, **part._parameters}
-        found = tensors[self.leaf]
+        found = part._parameters.get(self.leaf)
+        if found is None:
+            found = part._buffers[self.leaf]
         assert found is not None
         return found
 
-    def form(self, exact: bool) -> Format:
+    def form(self, exact: bool, on_gpu: bool = False) -> Format:
         """How engines read it.
 
         Args:
             exact: on a CPU, by inputs in float32 as they are.
+            on_gpu: where kernels take large groups only, to which whole rows are filled up.
         """
         halves = exact and self.kind == "int8"
-        group = _power_within(self.group) or GROUPS[self.kind]
+        group = _power_within(self.group) or 0
+        least = _KERNELS_LEAST if on_gpu and self.group == self.shape[1] else 1
+        group = group if group >= least else GROUPS[self.kind]
         return Format(self.kind, group, zeros=self.zeros or halves, halves=halves)
 
+    def form_of_kernels(self) -> Format:
+        """How fused kernels read it: as the library holds it, if it lies as they take it."""
+        inputs, whole = self.shape[1], self.group == self.shape[1]
+        steps = self.unpack(self._module()).steps
+        lies = steps.is_contiguous() and not (steps.data_ptr() % 16 or inputs % 16)
+        if self.kind == "int8" and lies:
+            if whole and not self.zeros:
+                return Format("int8", 0)
+            if inputs % self.group == self.group % _KERNELS_LEAST == 0:
+                return Format("int8", self.group, zeros=self.zeros, signed=True)
+        return self.form(exact=False, on_gpu=True)
+
     def blocks(self, form: Format, dtype: torch.dtype) -> Blocks:
-        """What engines read, the very same values in their own layout.
+        """What engines read, the very same values: in their own layout, or as the library's lie.
 
         Args:
-            dtype: of the scales.
+            dtype: of the scales in a layout of engines' own.
         """
         with torch.inference_mode(False), torch.no_grad():
             known = self.unpack(self._module())
-            return blocks_of(known.steps, known.scales.to(dtype), known.zeros, form)
+            if form.by_rows:
+                return Blocks(known.steps, known.scales.float().contiguous(), form.kind)
+            steps, scales, zeros = known.steps, known.scales, known.zeros
+            if form.signed:
+                steps, zeros = steps.unflatten(1, (-1, form.group)), zeros
+                zeros = None if zeros is None else zeros.contiguous()
+                return Blocks(steps, scales.contiguous(), form.kind, zeros)
+            middle = 2 ** (BITS[form.kind] - 1)
+            zeros = None if zeros is None else _around(zeros, middle)
+            return blocks_of(_around(steps, middle), scales.to(dtype), zeros, form)
 
 
 def group_refusal(group: int, inputs: int) -> str | None:

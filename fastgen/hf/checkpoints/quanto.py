@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastgen.hf.checkpoints.held import Held, Integers, around
+from fastgen.hf.checkpoints.held import Held, Integers
 
 
 def read(module: torch.nn.Module) -> Held | str | None:
@@ -36,7 +36,7 @@ def read(module: torch.nn.Module) -> Held | str | None:
 
 def _unpack(module: torch.nn.Module) -> Integers:
     values, scales = _inside(module)
-    return Integers(around(values, 128), scales.reshape(len(values), 1), None)
+    return Integers(values, scales.reshape(len(values), 1), None)
 
 
 def _inside(module: torch.nn.Module) -> list[torch.Tensor]:

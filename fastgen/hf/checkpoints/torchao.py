@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastgen.hf.checkpoints.held import Held, Integers, around, group_refusal
+from fastgen.hf.checkpoints.held import Held, Integers, group_refusal
 
 _SERVED = (
     "Int8WeightOnlyConfig and IntxWeightOnlyConfig (int1 to int8) are served; "
@@ -69,10 +69,9 @@ def _rounds_inputs(held: Any) -> bool:
 def _unpack(module: torch.nn.Module) -> Integers:
     held: Any = module.weight
     (outputs, _), zeros = held.shape, held.zero_point
-    middle = 8 if int(_BITS[type(held).__name__](held)) <= 4 else 128
     if zeros is not None:
-        zeros = around(zeros, middle).reshape(outputs, -1) if bool(zeros.any()) else None
-    return Integers(around(held.qdata, middle), held.scale.reshape(outputs, -1), zeros)
+        zeros = zeros.reshape(outputs, -1) if bool(zeros.any()) else None
+    return Integers(held.qdata, held.scale.reshape(outputs, -1), zeros)
 
 
 def _inside(module: torch.nn.Module) -> Sequence[torch.Tensor]:

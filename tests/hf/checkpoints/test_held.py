@@ -6,6 +6,7 @@ import re
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from transformers import BertConfig, BertForSequenceClassification
 import fastgen
 from fastgen.blockwise import dequantise, quantise
 from fastgen.errors import FallbackWarning, WeightsGoneError
+from fastgen.hf.checkpoints.held import Looked
 from fastgen.hf.let_go import Gone
 from tests.configs import Pair, prompts
+from tests.generation.emulate import gpu_paths
 from tests.helpers import CLOSE, assert_left_to_torch, assert_served, copies, logits, refusal
 from tests.hf.checkpoints.fakes import (
     FLOAT8,
@@ -155,6 +158,27 @@ def test_edits_are_noticed(edit: Callable[[Any], None]) -> None:
         edit(model)
     assert_served(pair)
     assert not torch.allclose(logits(pair.fast), before)
+
+
+def test_a_known_call_looks_at_the_weights_behind_its_launches() -> None:
+    pair, ids = held(prepack=0.0), prompts("t5-1.1")
+    options = {"max_new_tokens": 9, "do_sample": False}
+    with (
+        gpu_paths(),
+        mock.patch.object(Looked, "same", autospec=True, side_effect=Looked.same) as same,
+    ):
+        for _ in range(3):
+            pair.fast.generate(ids, **options)
+        assert pair.fast._looks_later()
+        same.reset_mock()
+        with mock.patch.object(type(pair.fast), "_known_call", side_effect=AssertionError):
+            before = pair.fast.generate(ids, **options)
+        assert same.call_count == len(pair.fast._looked) + len(pair.fast.encoder._looked) > 0
+        for model in (pair.fast, pair.stock):
+            scales(model)
+        found = pair.fast.generate(ids, **options)
+    assert torch.equal(found, pair.stock.generate(ids, **options))
+    assert not torch.equal(found, before)
 
 
 # What is left to torch
