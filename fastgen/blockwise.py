@@ -54,7 +54,7 @@ class Format:
     @property
     def as_held(self) -> bool:
         """Of a checkpoint's weight: whether the values are the library's own, not a copy."""
-        return self.signed or (self.by_rows and self.kind == "int8")
+        return self.signed or self.by_rows
 
     def names(self, parameter: str) -> tuple[str, ...]:
         """What a Graph calls the values, the scales and, if there are any, the zeros of a parameter

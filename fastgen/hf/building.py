@@ -187,7 +187,8 @@ class BuildsEngines(torch.nn.Module):
         exact = self.engine_options.weights == "full" and self.device.type == "cpu"
         wide = target is not None and target.dtype == "float32"
         on_gpu = self.device.type == "cuda"
-        forms = {name: weight.form(exact, on_gpu) for name, weight in self._held.items()}
+        narrow = ((name, weight) for name, weight in self._held.items() if not weight.whole)
+        forms = {name: weight.form(exact, on_gpu) for name, weight in narrow}
         own, whole = self._own_tensors(), self._read_whole()
         return Weights(own, self._made, whole, wide, self._held, forms)
 

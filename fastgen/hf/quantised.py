@@ -83,7 +83,7 @@ class Weights(Mapping[str, torch.Tensor]):
             self._rounded.add(source)
             return int8.made(name, self.computed_with(source))
         parameter, form, which = parse(name) or (name, None, 0)
-        if form is None and parameter in self.held:
+        if form is None and parameter in self.held and not self.held[parameter].whole:
             raise NoEngine(f"{name} is read whole, and the model has it in fewer bits")
         if form is None and not self.widens(name):
             return self._tensors[name]
@@ -102,15 +102,15 @@ class Weights(Mapping[str, torch.Tensor]):
         if missing := sorted(set(names) - self._tensors.keys() - self.held.keys()):
             raise NoEngine(f"parameters were replaced: {missing[0]} is gone")
         types = {name: self.type_of(name) for name in names}
-        return types, {name: self._forms[name] for name in names if name in self.held}
+        return types, {name: self._forms[name] for name in names if name in self._forms}
 
     def __iter__(self) -> Iterator[str]:
         """The names of parameters as they are."""
         return iter(self._tensors)
 
     def __contains__(self, name: object) -> bool:
-        """Whether it is the name of a parameter; nothing is made to find out."""
-        return name in self._tensors
+        """Whether it is the name of a parameter that may be read; nothing is made to find out."""
+        return name in self._tensors or (name in self.held and name not in self._forms)
 
     def __len__(self) -> int:
         return len(self._tensors)
@@ -120,8 +120,9 @@ class Weights(Mapping[str, torch.Tensor]):
         return self._tensors.values()
 
     def widens(self, name: str) -> bool:
-        """Whether engines read another tensor instead of this parameter: its numbers in float32."""
-        return self._wide and self._tensors[name].dtype != torch.float32
+        """Whether engines read another tensor instead of this parameter: its numbers in float32, or
+        in full."""
+        return name in self.held or (self._wide and self._tensors[name].dtype != torch.float32)
 
     def type_of(self, name: str) -> tuple[str, tuple[int, ...]]:
         """dtype and shape of a parameter as engines read it, without making anything."""
@@ -167,7 +168,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def looked_at(self, names: Iterable[str]) -> tuple[Looked, ...]:
         """What tells of edits of the weights held in fewer bits that these names stand for."""
-        read = {made[0] for made in map(parse, names) if made is not None}
+        read = {(parse(name) or (name,))[0] for name in names}
         return tuple(Looked(self.held[name]) for name in sorted(read & self.held.keys()))
 
     def let_go(self) -> None:
@@ -224,9 +225,9 @@ class Weights(Mapping[str, torch.Tensor]):
         return made.blocks
 
     def _made_now(self, name: str, form: Format | None) -> Made:
-        if (held := self.held.get(name)) is not None and form is not None:
-            holder, looked = held.holder, Looked(held)
-            blocks = held.blocks(form, self._dtype())
+        if (held := self.held.get(name)) is not None:
+            holder, looked, dtype = held.holder, Looked(held), self._dtype()
+            blocks = held.numbers(dtype) if form is None else held.blocks(form, dtype)
             return Made(blocks, looked, holder.data_ptr(), _version(holder))
 
         def make() -> Blocks | torch.Tensor:

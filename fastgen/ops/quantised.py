@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder
 
-from fastgen.blockwise import BITS, Format
+from fastgen.blockwise import BITS, Format, Kind
 from fastgen.ops.contrib import ContribOps
 from fastgen.ops.standard import Ops
 from fastgen.ops.values import Value
@@ -32,10 +32,16 @@ FORM = "fastgen.form"
 def lowering(builder: GraphBuilder, target: Target) -> Ops:
     """The vocabulary, lowered to what the Target has: ONNX Runtime has no product by fp8 weights,
     which only the fused kernels multiply by, so its graphs read full ones."""
-    narrow = target.weights != "full" and not (target.weights == "fp8" and target.contrib)
-    if not narrow and not target.held:
+    if _asked(target) is None and not target.held:
         return ContribOps(builder, target) if target.contrib else Ops(builder, target)
     return QuantisedContribOps(builder, target) if target.contrib else QuantisedOps(builder, target)
+
+
+def _asked(target: Target) -> Kind | None:
+    """What products read in place of weights that the model has in full; None: those."""
+    if target.weights == "full" or (target.weights == "fp8" and target.contrib):
+        return None
+    return target.weights
 
 
 class QuantisedOps(Ops):
@@ -58,9 +64,10 @@ class QuantisedOps(Ops):
     def _form(self, weight: Value, transposed: bool) -> Format | None:
         """What the graph reads in place of a parameter; None: the parameter as it is."""
         form: Format | None = weight.meta.get(FORM)
-        if form is not None or self.target.weights == "full":
+        kind = _asked(self.target)
+        if form is not None or kind is None:
             return form
-        return Format(self.target.weights, self.target.group, transposed)
+        return Format(kind, self.target.group, transposed)
 
     def _made(self, weight: Value, form: Format) -> list[Value]:
         """The initializers that stand for a parameter: values, scales and, if it has any, zeros."""

@@ -131,13 +131,14 @@ class FastEncoder(StockForward, EngineModule):
             return None
         root, own, kept = self._encoder_root(), self._weights(target), self._engine_cache()
         target = replace(target, calibration=self._calibration)
-        held, more = self._held_for_kernels(own, root), self._more_ids
+        known, more = self._held_for_kernels(own, root), self._more_ids
+        held = {name: weight for name, weight in known.items() if not self._held[name].whole}
         try:
             fused = PackedEngine(root, target, self.device, own, padding, more, kept, held)
         except NotFused as error:  # T5 in float32, say, or another dtype of some weight
             self._unfused = str(error)
             return None
-        self._plain |= fused.weight_pointers().keys()
+        self._plain |= fused.weight_pointers().keys() - self._held.keys()
         return fused
 
     def refusal(self, **kwargs: Any) -> str | None:

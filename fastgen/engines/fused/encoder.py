@@ -97,7 +97,7 @@ class PackedEngine:
         # on a CPU torch computes what the kernels would
         if device.type == "cuda" and (reason := nvrtc.refusal(device)):
             raise NotFused(reason)
-        if target.held:
+        if held:
             parameters = _Known(parameters, _shapes(target, held))
         self.target, self.device, self._padding = target, device, padding
         self._root, self._more_ids, self._engine_cache = root, more_ids, engine_cache

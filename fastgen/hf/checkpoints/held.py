@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastgen.blockwise import BITS, GROUPS, Blocks, Format, Kind, blocks_of
+from fastgen.engines import NoEngine
 from fastgen.hf.let_go import Gone
 
 _LEAST_GROUP = 16  # of ONNX Runtime's kernels
@@ -21,7 +22,7 @@ class Integers:
     """
 
     steps: torch.Tensor
-    """int8 [N, K] around 0."""
+    """int8 [N, K] around 0, or float8_e4m3fn."""
     scales: torch.Tensor
     """[N, S], of a floating dtype."""
     zeros: torch.Tensor | None
@@ -63,14 +64,19 @@ class Held:
     def holder(self) -> torch.Tensor:
         """The tensor that holds the values, or what is left of it."""
         part = self._module()
-        found = part._parameters.get(self.leaf)
+        found: torch.Tensor | None = part._parameters.get(self.leaf)
         if found is None:
             found = part._buffers[self.leaf]
         assert found is not None
         return found
 
+    @property
+    def whole(self) -> bool:
+        """Whether graphs read its numbers in full: they have no products by 8-bit floats."""
+        return self.kind == "fp8"
+
     def form(self, exact: bool, on_gpu: bool = False) -> Format:
-        """How engines read it.
+        """How graphs read it, if not ``whole``.
 
         Args:
             exact: on a CPU, by inputs in float32 as they are.
@@ -84,6 +90,8 @@ class Held:
 
     def form_of_kernels(self) -> Format:
         """How fused kernels read it: as the library holds it, if it lies as they take it."""
+        if self.kind == "fp8":
+            return Format("fp8", 0)
         inputs, whole = self.shape[1], self.group == self.shape[1]
         steps = self.unpack(self._module()).steps
         lies = steps.is_contiguous() and not (steps.data_ptr() % 16 or inputs % 16)
@@ -102,6 +110,8 @@ class Held:
         """
         with torch.inference_mode(False), torch.no_grad():
             known = self.unpack(self._module())
+            if form.kind != self.kind:
+                raise NoEngine(f"{form.kind} of what {self.library} has made {self.kind}")
             if form.by_rows:
                 return Blocks(known.steps, known.scales.float().contiguous(), form.kind)
             steps, scales, zeros = known.steps, known.scales, known.zeros
@@ -112,6 +122,12 @@ class Held:
             middle = 2 ** (BITS[form.kind] - 1)
             zeros = None if zeros is None else _around(zeros, middle)
             return blocks_of(_around(steps, middle), scales.to(dtype), zeros, form)
+
+    def numbers(self, dtype: torch.dtype) -> torch.Tensor:
+        """What it stands for in full, of a scale for each row."""
+        with torch.inference_mode(False), torch.no_grad():
+            known = self.unpack(self._module())
+            return (known.steps.float() * known.scales.float()).to(dtype)
 
 
 def group_refusal(group: int, inputs: int) -> str | None:

@@ -23,6 +23,8 @@ def read(module: torch.nn.Module) -> Held | str | None:
     kind = type(held).__name__
     if not isinstance(module, torch.nn.Linear):
         return f"torchao's {kind} in a {type(module).__name__}: only those of a Linear are served"
+    if kind == "Float8Tensor" and _on_gpu(held):
+        return _float8(module, held)
     if kind not in _BITS:
         return f"weights are torchao's {kind}: {_SERVED}"
     if not isinstance(bits := _BITS[kind](held), int):
@@ -46,6 +48,40 @@ def read(module: torch.nn.Module) -> Held | str | None:
         inside=_inside,
         rounds="inputs to 8 bits" if _rounds_inputs(held) else None,
     )
+
+
+def _on_gpu(held: Any) -> bool:
+    """Elsewhere no engine has products by 8-bit floats."""
+    return bool(held.qdata.is_cuda)
+
+
+def _float8(module: torch.nn.Linear, held: Any) -> Held | str:
+    scales = tuple(held.block_size)
+    if held.qdata.dtype != torch.float8_e4m3fn or scales != (1, module.in_features):
+        kind = f"of {held.qdata.dtype} with scales of blocks of {scales}"
+        return f"weights are torchao's Float8Tensor {kind}: float8_e4m3fn of whole rows is served"
+    return Held(
+        library="torchao",
+        kind="fp8",
+        group=module.in_features,
+        zeros=False,
+        shape=(module.out_features, module.in_features),
+        part=weakref.ref(module),
+        leaf="weight",
+        unpack=_unpack_float8,
+        inside=_inside_float8,
+        rounds="inputs to 8 bits" if _rounds_inputs(held) else None,
+    )
+
+
+def _unpack_float8(module: torch.nn.Module) -> Integers:
+    values, scales = _inside_float8(module)
+    return Integers(values, scales, None)
+
+
+def _inside_float8(module: torch.nn.Module) -> list[torch.Tensor]:
+    held: Any = module.weight
+    return [held.qdata, held.scale]
 
 
 def _int8_bits(held: Any) -> int | str:

@@ -101,6 +101,17 @@ def torchao(bits: int = 8, group: int | None = None, zeros: bool = False, **more
     return hold
 
 
+def float8(linear: torch.nn.Linear) -> torch.nn.Module:
+    """Float8WeightOnlyConfig."""
+    weight = linear.weight.detach()
+    scales = weight.float().abs().amax(1, keepdim=True) / 448
+    values = (weight.float() / scales).to(torch.float8_e4m3fn)
+    fields = {"zero_point": None, "block_size": [1, linear.in_features]}
+    made = FLOAT8(weight.dtype, qdata=values, scale=scales, **fields)
+    linear.weight = torch.nn.Parameter(made, requires_grad=False)
+    return linear
+
+
 class Int8Params(torch.nn.Parameter):
     """bitsandbytes' parameter, which the scales lie beside."""
 

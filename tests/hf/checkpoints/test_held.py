@@ -21,10 +21,10 @@ from tests.configs import Pair, prompts
 from tests.generation.emulate import gpu_paths
 from tests.helpers import CLOSE, assert_left_to_torch, assert_served, copies, logits, refusal
 from tests.hf.checkpoints.fakes import (
-    FLOAT8,
     Held,
     bitsandbytes,
     bitsandbytes_4bit,
+    float8,
     hold,
     of_library,
     quanto,
@@ -182,18 +182,6 @@ def test_a_known_call_looks_at_the_weights_behind_its_launches() -> None:
 
 
 # What is left to torch
-
-
-def float8(linear: torch.nn.Linear) -> torch.nn.Module:
-    made = FLOAT8(
-        torch.float32,
-        qdata=linear.weight.detach().to(torch.float8_e4m3fn),
-        scale=torch.ones(linear.out_features, 1),
-        zero_point=None,
-        block_size=(1, linear.in_features),
-    )
-    linear.weight = torch.nn.Parameter(made, requires_grad=False)
-    return linear
 
 
 REFUSED: dict[str, tuple[Held, str]] = {

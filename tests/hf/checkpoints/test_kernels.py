@@ -18,12 +18,13 @@ from fastgen.engines.fused.engine import FusedEngine
 from fastgen.engines.fused.ops import FusedOps
 from fastgen.engines.fused.wide import WideOps
 from fastgen.execution.bucket import Bucket, BucketSize
-from fastgen.hf.checkpoints import table
+from fastgen.hf.checkpoints import table, torchao
 from fastgen.hf.checkpoints.held import Held
 from fastgen.target import onnxruntime_cuda
 from tests.configs import build_pair
 from tests.engines.test_packed_integers import off, round_products, t5_inputs
 from tests.engines.test_packed_t5 import call
+from tests.helpers import CLOSE
 from tests.hf.checkpoints import fakes
 
 TARGET = replace(onnxruntime_cuda("bfloat16"), held=True)
@@ -43,7 +44,14 @@ READ: dict[str, tuple[fakes.Held, str, bool]] = {
     ),
     "quanto": (fakes.quanto(), "Ints<8, 0, float, true, false>", True),
     "bitsandbytes": (fakes.bitsandbytes, "Ints<8, 0, float, true, false>", True),
+    "float8": (fakes.float8, "Fp8", True),
 }
+
+
+@pytest.fixture(autouse=True)
+def float8_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torchao, "_on_gpu", lambda held: True)
+    yield
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +93,8 @@ def test_kernels_read_a_librarys_own_values(how: str, batch: int) -> None:
     make, element, own = READ[how]
     model = held_model(make)
     ops = recorded(model, SIZE._replace(batch=batch))
-    found = {body.split("<", 1)[1].split(">")[0] + ">" for body, _ in ops._names if "Ints" in body}
-    assert found == {element}
+    kernels = [body for body, _ in ops._names if "Ints" in body or "Fp8" in body]
+    assert kernels and all(f"<{element}, " in body for body in kernels)
     read = {name: made for name, made in ops.made.items() if name.endswith(":values")}
     assert len(read) == 8  # all but the head, and the source's keys and values
     for name, values in read.items():
@@ -180,6 +188,22 @@ def test_encoders_multiply_a_librarys_own_integers(how: fakes.Held) -> None:
 
 
 WHOLE = replace(INT8, weights="full")
+
+
+@pytest.mark.parametrize("as_on_a_gpu", [WHOLE, replace(WHOLE, weights="fp8")], indirect=True)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_graphs_read_8_bit_floats_in_full() -> None:
+    """Those of encoders, and whatever else has no fused kernels."""
+    pair = copy.deepcopy(build_pair("t5-1.1"))
+    for model in (pair.stock, pair.fast):
+        fakes.hold(model, fakes.float8)
+    stock, fast = pair.stock.get_encoder(), pair.fast.get_encoder()
+    torch.testing.assert_close(fast(**call(None))[0], stock(**call(None))[0], **CLOSE)
+    assert fast._engine.fused is not None and fast.narrow_weights() == "torchao's fp8"
+    for model in (stock, fast):
+        model.block[0].layer[1].DenseReluDense.wo.weight.scale.mul_(3)
+    torch.testing.assert_close(fast(**call(None))[0], stock(**call(None))[0], **CLOSE)
+    assert fast.narrow_weights() == "torchao's fp8"
 
 
 @pytest.mark.parametrize(
