@@ -1,6 +1,6 @@
 """What a first and a second start with weights of fewer bits cost, as a Markdown table.
 
-    python -m benchmarks.starts [--models t5-base t5-large] [--kinds int8 int4] [--threads 2]
+    python -m benchmarks.starts [--models t5-base t5-large] [--kinds full int8 int4] [--threads 2]
 
 Shapes with random weights, on the CPU, without torch's copy of the weights; each start is a process
 of its own, over one folder of the engine cache. "ready" are the seconds in which engines are
@@ -119,9 +119,12 @@ def row(model: str, kind: str, threads: int) -> str:
             starts.append(Start(**json.loads(done.stdout.splitlines()[-1])))
     first, second = starts
     ready, peak = f"{first.ready:.1f} / {second.ready:.1f}", f"{first.peak:.0f} / {second.peak:.0f}"
-    more = f"{100 * (second.resting / second.quantised - 1):+.0f} %"
-    resting = f"{second.resting:.0f} ({more}) | {second.mapped:.0f}"
-    return f"| {model} | `{kind}` | {ready} | {second.quantised:.0f} | {peak} | {resting} |"
+    quantised, resting = "-", f"{second.resting:.0f}"
+    if second.quantised:
+        quantised = f"{second.quantised:.0f}"
+        resting += f" ({100 * (second.resting / second.quantised - 1):+.0f} %)"
+    found = f"{quantised} | {peak} | {resting} | {second.mapped:.0f}"
+    return f"| {model} | `{kind}` | {ready} | {found} |"
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fastgen import blockwise
+from fastgen import blockwise, processes
 from fastgen.blockwise import Blocks
 from fastgen.engine_cache import EngineCache
 from fastgen.fingerprint import digest
@@ -65,7 +66,9 @@ def _key(weights: Weights, keys: Iterable[Key]) -> dict[str, Any]:
     made: dict[str, list[str]] = {}
     for name, form in keys:
         made.setdefault(name, []).append(form.names(name)[0])
-    of = {n: [sorted(forms), *_contents(weights.parameter(n))] for n, forms in made.items()}
+    with ThreadPoolExecutor(processes.threads()) as threads:  # a matrix may be one piece to digest
+        contents = [*threads.map(_contents, map(weights.parameter, made))]
+    of = {n: [sorted(made[n]), *held] for n, held in zip(made, contents, strict=True)}
     return {"weights": of, "sources": _sources_digest()}
 
 
