@@ -62,7 +62,6 @@ class Dequantise(Kernel):
     """Makes matrices of weights of fewer bits, in front of the products that read them."""
 
     behind, source = ("weights.cu",), "encoder_weights.cu"
-    overlaps = False
     reads: Sequence[Buffer] = ()
     writes: Sequence[Buffer] = ()
 
