@@ -63,6 +63,7 @@ class Program:
         with torch.cuda.device(device):
             self._module = _checked(driver.cuModuleLoadData(code))
         self._functions: dict[str, Any] = {}
+        self._granted: dict[str, int] = {}  # bytes of shared memory, where a launch needs many
 
     def prepare(self, launch: Launch) -> "PreparedLaunch":
         """Look the kernel up and make its launch ready to repeat."""
@@ -74,7 +75,8 @@ class Program:
                 driver.cuModuleGetFunction(self._module, name)
             )
         function = self._functions[launch.kernel]
-        if launch.shared_bytes > _SHARED_BYTES:
+        if launch.shared_bytes > self._granted.get(launch.kernel, _SHARED_BYTES):
+            self._granted[launch.kernel] = launch.shared_bytes  # and never fewer: others run on
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(function, most, launch.shared_bytes))
         return PreparedLaunch(self, function, launch, self._overlap and launch.overlaps)

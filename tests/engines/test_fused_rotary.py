@@ -98,7 +98,7 @@ def test_query_heads_share_what_a_block_reads(size: BucketSize, together: int) -
     ops = record(model(family, **fields), size)
     *_, group, heads, turn = attention_of(ops).removesuffix(">").split(", ")
     assert (group, heads, turn) == ("4", str(together), "TURNED")
-    (launch,) = [x for x in ops.launches if getattr(x, "kernel", "").startswith("attention")][:1]
+    (launch,) = [x for x in ops.launches if "attention" in getattr(x, "kernel", "")][:1]
     blocks = launch.grid[0] // launch.cluster * launch.grid[1]
     assert blocks == 32 // together * size.batch
 

@@ -28,7 +28,7 @@ from fastgen.target import Target
 MOST_TOKENS = 16384
 """Tokens of one run: enough to fill a GPU, and all that buffers must hold."""
 SIDE_TOKENS, FETCHED_TOKENS = 2048, 512
-_SOURCES = ("common.cu", "encoder_rows.cu", "encoder.cu")
+_SOURCES = ("common.cu", "tiles.cu", "encoder_rows.cu", "encoder.cu")
 
 
 class _Known(Mapping[str, torch.Tensor]):

@@ -1,6 +1,6 @@
 // Attention over packed rows with a bias by relative position, on tensor cores.
 //
-// Behind common.cu and encoder.cu. No score leaves the registers, and none is computed for padding: a
+// Behind common.cu, tiles.cu and encoder.cu. No score leaves the registers, and none is computed for padding: a
 // block has 64 queries of one row and head, 16 a warp, and keys and values pass it 64 at a time. The
 // layouts are those of mma.m16n8k16: lane 4 * g + t has the rows g and g + 8 of what a warp computes,
 // and of each eight columns 2 * t and 2 * t + 1.
@@ -19,59 +19,6 @@ struct RowsAttentionArgs {
     int heads, tiles;     // tiles: of the longest row's queries
     float scale;
 };
-
-INLINE unsigned pack_pair(float low, float high, bf16) {
-    unsigned y;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-}
-INLINE unsigned pack_pair(float low, float high, fp16) {
-    unsigned y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-}
-
-// c += a @ b, of 16 x 16 and 16 x 8
-INLINE void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bf16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-INLINE void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, fp16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Four 8 x 8 matrices, whose rows the lanes point to, eight each; or the transposes of these.
-template <bool ACROSS> INLINE void load_matrices(unsigned (&y)[4], const T* row) {
-    const unsigned from = (unsigned)__cvta_generic_to_shared(row);
-    if constexpr (ACROSS)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3]) : "r"(from) : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3]) : "r"(from) : "memory");
-}
-
-// 16 bytes on their way to shared memory; zeros if there are none.
-INLINE void copy_ahead(T* to, const T* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                     (unsigned)__cvta_generic_to_shared(to)),
-                 "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-INLINE void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-INLINE void wait_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
-
-INLINE float power_of_two(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // TILE rows of keys or values, zeros behind those that there are; or nothing, if there are none.
 template <int D> INLINE void load_tile(T (*to)[D + 8], const T* from, int there, int stride) {
@@ -130,7 +77,7 @@ template <int D, int SPAN> INLINE void attend_rows(const RowsAttentionArgs& args
     float out[D / 8][4] = {}, highest[2] = {negative_infinity(), negative_infinity()}, sum[2] = {};
     for (int from = 0, turn = 0; from < keys; from += TILE, turn ^= 1) {
         float score[PARTS][4] = {};
-        wait_but_one();
+        wait_but<1>();
         __syncthreads();  // all have the keys
 #pragma unroll
         for (int s = 0; s < STEPS; s++)
@@ -177,7 +124,7 @@ template <int D, int SPAN> INLINE void attend_rows(const RowsAttentionArgs& args
                 score[p][e] = power_of_two(score[p][e] - highest[e / 2]);
                 sum[e / 2] += score[p][e];
             }
-        wait_but_one();
+        wait_but<1>();
         __syncthreads();  // all have the values
 #pragma unroll
         for (int p = 0; p < PARTS; p += 2) {

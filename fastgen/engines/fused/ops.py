@@ -26,6 +26,7 @@ from fastgen.engines.fused.values import (
     Residual,
     pointer,
 )
+from fastgen.engines.fused.wide_attention import Wide, choose
 from fastgen.ops import names
 from fastgen.ops.values import Bias, KVSlots
 
@@ -88,6 +89,13 @@ class FusedOps(Rotary):
     def _launch_attention(
         self, args: AttentionArgs, head_size: int, group: int, turn: str, own: bool, masked: bool
     ) -> None:
+        if wide := self._wide(args, head_size, group, turn, own, masked):
+            self._launch(
+                *(wide.body, wide.grid, wide.threads, args, wide.blocks_together),
+                shared_bytes=wide.shared_bytes,
+                cluster=wide.splits,
+            )
+            return
         slots, seen = args.slots, args.slots  # seen: of each query
         if masked:
             seen = -(-slots // self._queries)  # of beams
@@ -119,6 +127,17 @@ class FusedOps(Rotary):
             shared_bytes=shared_bytes,
             cluster=splits,
         )
+
+    def _wide(
+        self, args: AttentionArgs, head_size: int, group: int, turn: str, own: bool, masked: bool
+    ) -> Wide | None:
+        """The launch for many rows or long buffers, where it is to serve."""
+        if not isinstance(self.query_count, int):
+            return None  # a prompt, whose length the kernel would have to know
+        sizes = head_size, self._rows, self._queries, args.heads, group, args.slots
+        clusters = torch.cuda.get_device_capability(self.device) >= (9, 0)
+        wide = Wide(*sizes, own, masked, turn)
+        return choose(self._dtype, wide, self._processors, clusters)
 
     def _splits(self, slots: int, heads: int) -> int:
         """Blocks that share out a row's slots: each at least 128, and not three a processor."""

@@ -17,8 +17,8 @@ from fastgen.ops import names
 from fastgen.target import Target
 
 _SOURCES = (
-    *("common.cu", "weights.cu", "products.cu", "linear.cu"),
-    *("rotary.cu", "attention.cu"),
+    *("common.cu", "tiles.cu", "weights.cu", "products.cu", "linear.cu"),
+    *("rotary.cu", "attention.cu", "attention_wide.cu"),
 )
 REGISTERS = 2**16  # of a processor
 _LEAST_REGISTERS = 64  # that a thread needs, about
