@@ -241,3 +241,11 @@ def test_few_rows_have_as_many_blocks_as_one(beams: int) -> None:
         return [launch.grid for launch in own[:-1]]  # but for the head's
 
     assert grids(beams) == grids(1)
+
+
+@pytest.mark.parametrize("rows, early", [(1, True), (8, True), (16, False)])
+def test_attention_of_few_blocks_reads_ahead(rows: int, early: bool) -> None:
+    """Of many, what else is resident hides its loads, and needs the registers."""
+    ops = record(two_layers("gpt2"), BucketSize(rows, 1, 128, 0))
+    (body,) = {kernel for kernel in ops._kernels if "attention<" in kernel}
+    assert f"true, false, {str(early).lower()}>" in body

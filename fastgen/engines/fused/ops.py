@@ -108,7 +108,11 @@ class FusedOps(Rotary):
         shared_bytes = 4 * share * queries
         if masked := masked and shared_bytes + 2 * share <= 4 * MAX_SLOTS:
             shared_bytes += 2 * share
-        warps, unroll = self._attention_block(head_size, blocks, together, seen, splits)
+        grid = blocks * splits, self._rows // queries
+        early = grid[0] * grid[1] <= self._processors  # more blocks hide each other's loads
+        most = 64 if splits > 1 else 128  # only what is filled is shared out: shares are full
+        most = most if early else 256
+        warps, unroll = self._attention_block(head_size, blocks, together, seen > most * splits)
         parts = warps + (together * splits if splits > 1 else 1)
         fixed = 4 * (head_size + 2) * parts
         if turn != "AS_IS":  # the new keys and their angles
@@ -118,10 +122,9 @@ class FusedOps(Rotary):
                 f"heads of {head_size}, {slots} slots: more than a block's shared memory"
             )
         sizes = f"{head_size}, {warps}, {splits}, {unroll}, {queries}"
-        kind = f"{str(own).lower()}, {str(masked).lower()}"
+        kind = ", ".join(str(flag).lower() for flag in (own, masked, early))
         if group > 1 or turn != "AS_IS":
             kind += f", {group}, {own_heads}, {turn}"
-        grid = blocks * splits, self._rows // queries
         self._launch(
             *(f"attention<{sizes}, {kind}>", grid, 32 * warps, args),
             shared_bytes=shared_bytes,
@@ -171,13 +174,11 @@ class FusedOps(Rotary):
         return max(n for n in range(1, most + 1) if self._queries % n == 0)
 
     def _attention_block(
-        self, head_size: int, heads: int, queries: int, seen: int, splits: int
+        self, head_size: int, heads: int, queries: int, many: bool
     ) -> tuple[int, int]:
-        """Warps of a block, where ``splits`` share out what a query sees of the slots, and slots of
-        each at a time: the measured best. Only what is filled is shared out, and one block's slots
-        may be half empty."""
+        """Warps of a block, whose slots may be ``many``, and slots of each at a time; the measured
+        best."""
         if queries == 1:
-            many = seen > 64 * splits if splits > 1 else seen > 128
             return min(max(4, head_size // 8), 16), 4 if many else 2
         least = -(-head_size // 32)  # a thread for each element of the result
         return max(least, 4 if heads * self._batch >= 3 * self._processors else 8), 2

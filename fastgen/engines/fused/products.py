@@ -52,10 +52,12 @@ class Products(Recorder):
         gated = epilogue == "GATE"
         first = product.sizes[1] // outputs  # as many segments are of the first product
         segments, weights = (1, 2) if gated else (len(products) - 1 + first, 1)
+        few = self._rows <= _FUSED_NORM_ROWS
+        leaves_room = weight.plain and (few or not weight.across)
         warps = self._warps(inputs)
         if weight.blocks is not None:
             warps = self._narrow_warps(inputs, isinstance(x, Normed))
-        elif weight.plain and not isinstance(x, Normed):
+        elif leaves_room and not isinstance(x, Normed):
             warps = min(warps, 16)  # half a processor's threads, see _blocks_beside
         tiles = self._tiles(outputs * segments, warps, weights, weight)
         blocks, norm = -(-outputs // (8 * tiles)) * segments, "NONE"
@@ -77,7 +79,7 @@ class Products(Recorder):
         together = None
         if weight.blocks is not None:  # 80 registers a thread, and no wave of one block alone
             together = max(24 // warps, min(-(-blocks // self._processors), 2))
-        elif weight.plain and norm != "LAYER":  # whose threads need more registers
+        elif leaves_room and norm != "LAYER":  # whose threads need more registers
             together = self._blocks_beside(blocks, 32 * warps)
         self._launch(body, (blocks, 1), 32 * warps, args, together)
 
