@@ -211,17 +211,21 @@ INLINE void attention(const AttentionArgs& args) {
             bias[r * share + s - begin] = bias_of<SELF>(args, h, row + r, s);
     if constexpr (MASKED) prefetch_first(count = list_seen<TOGETHER>(bias, share, count, seen));
     else __syncthreads();
-    Pack<T, 8> k[UNROLL] = {}, v[UNROLL] = {};
+    Pack<T, 8> k[UNROLL], v[UNROLL];
     const auto slot_of = [&](int base, int i) {
         return slot_at(min(base + i * GROUPS + group, count - 1));
     };
+    const auto load_stored = [&](int base) {
 #pragma unroll
-    for (int i = 0; i < UNROLL; i++) {
-        const int slot = count > 0 ? slot_of(0, i) : old;
-        if (!EARLY || !holds || slot >= old) continue;
-        k[i] = load8(key + (long long)slot * kv_width + part);
-        v[i] = load8(value + (long long)slot * kv_width + part);
-    }
+        for (int i = 0; i < UNROLL; i++) {
+            const int slot = slot_of(base, i);
+            k[i] = v[i] = Pack<T, 8>{};
+            if (!holds || slot >= old) continue;
+            k[i] = load8(key + (long long)slot * kv_width + part);
+            v[i] = load8(value + (long long)slot * kv_width + part);
+        }
+    };
+    if (EARLY && count > 0) load_stored(0);
     wait_for_inputs();
 
     // The new keys and values are read where the product left them, whichever block stores them
@@ -240,12 +244,24 @@ INLINE void attention(const AttentionArgs& args) {
         }
         __syncthreads();
     }
-    const auto load = [&](int i, int slot) {
+    const auto load_fresh = [&](int base) {
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            const int slot = slot_of(base, i);
+            if (!SELF || !holds || slot < old) continue;
+            const T* new_row = fresh + (long long)(slot - old) * args.stride;
+            const T* new_key = TURN ? new_keys[(unsigned)(slot - old) % NEW] : new_row + width;
+            k[i] = load8(new_key + part);
+            v[i] = load8(new_row + (width + kv_width) + part);
+        }
+    };
+    const auto load = [&](int i, int slot) {  // both in one, which many loads take fewer instructions by
         const bool stored = !SELF || slot < old;
         const T* new_row = fresh + (long long)(slot - old) * args.stride;
         const T* new_key = TURN ? new_keys[(unsigned)(slot - old) % NEW] : new_row + width;
-        k[i] = load8((stored ? key + (long long)slot * kv_width : new_key) + part);
-        v[i] = load8((stored ? value + (long long)slot * kv_width : new_row + (width + kv_width)) + part);
+        k[i] = v[i] = Pack<T, 8>{};
+        if (holds) k[i] = load8((stored ? key + (long long)slot * kv_width : new_key) + part);
+        if (holds) v[i] = load8((stored ? value + (long long)slot * kv_width : new_row + (width + kv_width)) + part);
     };
     // All that the product gave is asked for before any of it is needed
     const auto head_of = [&](int r) { return own + r / HEADS * args.stride + r % HEADS * D; };
@@ -256,9 +272,7 @@ INLINE void attention(const AttentionArgs& args) {
 #pragma unroll
     for (int r = 0; r < ALL; r++)
         if (TURN == AS_IS) as_is[r] = holds ? load8(head_of(r) + part) : Pack<T, 8>{};
-#pragma unroll
-    for (int i = 0; i < UNROLL; i++)
-        if (EARLY && SELF && holds && count > 0 && slot_of(0, i) >= old) load(i, slot_of(0, i));
+    if (EARLY && count > 0) load_fresh(0);
 #pragma unroll
     for (int token = 0; token < TOGETHER; token++) {
         const T* mine = own + token * args.stride + threadIdx.x - beside;
@@ -278,10 +292,11 @@ INLINE void attention(const AttentionArgs& args) {
     Softmax softmax[ALL];
     for (int base = 0; base < count; base += UNROLL * GROUPS) {  // all lanes of a warp stay in the loop
         int place[UNROLL];
+        if (EARLY && base > 0) load_stored(base), load_fresh(base);
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
             const int slot = slot_of(base, i);
-            if (holds && (!EARLY || base > 0)) load(i, slot);
+            if (!EARLY) load(i, slot);
             place[i] = slot - begin;
             const int later = base + i * GROUPS + group + WINDOW;
             if (holds && part * (int)sizeof(T) % 128 == 0 && later < count) prefetch(slot_at(later), part);
