@@ -73,7 +73,7 @@ def attention_bytes(found, own):
     (size,) = {
         kind.bytes / len(kind.runs)
         for name, kind in found.items()
-        if name.startswith("attention") and (f", {str(own).lower()}, " in name)
+        if name.startswith("attention") and name.split(", ")[5] == str(own).lower()
     }
     return size
 
