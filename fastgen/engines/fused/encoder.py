@@ -1,11 +1,11 @@
 """The engine of an encoder over packed tokens: what padding there is, nobody computes."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,25 +29,6 @@ MOST_TOKENS = 16384
 """Tokens of one run: enough to fill a GPU, and all that buffers must hold."""
 SIDE_TOKENS, FETCHED_TOKENS = 2048, 512
 _SOURCES = ("common.cu", "tiles.cu", "encoder_rows.cu", "encoder.cu")
-
-
-class _Known(Mapping[str, torch.Tensor]):
-    """A model's parameters, and for those that it has in fewer bits their shapes."""
-
-    def __init__(self, own: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Tensor]) -> None:
-        self._own, self._shapes = own, shapes
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._shapes[name] if name in self._shapes else self._own[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes or name in self._own
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**self._own, **self._shapes})
-
-    def __len__(self) -> int:
-        return len({**self._own, **self._shapes})
 
 
 def _shapes(target: Target, held: Mapping[str, Narrow]) -> dict[str, torch.Tensor]:
@@ -98,7 +79,8 @@ class PackedEngine:
         if device.type == "cuda" and (reason := nvrtc.refusal(device)):
             raise NotFused(reason)
         if held:
-            parameters = _Known(parameters, _shapes(target, held))
+            own = cast(MutableMapping[str, torch.Tensor], parameters)  # nothing is written there
+            parameters = ChainMap(_shapes(target, held), own)
         self.target, self.device, self._padding = target, device, padding
         self._root, self._more_ids, self._engine_cache = root, more_ids, engine_cache
         self._dtype = getattr(torch, target.dtype)

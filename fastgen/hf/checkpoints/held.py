@@ -116,7 +116,7 @@ class Held:
                 return Blocks(known.steps, known.scales.float().contiguous(), form.kind)
             steps, scales, zeros = known.steps, known.scales, known.zeros
             if form.signed:
-                steps, zeros = steps.unflatten(1, (-1, form.group)), zeros
+                steps = steps.unflatten(1, (-1, form.group))
                 zeros = None if zeros is None else zeros.contiguous()
                 return Blocks(steps, scales.contiguous(), form.kind, zeros)
             middle = 2 ** (BITS[form.kind] - 1)
